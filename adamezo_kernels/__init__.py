@@ -1,0 +1,21 @@
+"""Operations on many tensors at once along regenerated random directions.
+
+This package turns tensors into kernel calls. It knows no optimizer: see :mod:`adamezo`.
+"""
+
+from .ops import moments, perturb_, sample_, update_
+from .plan import Plan, Segment, Shard
+from .stream import DISTRIBUTIONS, STREAM_VERSION, PhiloxState
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "STREAM_VERSION",
+    "PhiloxState",
+    "Plan",
+    "Segment",
+    "Shard",
+    "moments",
+    "perturb_",
+    "sample_",
+    "update_",
+]

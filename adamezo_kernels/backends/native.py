@@ -1,0 +1,167 @@
+"""The compiled kernels: the CPU's, for whichever instruction set this machine has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor  # before _native: both then share torch's OpenMP runtime
+
+from ..plan import ELEMENT_TYPES, Launch, Plan
+from ..stream import PhiloxState
+
+try:
+    from .. import _native
+
+    _import_error: ImportError | None = None
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _import_error = error
+
+NAME = "native"
+
+_forced_instruction_set: str | None = None
+
+
+def availability() -> tuple[bool, str]:
+    """Whether the compiled module could be imported, and one line on why (not)."""
+    if _native is None:
+        return False, (
+            f"the compiled module cannot be imported ({_import_error}). Install adamezo again "
+            "where a C++17 compiler is found (`pip install --force-reinstall --no-deps .`), and "
+            "without ADAMEZO_NATIVE=OFF"
+        )
+    return True, f"compiled by {build_report()['compiler']}, uses {instruction_set()}"
+
+
+def supports(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def build_report() -> dict[str, str]:
+    """Version, compiler, and what CUDA part the module was built with."""
+    return _native.build_report()
+
+
+def cuda_report() -> dict[str, Any]:
+    """What the CUDA runtime linked into the module finds on this machine."""
+    return _native.cuda_report()
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this machine can run, the fastest first."""
+    return _native.instruction_sets() if _native is not None else []
+
+
+def instruction_set() -> str:
+    """The one in use: that of :func:`use_isa`, else of ``ADAMEZO_ISA``, else the fastest.
+
+    Raises:
+        RuntimeError: a name that this machine cannot run.
+    """
+    name = _forced_instruction_set or os.environ.get("ADAMEZO_ISA") or None
+    able = instruction_sets()
+    if name is None:
+        return able[0]
+    if name not in able:
+        raise RuntimeError(
+            f"the instruction set {name!r} was asked for (ADAMEZO_ISA or use_isa), and this "
+            f"machine can run {', '.join(able)}"
+        )
+    return name
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the kernels with one instruction set, for tests and benchmarks. Not thread-safe."""
+    global _forced_instruction_set
+    before, _forced_instruction_set = _forced_instruction_set, name
+    try:
+        instruction_set()
+        yield
+    finally:
+        _forced_instruction_set = before
+
+
+def _call(launch: Launch, operation: str, state: PhiloxState, **arguments: Any) -> None:
+    table = _native.Table(
+        launch.table.data_ptr(),
+        len(launch.segments),
+        launch.elements,
+        ELEMENT_TYPES.index(launch.dtype),
+    )
+    getattr(_native, operation)(
+        instruction_set(),
+        torch.get_num_threads(),
+        table,
+        state.key,
+        state.offset,
+        **arguments,
+    )
+    # Written behind autograd's back: let it know.
+    written = [s.tensor for s in launch.segments if not s.tensor.is_inference()]
+    torch.autograd.graph.increment_version(written)
+
+
+def sample(plan: Plan, state: PhiloxState, distribution: str) -> None:
+    for launch in plan.launches:
+        _call(launch, "sample", state, direction=state.counter)
+
+
+def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str) -> None:
+    for launch in plan.launches:
+        _call(launch, "perturb", state, direction=state.counter, scale=scale)
+
+
+def update(
+    plan: Plan,
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    lr: float,
+    eps: float,
+    decay: float,
+    restore: float,
+    distribution: str,
+) -> None:
+    for launch in plan.launches:
+        _call(
+            launch,
+            "update",
+            states[0],
+            directions=[state.counter for state in states],
+            first=first,
+            second=second,
+            restore=restore,
+            minus_lr=-lr,
+            eps=eps,
+            decay=decay,
+        )
+
+
+def moments(
+    plan: Plan,
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    distribution: str,
+    out_m: Sequence[Tensor],
+    out_v: Sequence[Tensor],
+) -> None:
+    for outputs, coefficients, squared in ((out_m, first, False), (out_v, second, True)):
+        if coefficients is None:
+            for out in outputs:
+                out.fill_(1.0)
+            continue
+        for launch in plan.like(outputs).launches:
+            _call(
+                launch,
+                "moment",
+                states[0],
+                directions=[state.counter for state in states],
+                coefficients=coefficients,
+                squared=squared,
+            )

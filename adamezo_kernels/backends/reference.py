@@ -1,0 +1,431 @@
+"""The definition of every operation, in plain torch: what the compiled backends are tested against.
+
+It runs wherever torch has float64 and needs no compiler. It gives the same bits as the compiled
+kernels and is far slower: each float32 operation is a pass over memory instead of one instruction
+on a register, and each fused multiply-add is emulated by several such passes (see :func:`fma`).
+
+Word-valued tensors are int64 and hold integers in ``[0, 2**32)``, since torch has no arithmetic
+on unsigned 32-bit integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..plan import Segment
+    from ..stream import PhiloxState
+
+NAME = "reference"
+
+CHUNK = 2**16
+"""Elements worked on at a time. The temporaries of one chunk are about 16 float64 tensors of this
+length (8 MiB), whatever the size of the weights; larger chunks fall out of the cache."""
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+PURPOSE_DIRECTION = 0
+
+_WORD = 0xFFFFFFFF
+
+
+def availability() -> tuple[bool, str]:
+    """Whether this backend can run here, and one line on why and at what price."""
+    return True, (
+        "always available; slow, as it is plain torch with every fused multiply-add emulated "
+        "exactly in float64"
+    )
+
+
+def supports(device: torch.device) -> bool:
+    """Whether tensors there can be worked on: wherever torch has float64, which Metal lacks."""
+    return device.type not in ("meta", "mps")
+
+
+# --- Philox -----------------------------------------------------------------------------------
+
+
+def _multiply(a: int | Tensor, multiplier: int) -> tuple[int | Tensor, int | Tensor]:
+    """High and low words of the 64-bit product ``a * multiplier``.
+
+    The multiplier is taken in two halves of 16 bits, so that no intermediate reaches 2**49: an
+    int64 product of two words would overflow into its sign.
+    """
+    low_part = a * (multiplier & 0xFFFF)
+    high_part = a * (multiplier >> 16) + (low_part >> 16)
+    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+
+def philox4x32(
+    counter0: int | Tensor,
+    counter1: int | Tensor,
+    counter2: int | Tensor,
+    counter3: int | Tensor,
+    key: int,
+    rounds: int = 10,
+) -> tuple[int | Tensor, int | Tensor, int | Tensor, int | Tensor]:
+    """The four output words of Philox4x32 (Salmon et al., SC 2011).
+
+    Counter words are ints or int64 tensors of one shape, each value in ``[0, 2**32)``; words that
+    are ints stay scalars for as long as they do not meet a tensor. ``key`` is the 64-bit key, its
+    low word used first.
+    """
+    x0, x1, x2, x3 = counter0, counter1, counter2, counter3
+    key0, key1 = key & _WORD, (key >> 32) & _WORD
+    for _ in range(rounds):
+        high0, low0 = _multiply(x0, PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply(x2, PHILOX_MULTIPLIERS[1])
+        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        key0 = (key0 + PHILOX_KEY_STEPS[0]) & _WORD
+        key1 = (key1 + PHILOX_KEY_STEPS[1]) & _WORD
+    return x0, x1, x2, x3
+
+
+# --- float32 arithmetic -----------------------------------------------------------------------
+
+
+def to_float32(x: float) -> float:
+    """The float32 nearest to ``x``, as a Python float."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def _double(x: float | Tensor) -> float | Tensor:
+    return x.double() if isinstance(x, Tensor) else x
+
+
+def fma(a: float | Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
+    """``a * b + c`` of float32 values, rounded once to float32: exact everywhere.
+
+    Each operand is a float32 tensor or a Python float that float32 can hold; at least one of them
+    is a tensor. The result is float32 and broadcast.
+
+    A product of two float32 is exact in float64 (24 + 24 <= 53 bits, exponents far inside its
+    range), so only the sum rounds, once to 53 bits and then again to 24. Both roundings are
+    monotonic, hence the second can go wrong only if the first moved the sum *onto* a boundary
+    between two float32: a point half-way between two neighbours, whose low 29 bits in float64 are
+    exactly 0x10000000. Below 2**-126 the neighbours of float32 lie further apart and the boundary
+    has other bits. Elements of either kind are rare; they are computed again with the first
+    rounding to odd, which keeps the sum off every boundary it was not on before and so makes the
+    second rounding right (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008).
+
+    This assumes that the process does not flush subnormals to zero, and that torch runs the
+    multiply and the add as two operations: do not put it through torch.compile.
+    """
+    product = _double(a) * _double(b)
+    addend = _double(c)
+    total = cast(Tensor, product + addend)
+    bits = total.view(torch.int64)
+    doubtful = ((bits & 0x1FFFFFFF) == 0x10000000) | ((total.abs() < 2.0**-126) & (total != 0))
+    result = total.float()
+    if doubtful.any():
+        p, q = (x if isinstance(x, Tensor) else total.new_tensor(x) for x in (product, addend))
+        p, q = (x.expand(total.shape)[doubtful] for x in (p, q))
+        result[doubtful] = _add_to_odd(p, q).float()
+    return result
+
+
+def _add_to_odd(p: Tensor, q: Tensor) -> Tensor:
+    """``p + q`` in float64, rounded to odd: to the neighbour whose last bit is 1 if inexact."""
+    total = p + q
+    # Knuth's TwoSum: total + error == p + q exactly.
+    q_part = total - p
+    error = (p - (total - q_part)) + (q - q_part)
+    bits = total.view(torch.int64)
+    # Of the two float64 around an inexact sum just one is odd. If rounding took the even one, the
+    # other is next to it on the side of the error. (Both comparisons are false for NaN, which is
+    # what TwoSum gives for infinities.)
+    step = torch.where((error > 0) == (total > 0), 1, -1)
+    wrong = ((error > 0) | (error < 0)) & ((bits & 1) == 0)
+    return torch.where(wrong, bits + step, bits).view(torch.float64)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # sqrt, / and + of float32 computed in float64 and rounded again are correctly rounded, as
+    # 53 >= 2 * 24 + 2 (Figueroa, 1995), on any device and whatever its float32 mode is.
+    return x.double().sqrt().float()
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() / b.double()).float()
+
+
+# --- directions -------------------------------------------------------------------------------
+
+_LOG_COEFFICIENTS = (
+    -0.14020569622516632,
+    0.15383614599704742,
+    -0.13997136056423187,
+    0.1641702800989151,
+    -0.20011073350906372,
+    0.250077486038208,
+    -0.33333200216293335,
+    0.49999937415122986,
+)
+# ln 2 * 2**-23, negative: it scales the exponent while that still sits in its bit position.
+_LOG_EXPONENT = to_float32(-8.262958405176314e-08)
+_SIN_COEFFICIENTS = (
+    -3.5579418181441724e-05,
+    0.002489370759576559,
+    -0.08074513077735901,
+    0.7853981256484985,
+)
+_COS_COEFFICIENTS = (-0.00031918685999698937, 0.015850437805056572, -0.3084245026111603, 1.0)
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Horner's rule in fused multiply-adds, highest power first."""
+    result: float | Tensor = coefficients[0]
+    for coefficient in coefficients[1:]:
+        result = fma(result, x, coefficient)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def minus_log(u: Tensor) -> Tensor:
+    """``-ln u`` for float32 ``u`` in [2**-31, 1], within 9.0e-8 of its value."""
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F2AAAAB) & -0x00800000
+    g = (bits - exponent).view(torch.float32) - 1
+    s = g * g
+    return fma(exponent.float(), _LOG_EXPONENT, fma(_polynomial(g, _LOG_COEFFICIENTS), s, -g))
+
+
+def sin_cos_eighth_turn(f: Tensor) -> tuple[Tensor, Tensor]:
+    """``sin(pi/4 f)`` and ``cos(pi/4 f)`` for float32 ``f`` in [-1, 1], within 8.3e-8."""
+    s = f * f
+    return _polynomial(s, _SIN_COEFFICIENTS) * f, _polynomial(s, _COS_COEFFICIENTS)
+
+
+def exact_normals(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent float32 normals from two words, by Box-Muller rotated by an eighth turn.
+
+    The rotation cancels the factor sqrt(2) and confines the angle to an eighth turn either side of
+    zero; the quadrant is two spare bits, put on as signs. Within 2.0e-6 of the real-number formula
+    in the far tails, 8.6e-7 elsewhere.
+    """
+    # Through float64, so that the conversion from 31 bits rounds once and to nearest.
+    u = (((x0 & 0x7FFFFFFE) | 1).double() * 2.0**-31).float()
+    r = _sqrt(minus_log(u))
+    f = ((x1 & 0x007FFFFF) | 0x40000000).to(torch.int32).view(torch.float32) - 3
+    sine, cosine = sin_cos_eighth_turn(f)
+    r_cosine = r * cosine
+    z0 = fma(r, sine, r_cosine)
+    z1 = fma(-r, sine, r_cosine)
+    return torch.where(x0 >= 2**31, -z0, z0), torch.where(x1 >= 2**31, -z1, z1)
+
+
+def exact_direction(
+    index_offset: int,
+    index_stride: int,
+    rows: int,
+    row_length: int,
+    *,
+    key: int,
+    direction: int,
+    parameter: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Elements of a direction as a float32 tensor of shape ``(rows, row_length)``.
+
+    Element ``(r, i)`` is the one with global index ``index_offset + r * index_stride + i`` (which
+    must be below 2**63) of the direction numbered ``direction`` (32 bits) of the parameter
+    numbered ``parameter`` (24 bits), under the 64-bit ``key``. The result is held in memory whole;
+    the operations below ask for a chunk at a time.
+    """
+    if rows == 0 or row_length == 0:
+        return torch.empty((rows, row_length), dtype=torch.float32, device=device)
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, dtype=torch.int64, device=device)
+
+    first = index_offset + index_stride * count(rows)
+    phase = first & 3
+    # One call gives four elements, so a row needs the calls that cover it from its first block on,
+    # counted for the row that starts furthest inside its block.
+    blocks = (int(phase.max()) + row_length + 3) // 4
+    block = (first >> 2)[:, None] + count(blocks)
+    purpose = PURPOSE_DIRECTION << 24
+    words = philox4x32(block & _WORD, block >> 32, direction, parameter | purpose, key)
+    x0, x1, x2, x3 = cast("tuple[Tensor, Tensor, Tensor, Tensor]", words)
+    outputs = (*exact_normals(x0, x1), *exact_normals(x2, x3))
+    covering = torch.stack(outputs, dim=-1).view(rows, 4 * blocks)
+    return covering.gather(1, phase[:, None] + count(row_length))
+
+
+_DIRECTIONS: dict[str, Callable[..., Tensor]] = {"exact": exact_direction}
+
+
+# --- operations -------------------------------------------------------------------------------
+
+
+def _chunks(segment: Segment) -> Iterator[tuple[slice, slice]]:
+    """Rectangles of at most CHUNK elements that tile the segment."""
+    length = min(segment.row_length, CHUNK)
+    height = CHUNK // max(length, 1)
+    for row in range(0, segment.rows, height):
+        for column in range(0, segment.row_length, CHUNK):
+            yield (
+                slice(row, min(row + height, segment.rows)),
+                slice(column, min(column + length, segment.row_length)),
+            )
+
+
+def _matrix(segment: Segment) -> Tensor:
+    """The segment's elements as ``(rows, row_length)``, in the tensor's own memory."""
+    return segment.tensor.detach().as_strided(
+        (segment.rows, segment.row_length), (segment.row_stride, 1)
+    )
+
+
+def _direction(
+    segment: Segment, state: PhiloxState, chunk: tuple[slice, slice], distribution: str
+) -> Tensor:
+    rows, columns = chunk
+    return _DIRECTIONS[distribution](
+        state.offset + segment.index_offset + rows.start * segment.index_stride + columns.start,
+        segment.index_stride,
+        rows.stop - rows.start,
+        columns.stop - columns.start,
+        key=state.key,
+        direction=state.counter,
+        parameter=segment.parameter,
+        device=segment.tensor.device,
+    )
+
+
+def sum_moments(
+    directions: Iterable[Tensor], first: Sequence[float], second: Sequence[float] | None
+) -> tuple[Tensor, Tensor | None]:
+    """``S1 = sum_k first[k] z_k`` and ``S2 = sum_k second[k] z_k**2`` in float32, newest first.
+
+    ``directions`` yields at least one float32 tensor, all of one shape. S2 is None if ``second``
+    is None.
+    """
+    s1: Tensor | None = None
+    s2: Tensor | None = None
+    for age, z in enumerate(directions):
+        if s1 is None:
+            s1 = torch.zeros_like(z)
+            s2 = None if second is None else torch.zeros_like(z)
+        s1 = fma(to_float32(first[age]), z, s1)
+        if second is not None and s2 is not None:
+            s2 = fma(to_float32(second[age]), z * z, s2)
+    if s1 is None:
+        raise ValueError("got no directions, expected at least one")
+    return s1, s2
+
+
+def apply_perturbation(theta: Tensor, z: Tensor, scale: float) -> Tensor:
+    """``theta + scale * z`` in float32, before it is rounded to the type of ``theta``."""
+    return fma(to_float32(scale), z, theta.float())
+
+
+def apply_update(
+    theta: Tensor,
+    directions: Iterable[Tensor],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    *,
+    lr: float,
+    eps: float,
+    decay: float,
+    restore: float,
+) -> Tensor:
+    """The updated weights in float32, before they are rounded to the type of ``theta``.
+
+    ``directions`` yields z_0 (the newest), z_1, ... as float32 tensors of the shape of ``theta``;
+    each is asked for once, so that only one need be in memory::
+
+        t      = theta + restore * z_0                        (left out if restore is 0)
+        S1, S2 = sum_k first[k] z_k, sum_k second[k] z_k**2
+        theta' = t * decay - lr * S1 / (sqrt(S2) + eps)       (second is None: - lr * S1)
+    """
+    directions = iter(directions)
+    newest = next(directions)
+    t = theta.float()
+    if to_float32(restore) != 0:
+        t = fma(to_float32(restore), newest, t)
+
+    def all_directions() -> Iterator[Tensor]:
+        yield newest
+        yield from directions
+
+    s1, s2 = sum_moments(all_directions(), first, second)
+    step = s1 if s2 is None else _divide(s1, _sqrt(s2) + to_float32(eps))
+    return fma(-to_float32(lr), step, t * to_float32(decay))
+
+
+@torch.no_grad()
+def sample(segments: Iterable[Segment], state: PhiloxState, distribution: str) -> None:
+    for segment in segments:
+        out = _matrix(segment)
+        for chunk in _chunks(segment):
+            out[chunk].copy_(_direction(segment, state, chunk, distribution))
+
+
+@torch.no_grad()
+def perturb(
+    segments: Iterable[Segment], state: PhiloxState, scale: float, distribution: str
+) -> None:
+    for segment in segments:
+        weights = _matrix(segment)
+        for chunk in _chunks(segment):
+            theta = weights[chunk]
+            z = _direction(segment, state, chunk, distribution)
+            theta.copy_(apply_perturbation(theta, z, scale))
+
+
+@torch.no_grad()
+def update(
+    segments: Iterable[Segment],
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    lr: float,
+    eps: float,
+    decay: float,
+    restore: float,
+    distribution: str,
+) -> None:
+    for segment in segments:
+        weights = _matrix(segment)
+        for chunk in _chunks(segment):
+            theta = weights[chunk]
+            directions = (_direction(segment, state, chunk, distribution) for state in states)
+            theta.copy_(
+                apply_update(
+                    theta,
+                    directions,
+                    first,
+                    second,
+                    lr=lr,
+                    eps=eps,
+                    decay=decay,
+                    restore=restore,
+                )
+            )
+
+
+@torch.no_grad()
+def moments(
+    segments: Iterable[Segment],
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    distribution: str,
+    out_m: Sequence[Tensor],
+    out_v: Sequence[Tensor],
+) -> None:
+    """``out_m`` and ``out_v`` are contiguous float32 tensors, one for each segment."""
+    for segment, m, v in zip(segments, out_m, out_v, strict=True):
+        shape = (segment.rows, segment.row_length)
+        m, v = m.view(shape), v.view(shape)
+        for chunk in _chunks(segment):
+            directions = (_direction(segment, state, chunk, distribution) for state in states)
+            s1, s2 = sum_moments(directions, first, second)
+            m[chunk].copy_(s1)
+            v[chunk].copy_(torch.ones_like(s1) if s2 is None else s2)

@@ -1,0 +1,192 @@
+"""The operations: every argument is checked here, then a backend does the work.
+
+All arithmetic is in float32, in the order that the formulas show, with scalars computed in float64
+and rounded to float32 once; ``fma`` rounds once. Results are stored to the weights' type, rounded
+to nearest even. Every backend gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .plan import Plan
+from .stream import DISTRIBUTIONS, PhiloxState, check_state
+
+ROUNDINGS = ("nearest",)
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+def sample_(
+    out: Tensor,
+    state: PhiloxState,
+    *,
+    parameter: int = 0,
+    distribution: str = "exact",
+    backend: str | None = None,
+) -> Tensor:
+    """Fills ``out`` with elements of a direction: ``out[i] = z[state.offset + i]``, row-major.
+
+    Args:
+        out: a tensor that a :class:`Plan` takes.
+        state: the direction.
+        parameter: 24-bit index of the parameter whose elements these are.
+        distribution: one of DISTRIBUTIONS.
+        backend: None takes the best available; a name never falls back.
+
+    Returns:
+        ``out``.
+    """
+    plan = Plan([out], parameters=[parameter], names=["out"])
+    _check_stream(plan, [state], distribution)
+    _backend(plan, backend).sample(plan, state, distribution)
+    return out
+
+
+def perturb_(
+    plan: Plan,
+    state: PhiloxState,
+    scale: float,
+    *,
+    distribution: str = "exact",
+    backend: str | None = None,
+) -> None:
+    """``theta = fma(scale, z, theta)`` for every weight of the plan.
+
+    Args:
+        plan: the weights.
+        state: the direction z.
+        scale: a finite number; in zeroth-order steps ``zo_eps``, ``-2 zo_eps`` and so on.
+        distribution, backend: as in :func:`sample_`.
+    """
+    _check_stream(plan, [state], distribution)
+    scale = _number("scale", scale)
+    _backend(plan, backend).perturb(plan, state, scale, distribution)
+
+
+def update_(
+    plan: Plan,
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    *,
+    lr: float,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    restore: float = 0.0,
+    distribution: str = "exact",
+    rounding: str = "nearest",
+    backend: str | None = None,
+) -> None:
+    """Restores perturbed weights, forms the truncated moments and steps, in one pass.
+
+    For every weight, with z_k the direction of ``states[k]``::
+
+        theta = fma(restore, z_0, theta)                          if restore is not 0
+        S1 = fma(first[k], z_k, S1),  S2 = fma(second[k], z_k z_k, S2)    for k = 0, 1, ...
+        theta = fma(-lr, S1 / (sqrt(S2) + eps), theta (1 - lr weight_decay))
+
+    This is AdaMeZO's update (arXiv 2605.00650, equations for m, v and theta) with the betas, the
+    projected gradients and the normalization inside the coefficients, and decoupled weight decay.
+    ``second=None`` stands for a denominator of 1: momentum, and with one direction MeZO.
+
+    Args:
+        plan: the weights.
+        states: the directions kept, the newest first; they share key and offset.
+        first, second: a finite coefficient for each direction; ``second`` not negative.
+        lr: step size.
+        eps: added to the root, positive where ``second`` is given (a z can be exactly 0).
+        weight_decay: decoupled, as in AdamW.
+        restore: the displacement along z_0 that is to be added back: ``zo_eps`` after the weights
+            were left at ``theta - zo_eps z_0``.
+        rounding: of the store; one of ROUNDINGS.
+        distribution, backend: as in :func:`sample_`.
+    """
+    states, first, second = _check_sums(plan, states, first, second, distribution)
+    lr = _number("lr", lr)
+    eps = _number("eps", eps)
+    restore = _number("restore", restore)
+    decay = 1.0 - lr * _number("weight_decay", weight_decay)
+    if second is not None and not torch.tensor(eps, dtype=torch.float32).item() > 0:
+        raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    _backend(plan, backend).update(
+        plan, states, first, second, lr, eps, decay, restore, distribution
+    )
+
+
+def moments(
+    plan: Plan,
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    *,
+    distribution: str = "exact",
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The sums S1 and S2 of :func:`update_`, to look at: float32 tensors shaped like the weights.
+
+    The weights are neither read nor written. Where ``second`` is None, S2 is all ones.
+
+    Returns:
+        (m, v): a list of tensors each, one for each tensor of the plan.
+    """
+    states, first, second = _check_sums(plan, states, first, second, distribution)
+    m, v = (
+        [
+            torch.empty(segment.tensor.shape, dtype=torch.float32, device=segment.tensor.device)
+            for segment in plan
+        ]
+        for _ in range(2)
+    )
+    _backend(plan, backend).moments(plan, states, first, second, distribution, m, v)
+    return m, v
+
+
+def _backend(plan: Plan, name: str | None):  # type: ignore[no-untyped-def]
+    return choose((segment.tensor.device for segment in plan), name)
+
+
+def _check_stream(plan: Plan, states: Sequence[PhiloxState], distribution: str) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be an adamezo_kernels.Plan, got {type(plan).__name__}")
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+    for state in states:
+        check_state(state)
+
+
+def _check_sums(
+    plan: Plan,
+    states: Sequence[PhiloxState],
+    first: Sequence[float],
+    second: Sequence[float] | None,
+    distribution: str,
+) -> tuple[list[PhiloxState], list[float], list[float] | None]:
+    states = list(states)
+    _check_stream(plan, states, distribution)
+    if not states:
+        raise ValueError("got no states, expected at least one direction")
+    if len({(state.key, state.offset) for state in states}) > 1:
+        raise ValueError("the states of one call must share key and offset")
+    first = [_number("first", value) for value in first]
+    if second is not None:
+        second = [_number("second", value) for value in second]
+        if min(second, default=0.0) < 0:
+            raise ValueError(f"second must not be negative, got {min(second)}")
+    for name, values in (("first", first), ("second", second)):
+        if values is not None and len(values) != len(states):
+            raise ValueError(f"{name} has {len(values)} coefficients for {len(states)} states")
+    return states, first, second
+
+
+def _number(name: str, value: float) -> float:
+    value = float(value)
+    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite and within float32, got {value}")
+    return value

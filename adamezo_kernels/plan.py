@@ -1,0 +1,290 @@
+"""A plan: many tensors as one table that a kernel walks in one call, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights. Their place here is their number in csrc/adamezo/rounding.h."""
+
+MAX_PARAMETERS = 2**24
+_MAX_INDEX = 2**63
+
+
+class Shard(NamedTuple):
+    """Where a local tensor's elements are in the whole, unsharded, row-major parameter.
+
+    The local tensor, taken in row-major order, is ``rows`` rows of equal length. The first begins
+    at element ``offset`` of the whole parameter, and each next one ``stride`` elements later. A
+    tensor split along dimension 0 is one row; one split along dimension 1 has as many rows as its
+    dimension 0, and ``stride`` is the unsharded row length.
+    """
+
+    offset: int = 0
+    rows: int = 1
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tensor as ``rows`` rows of ``row_length`` consecutive elements."""
+
+    tensor: Tensor
+    parameter: int
+    """24-bit index of the parameter."""
+    rows: int
+    row_length: int
+    row_stride: int
+    """Elements in memory from one row to the next."""
+    index_offset: int
+    """Index of the first element in the whole parameter."""
+    index_stride: int
+    """Index distance from one row to the next."""
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.row_length
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The segments of one device and one element type, which one kernel call can take."""
+
+    device: torch.device
+    dtype: torch.dtype
+    segments: tuple[Segment, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(segment.elements for segment in self.segments)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """int64 of shape (segments, 8), on the host: the columns of csrc/adamezo/segment.h."""
+        rows, first = [], 0
+        for s in self.segments:
+            layout = (s.rows, s.row_length, s.row_stride, s.index_offset, s.index_stride)
+            rows.append((s.tensor.data_ptr(), *layout, s.parameter, first))
+            first += s.elements
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 8)
+
+
+class Plan:
+    """Tensors that operations walk together.
+
+    Args:
+        tensors: float32, bfloat16 or float16 tensors of any shape and alignment (also empty), on
+            any devices. Contiguous ones, and those whose elements are rows of consecutive elements
+            with one stride between rows, such as ``weight[:, 8:24]``.
+        parameters: the index in [0, 2**24) by which each tensor's random stream is known;
+            ``range(len(tensors))`` if not given.
+        shards: for each tensor that is a piece of a parameter, which piece; ``None`` for whole
+            ones.
+        names: used in messages.
+
+    The plan keeps the tensors and their addresses. It is of no use after one of them was resized
+    or moved: make a new one, which is cheap.
+
+    Raises:
+        TypeError, ValueError: a tensor that cannot be walked or written, or two that share memory;
+            the message names it and says what to do.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        parameters: Sequence[int] | None = None,
+        shards: Sequence[Shard | None] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        tensors = list(tensors)
+        count = len(tensors)
+        parameters = list(range(count) if parameters is None else parameters)
+        shards = [None] * count if shards is None else list(shards)
+        self.names = [f"tensor {i}" for i in range(count)] if names is None else list(names)
+        for argument, values in (
+            ("parameters", parameters),
+            ("shards", shards),
+            ("names", self.names),
+        ):
+            if len(values) != count:
+                raise ValueError(f"got {len(values)} {argument} for {count} tensors")
+        self.segments = tuple(
+            _segment(tensor, parameter, shard or Shard(rows=1), name)
+            for tensor, parameter, shard, name in zip(
+                tensors, parameters, shards, self.names, strict=True
+            )
+        )
+        _check_disjoint(self.segments, self.names)
+
+    def like(self, tensors: Sequence[Tensor]) -> Plan:
+        """The same elements of the same parameters, held in other (contiguous) tensors."""
+        return Plan(
+            tensors,
+            parameters=[s.parameter for s in self.segments],
+            shards=[Shard(s.index_offset, s.rows, s.index_stride) for s in self.segments],
+            names=self.names,
+        )
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @property
+    def elements(self) -> int:
+        return sum(segment.elements for segment in self.segments)
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        """The segments by device and element type."""
+
+        def kind(segment: Segment) -> tuple[str, int]:
+            return str(segment.tensor.device), ELEMENT_TYPES.index(segment.tensor.dtype)
+
+        return tuple(
+            Launch(members[0].tensor.device, members[0].tensor.dtype, members)
+            for members in (
+                tuple(group) for _, group in groupby(sorted(self.segments, key=kind), key=kind)
+            )
+        )
+
+
+def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment:
+    _check_tensor(tensor, name)
+    if not isinstance(parameter, int) or not 0 <= parameter < MAX_PARAMETERS:
+        raise ValueError(
+            f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}"
+        )
+    elements = tensor.numel()
+    rows, stride = _rows_in_memory(tensor, name)
+    if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
+        raise ValueError(f"{name}: {elements} elements cannot be laid out as {shard}")
+    if rows == 1:
+        rows = shard.rows
+        stride = elements // rows
+    elif shard.rows not in (1, rows):
+        raise ValueError(
+            f"{name}: {rows} rows in memory do not match the {shard.rows} rows of {shard}; "
+            "pass a contiguous tensor"
+        )
+    row_length = elements // rows
+    segment = Segment(
+        tensor=tensor,
+        parameter=parameter,
+        rows=rows,
+        row_length=row_length,
+        row_stride=stride,
+        index_offset=shard.offset,
+        index_stride=row_length if shard.rows == 1 else shard.stride,
+    )
+    if shard.rows > 1 and shard.stride < row_length:
+        raise ValueError(
+            f"{name}: rows of {row_length} elements overlap in the parameter, as {shard} sets "
+            f"them {shard.stride} apart"
+        )
+    last = segment.index_offset + (rows - 1) * segment.index_stride + row_length
+    if last > _MAX_INDEX:
+        raise ValueError(f"{name}: element indices reach {last}, the limit is 2**63")
+    return segment
+
+
+def _check_tensor(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, which has no memory of its own: pass the plain "
+            "tensor inside it (for a DTensor `to_local()`, with its Shard)"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {tensor.layout}, expected a dense tensor: pass `to_dense()`"
+        )
+    if tensor.is_meta:
+        raise TypeError(f"{name} is on the meta device and has no memory: materialize it first")
+    if tensor.is_quantized or tensor.dtype not in ELEMENT_TYPES:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or "
+            "torch.float16: convert it, or leave it out"
+        )
+    if tensor.is_neg():
+        raise TypeError(f"{name} is a lazily negated view: pass `resolve_neg()`")
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise ValueError(
+            f"{name} requires grad and is the result of an operation: changing it in place would "
+            "break its graph. Pass the parameter itself, or `detach()` it"
+        )
+
+
+def _rows_in_memory(tensor: Tensor, name: str) -> tuple[int, int]:
+    """(rows, elements from one row to the next), with consecutive elements inside a row."""
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return 1, tensor.numel()
+    # Dimensions from the innermost, those of size 1 left out; each joins the row while it
+    # continues it, then the rows while it continues those.
+    row_length, rows, stride = 1, 1, 0
+    for size, step in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))):
+        if size == 1:
+            continue
+        if rows == 1 and step == row_length:
+            row_length *= size
+        elif rows == 1:
+            rows, stride = size, step
+        elif step == rows * stride:
+            rows *= size
+        else:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: its "
+                "elements are not rows with one stride between them. Pass a contiguous tensor"
+            )
+    if stride < row_length:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: either its "
+            "elements overlap in memory (as after `expand`) or its innermost dimension is not the "
+            "consecutive one (as after `t()`). Pass a contiguous tensor of its own"
+        )
+    return rows, stride
+
+
+def _check_disjoint(segments: Sequence[Segment], names: Sequence[str]) -> None:
+    """Two writers of one element would race, and a tied weight would be perturbed twice."""
+    spans = []
+    for segment, name in zip(segments, names, strict=True):
+        if segment.elements:
+            size = segment.tensor.element_size()
+            begin = segment.tensor.data_ptr()
+            extent = (segment.rows - 1) * segment.row_stride + segment.row_length
+            spans.append((str(segment.tensor.device), begin, begin + extent * size, segment, name))
+    spans.sort(key=lambda span: span[:3])
+    open_spans: list[tuple] = []
+    for span in spans:
+        device, begin = span[:2]
+        open_spans = [other for other in open_spans if other[0] == device and other[2] > begin]
+        for other in open_spans:
+            if not _interleaved(other[3], span[3]):
+                raise ValueError(
+                    f"{other[4]} and {span[4]} share memory: pass tied weights once, and views "
+                    "that do not overlap"
+                )
+        open_spans.append(span)
+
+
+def _interleaved(a: Segment, b: Segment) -> bool:
+    """Whether two row-strided segments whose address ranges meet have no element in common."""
+    size = a.tensor.element_size()
+    if b.tensor.element_size() != size or a.row_stride != b.row_stride or min(a.rows, b.rows) < 2:
+        return False
+    distance = b.tensor.data_ptr() - a.tensor.data_ptr()
+    column = distance // size % a.row_stride
+    return distance % size == 0 and a.row_length <= column <= a.row_stride - b.row_length

@@ -1,0 +1,39 @@
+"""Where a random direction comes from: a place in a Philox stream, never a stored tensor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+STREAM_VERSION = 1
+"""Version of the mapping from (seed, direction, parameter, element) to bits. To change one bit of
+any direction is to change this number: saved runs name it."""
+
+DISTRIBUTIONS = ("exact",)
+"""Kinds of directions. ``exact``: standard normals with the same bits on every device."""
+
+
+class PhiloxState(NamedTuple):
+    """One direction z of a run. Three integers stand for a value per weight.
+
+    Element ``i`` of the parameter numbered ``parameter`` is one of the four outputs of
+    Philox4x32-10 (Salmon et al., SC 2011) under the key ``key`` for the counter
+    ``((i + offset) // 4, counter, parameter)``; so it depends on where the element is, and not
+    on the device, the number of threads or the way tensors are split.
+    """
+
+    key: int
+    """The run's 64-bit seed."""
+    counter: int
+    """The 32-bit index of the direction: directions of a run are counted as they are drawn."""
+    offset: int = 0
+    """The first element: added to every element index."""
+
+
+def check_state(state: PhiloxState) -> None:
+    """Raises ValueError where a field of ``state`` does not fit its bits."""
+    for field, bits in (("key", 64), ("counter", 32), ("offset", 63)):
+        value = getattr(state, field, None)
+        if not isinstance(value, int) or not 0 <= value < 2**bits:
+            raise ValueError(
+                f"PhiloxState.{field} must be an integer in [0, 2**{bits}), got {value!r}"
+            )

@@ -1,0 +1,47 @@
+// What every header of the numerical core needs: host/device qualifiers and bit casts.
+//
+// The core is compiled for the CPU and for CUDA from the same text. It allocates nothing, knows
+// neither torch nor Python, and its results are defined bit for bit; so it may not be compiled
+// with flags that let a compiler change the value of an expression.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__FAST_MATH__)
+#error "adamezo's streams are defined bit for bit: build it without -ffast-math"
+#endif
+
+#if defined(__CUDACC__)
+#define ADAMEZO_HD __host__ __device__ __forceinline__
+#define ADAMEZO_UNROLL _Pragma("unroll")
+#else
+// always_inline also keeps these functions from being emitted out of line: a copy compiled with
+// AVX-512 flags must never be the one that the linker picks for a machine without them.
+#define ADAMEZO_HD inline __attribute__((always_inline))
+#define ADAMEZO_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace adamezo {
+
+ADAMEZO_HD uint32_t float_to_bits(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+ADAMEZO_HD float bits_to_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+}  // namespace adamezo

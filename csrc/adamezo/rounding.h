@@ -1,0 +1,53 @@
+// The element types of weights, and the conversions to and from float32: loads are exact, stores
+// round to nearest even. Any NaN stays a NaN; its payload is not part of the contract.
+#pragma once
+
+#include "adamezo/config.h"
+
+namespace adamezo {
+
+enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+ADAMEZO_HD float to_float32(float value) { return value; }
+ADAMEZO_HD float to_float32(bfloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+ADAMEZO_HD float to_float32(float16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
+  if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
+  // Subnormal: a whole number of 2^-24, exact in float32.
+  return bits_to_float(sign | float_to_bits(float(int32_t(magnitude)) * 0x1p-24f));
+}
+
+ADAMEZO_HD void from_float32(float value, float& out) { out = value; }
+ADAMEZO_HD void from_float32(float value, bfloat16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = is_nan ? 0x7fc0u : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+ADAMEZO_HD void from_float32(float value, float16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x47800000u) {  // 65536 and above
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {
+    // Below 2^-14 the spacing is 2^-24, which is that of float32 at 1/2: one addition rounds.
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out.bits = uint16_t(sign | half);
+}
+
+}  // namespace adamezo

@@ -1,0 +1,54 @@
+// A segment is one tensor (or one shard of it) as rows of consecutive elements. A table of them
+// goes to a kernel in one call, so that hundreds of small tensors cost one launch.
+#pragma once
+
+#include "adamezo/config.h"
+
+namespace adamezo {
+
+// Eight 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
+struct Segment {
+  uint64_t address;      // of the first element
+  int64_t rows;          //
+  int64_t row_length;    // elements of a row, consecutive in memory
+  int64_t row_stride;    // elements in memory from one row to the next
+  int64_t index_offset;  // index of the first element in the whole (unsharded) parameter
+  int64_t index_stride;  // index distance from one row to the next
+  int64_t parameter;     // 24-bit index of the parameter
+  int64_t first;         // elements of all segments before this one
+};
+static_assert(sizeof(Segment) == 64, "the Python side writes eight int64 columns");
+
+// Consecutive elements of one segment: consecutive in memory and in the parameter.
+struct Run {
+  int64_t segment;   // which one
+  int64_t position;  // of the first element, counted in the segment row by row
+  int64_t memory;    // its distance from the segment's address, in elements
+  uint64_t index;    // its index in the whole parameter
+  int64_t count;
+};
+
+// Calls visit(run) for the elements [begin, end) of the concatenated segments.
+template <class Visit>
+ADAMEZO_HD void for_each_run(const Segment* segments, int64_t count, int64_t begin, int64_t end,
+                             Visit&& visit) {
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment& segment = segments[s];
+    const int64_t size = segment.rows * segment.row_length;
+    int64_t position = begin > segment.first ? begin - segment.first : 0;
+    const int64_t stop = end - segment.first < size ? end - segment.first : size;
+    while (position < stop) {
+      const int64_t row = position / segment.row_length;
+      const int64_t column = position - row * segment.row_length;
+      int64_t n = segment.row_length - column;
+      if (n > stop - position) n = stop - position;
+      visit(Run{s, position, row * segment.row_stride + column,
+                uint64_t(segment.index_offset) + uint64_t(row) * uint64_t(segment.index_stride) +
+                    uint64_t(column),
+                n});
+      position += n;
+    }
+  }
+}
+
+}  // namespace adamezo

@@ -1,0 +1,60 @@
+"""One call that fine-tunes: the optimizer is made at a model's first step and kept with it."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from .optimizer import AdaMeZO, Closure
+
+optimizers: WeakKeyDictionary[nn.Module, AdaMeZO] = WeakKeyDictionary()
+"""The optimizer of each model that :func:`fused_adamezo_step` has stepped. It goes with the model.
+Look at or change ``optimizers[model].param_groups``; ``del optimizers[model]`` starts anew."""
+
+_options: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
+def fused_adamezo_step(model: nn.Module, closure: Closure, **options: Any) -> Tensor:
+    """One AdaMeZO step on all of a model's trainable parameters.
+
+    Args:
+        model: its trainable parameters are stepped.
+        closure: forward only, returns the loss; see :meth:`adamezo.AdaMeZO.step`.
+        options: of :class:`adamezo.AdaMeZO`, at the model's first step. Later calls may leave
+            them out or repeat them.
+
+    Returns:
+        The mean of the two losses.
+
+    Raises:
+        ValueError: an option differs from the first step's, or the model's parameters were
+            replaced since; the message names them.
+    """
+    optimizer = optimizers.get(model)
+    if optimizer is None:
+        optimizer = AdaMeZO(model.named_parameters(), **options)
+        optimizers[model], _options[model] = optimizer, options
+    kept = {**optimizer.defaults, **_options[model]}
+    changed = [
+        f"{name} (was {kept.get(name)!r}, got {value!r})"
+        for name, value in options.items()
+        if name not in kept or kept[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"options changed since the model's first step: {', '.join(changed)}. Change them in "
+            "`adamezo.step.optimizers[model].param_groups`, or start anew with "
+            "`del adamezo.step.optimizers[model]`"
+        )
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = [name for name, p in model.named_parameters() if id(p) not in known]
+    if new:
+        raise ValueError(
+            f"parameters were added or replaced since the model's first step: {', '.join(new)}. "
+            "Start anew with `del adamezo.step.optimizers[model]`"
+        )
+    loss = optimizer.step(closure)
+    assert loss is not None
+    return loss
