@@ -14,11 +14,13 @@
 
 #if defined(__CUDACC__)
 #define ADAMEZO_HD __host__ __device__ __forceinline__
+#define ADAMEZO_INLINE_LAMBDA
 #define ADAMEZO_UNROLL _Pragma("unroll")
 #else
 // always_inline also keeps these functions from being emitted out of line: a copy compiled with
 // AVX-512 flags must never be the one that the linker picks for a machine without them.
 #define ADAMEZO_HD inline __attribute__((always_inline))
+#define ADAMEZO_INLINE_LAMBDA __attribute__((always_inline))
 #define ADAMEZO_UNROLL _Pragma("GCC unroll 16")
 #endif
 

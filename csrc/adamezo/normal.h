@@ -10,50 +10,74 @@
 
 namespace adamezo {
 
-// -ln u for u in [2^-31, 1].
-template <class L>
-ADAMEZO_HD typename L::F minus_log(typename L::F u) {
-  const auto bits = L::bits(u);
+// A call's four words to four normals, in two pairs (x[0], x[1]) and (x[2], x[3]) that keep step.
+//
+// With u in (0, 1] from the first word of a pair and f in [-1, 1) from the second,
+//   r = sqrt(-ln u),  z0 = r (sin(pi/4 f) + cos(pi/4 f)),  z1 = r (cos(pi/4 f) - sin(pi/4 f)).
+//
+// Each pair is one long chain of dependent operations. `between` is called kNormalStages times on
+// the way, in order, for the caller to put work there that does not depend on it: an out-of-order
+// core sees too few instructions ahead to find that work by itself.
+constexpr int kNormalStages = 7;
+
+template <class L, class Between>
+ADAMEZO_HD void normals(const typename L::I x[4], typename L::F z[4], Between&& between) {
+  using F = typename L::F;
+  F u[2], f[2], g[2], exponent[2];
+  // Bit 31 of a word is a sign; bit 0 of the first is set so that u is never 0.
+  for (int i = 0; i < 2; ++i)
+    u[i] = L::mul(L::to_float(L::and_or(x[2 * i], 0x7ffffffeu, 1u)), L::f(0x1p-31f));
+  between(0);
   // u = 2^(e / 2^23) (1 + g) with g in [-1/3, 1/3): 0x3f2aaaab is the float next to 2/3.
-  const auto e = L::bit_and(L::subtract(bits, 0x3f2aaaabu), 0xff800000u);
-  const auto g = L::add(L::from_bits(L::subtract(bits, e)), L::f(-1.0f));
-  const auto s = L::mul(g, g);
-  auto p = L::fma(g, L::f(-0.14020569622516632f), L::f(0.15383614599704742f));
-  p = L::fma(p, g, L::f(-0.13997136056423187f));
-  p = L::fma(p, g, L::f(0.1641702800989151f));
-  p = L::fma(p, g, L::f(-0.20011073350906372f));
-  p = L::fma(p, g, L::f(0.250077486038208f));
-  p = L::fma(p, g, L::f(-0.33333200216293335f));
-  p = L::fma(p, g, L::f(0.49999937415122986f));
-  // -8.262958405176314e-08 is -ln 2 / 2^23: e is a multiple of 2^23.
-  return L::fma(L::to_float(e), L::f(-8.262958405176314e-08f), L::fms(p, s, g));
-}
-
-// sin and cos of pi/4 f for f in [-1, 1).
-template <class L>
-ADAMEZO_HD void sin_cos_quarter_pi(typename L::F f, typename L::F& sine, typename L::F& cosine) {
-  const auto s = L::mul(f, f);
-  auto t = L::fma(s, L::f(-3.5579418181441724e-05f), L::f(0.002489370759576559f));
-  t = L::fma(t, s, L::f(-0.08074513077735901f));
-  t = L::fma(t, s, L::f(0.7853981256484985f));
-  sine = L::mul(t, f);
-  auto c = L::fma(s, L::f(-0.00031918685999698937f), L::f(0.015850437805056572f));
-  c = L::fma(c, s, L::f(-0.3084245026111603f));
-  cosine = L::fma(c, s, L::f(1.0f));
-}
-
-template <class L>
-ADAMEZO_HD void normal_pair(typename L::I x0, typename L::I x1, typename L::F& z0,
-                            typename L::F& z1) {
-  // Bit 31 of x0 is a sign, bit 0 is set so that u is never 0.
-  const auto u = L::mul(L::to_float(L::and_or(x0, 0x7ffffffeu, 1u)), L::f(0x1p-31f));
-  const auto r = L::sqrt(minus_log<L>(u));
-  const auto f = L::add(L::from_bits(L::and_or(x1, 0x007fffffu, 0x40000000u)), L::f(-3.0f));
-  typename L::F sine, cosine;
-  sin_cos_quarter_pi<L>(f, sine, cosine);
-  const auto rc = L::mul(r, cosine);
-  z0 = L::flip_sign(L::fma(r, sine, rc), x0);
-  z1 = L::flip_sign(L::fnma(r, sine, rc), x1);
+  for (int i = 0; i < 2; ++i) {
+    const auto bits = L::bits(u[i]);
+    const auto e = L::bit_and(L::subtract(bits, 0x3f2aaaabu), 0xff800000u);
+    g[i] = L::add(L::from_bits(L::subtract(bits, e)), L::f(-1.0f));
+    exponent[i] = L::to_float(e);
+  }
+  between(1);
+  F p[2], gg[2], ff[2];
+  for (int i = 0; i < 2; ++i) {
+    gg[i] = L::mul(g[i], g[i]);
+    p[i] = L::fma(g[i], L::f(-0.14020569622516632f), L::f(0.15383614599704742f));
+    p[i] = L::fma(p[i], g[i], L::f(-0.13997136056423187f));
+    f[i] = L::add(L::from_bits(L::and_or(x[2 * i + 1], 0x007fffffu, 0x40000000u)), L::f(-3.0f));
+  }
+  between(2);
+  for (int i = 0; i < 2; ++i) {
+    p[i] = L::fma(p[i], g[i], L::f(0.1641702800989151f));
+    p[i] = L::fma(p[i], g[i], L::f(-0.20011073350906372f));
+    ff[i] = L::mul(f[i], f[i]);
+  }
+  between(3);
+  F sine[2], cosine[2];
+  for (int i = 0; i < 2; ++i) {
+    p[i] = L::fma(p[i], g[i], L::f(0.250077486038208f));
+    p[i] = L::fma(p[i], g[i], L::f(-0.33333200216293335f));
+    sine[i] = L::fma(ff[i], L::f(-3.5579418181441724e-05f), L::f(0.002489370759576559f));
+    cosine[i] = L::fma(ff[i], L::f(-0.00031918685999698937f), L::f(0.015850437805056572f));
+  }
+  between(4);
+  F r[2];
+  for (int i = 0; i < 2; ++i) {
+    p[i] = L::fma(p[i], g[i], L::f(0.49999937415122986f));
+    // -8.262958405176314e-08 is -ln 2 / 2^23: the exponent still sits in its bit position.
+    r[i] = L::sqrt(L::fma(exponent[i], L::f(-8.262958405176314e-08f),
+                          L::fms(p[i], gg[i], g[i])));
+    sine[i] = L::fma(sine[i], ff[i], L::f(-0.08074513077735901f));
+    cosine[i] = L::fma(cosine[i], ff[i], L::f(-0.3084245026111603f));
+  }
+  between(5);
+  for (int i = 0; i < 2; ++i) {
+    sine[i] = L::mul(L::fma(sine[i], ff[i], L::f(0.7853981256484985f)), f[i]);
+    cosine[i] = L::fma(cosine[i], ff[i], L::f(1.0f));
+  }
+  between(6);
+  for (int i = 0; i < 2; ++i) {
+    const F r_cosine = L::mul(r[i], cosine[i]);
+    z[2 * i] = L::flip_sign(L::fma(r[i], sine[i], r_cosine), x[2 * i]);
+    z[2 * i + 1] = L::flip_sign(L::fnma(r[i], sine[i], r_cosine), x[2 * i + 1]);
+  }
 }
 
 }  // namespace adamezo

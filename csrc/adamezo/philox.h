@@ -79,31 +79,48 @@ ADAMEZO_HD PhiloxGroup<L> philox_group(PhiloxKey key, typename L::Words block_lo
           L::lo(product)};
 }
 
-// The four output words of every block of the group, for one stream.
+// A call on its way: the words of every block of the group after some of the rounds.
 template <class L>
-ADAMEZO_HD void philox_finish(const PhiloxGroup<L>& group, const PhiloxStream& stream,
-                              PhiloxKey key, typename L::Words out[4]) {
-  const auto y0 = L::exclusive_or(group.y0, L::words(stream.y0));
-  const auto y2 = L::exclusive_or(group.y2, L::words(stream.y2));
-  auto product0 = L::multiply(y0, kPhiloxM0);
-  auto product1 = L::multiply(y2, kPhiloxM1);
-  auto c0 = L::exclusive_or(L::hi(product1), group.y1);
-  auto c1 = L::lo(product1);
-  auto c2 = L::exclusive_or(L::hi(product0), L::words(stream.y3));
-  auto c3 = L::lo(product0);
+struct PhiloxCall {
+  typename L::Words c0, c1, c2, c3;
+};
+
+constexpr int kPhiloxFirstRound = 3;  // that philox_begin leaves to do
+
+template <class L>
+ADAMEZO_HD PhiloxCall<L> philox_begin(const PhiloxGroup<L>& group, const PhiloxStream& stream) {
+  const auto product0 =
+      L::multiply(L::exclusive_or(group.y0, L::words(stream.y0)), kPhiloxM0);
+  const auto product1 =
+      L::multiply(L::exclusive_or(group.y2, L::words(stream.y2)), kPhiloxM1);
+  return {L::exclusive_or(L::hi(product1), group.y1), L::lo(product1),
+          L::exclusive_or(L::hi(product0), L::words(stream.y3)), L::lo(product0)};
+}
+
+template <class L>
+ADAMEZO_HD void philox_round(PhiloxCall<L>& call, PhiloxKey key, int round) {
+  const auto product0 = L::multiply(call.c0, kPhiloxM0);
+  const auto product1 = L::multiply(call.c2, kPhiloxM1);
+  call.c0 = L::exclusive_or(L::hi(product1), call.c1, L::words(key.lo_of_round(round)));
+  call.c1 = L::lo(product1);
+  call.c2 = L::exclusive_or(L::hi(product0), call.c3, L::words(key.hi_of_round(round)));
+  call.c3 = L::lo(product0);
+}
+
+template <class L>
+ADAMEZO_HD void philox_finish(PhiloxCall<L>& call, PhiloxKey key) {
   ADAMEZO_UNROLL
-  for (int round = 3; round < kPhiloxRounds; ++round) {
-    product0 = L::multiply(c0, kPhiloxM0);
-    product1 = L::multiply(c2, kPhiloxM1);
-    c0 = L::exclusive_or(L::hi(product1), c1, L::words(key.lo_of_round(round)));
-    c1 = L::lo(product1);
-    c2 = L::exclusive_or(L::hi(product0), c3, L::words(key.hi_of_round(round)));
-    c3 = L::lo(product0);
-  }
-  out[0] = c0;
-  out[1] = c1;
-  out[2] = c2;
-  out[3] = c3;
+  for (int round = kPhiloxFirstRound; round < kPhiloxRounds; ++round)
+    philox_round<L>(call, key, round);
+}
+
+// The four output words of every block.
+template <class L>
+ADAMEZO_HD void call_words(const PhiloxCall<L>& call, typename L::I x[4]) {
+  x[0] = L::integers(call.c0);
+  x[1] = L::integers(call.c1);
+  x[2] = L::integers(call.c2);
+  x[3] = L::integers(call.c3);
 }
 
 }  // namespace adamezo

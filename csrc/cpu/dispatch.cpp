@@ -65,11 +65,12 @@ void run(Kernel kernel, const Job& job, int threads) {
   if (shares == 0) return;
   threads = int(std::min<int64_t>(std::max(threads, 1), shares));
   const int64_t workers = threads == 1 ? 1 : std::min(shares, threads * kWorkersPerThread);
-  std::vector<PhiloxStream> streams(size_t(threads) * size_t(job.horizon));
+  const size_t room = size_t(job.horizon) + 1;
+  std::vector<PhiloxStream> streams(size_t(threads) * room);
 #pragma omp parallel num_threads(threads)
   {
     const DefaultFloatingPoint guard;
-    PhiloxStream* own = streams.data() + size_t(omp_get_thread_num()) * size_t(job.horizon);
+    PhiloxStream* own = streams.data() + size_t(omp_get_thread_num()) * room;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t worker = 0; worker < workers; ++worker) kernel(job, own, worker, workers);
   }
