@@ -19,6 +19,7 @@ from .stream import DISTRIBUTIONS, PhiloxState, check_state
 
 ROUNDINGS = ("nearest",)
 _FLOAT32_MAX = 3.4028234663852886e38
+_FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
 
 
 def sample_(
@@ -110,8 +111,9 @@ def update_(
     lr = _number("lr", lr)
     eps = _number("eps", eps)
     restore = _number("restore", restore)
-    decay = 1.0 - lr * _number("weight_decay", weight_decay)
-    if second is not None and not torch.tensor(eps, dtype=torch.float32).item() > 0:
+    weight_decay = _number("weight_decay", weight_decay)
+    decay = _number("1 - lr * weight_decay", 1.0 - lr * weight_decay)
+    if second is not None and eps <= _FLOAT32_HALF_MIN:
         raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
@@ -157,8 +159,14 @@ def _check_stream(plan: Plan, states: Sequence[PhiloxState], distribution: str) 
         raise TypeError(f"plan must be an adamezo_kernels.Plan, got {type(plan).__name__}")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+    last = max((segment.last_index for segment in plan), default=0)
     for state in states:
         check_state(state)
+        if state.offset + last >= 2**63:
+            raise ValueError(
+                f"PhiloxState.offset {state.offset} leads to element indices beyond 2**63, as the "
+                f"plan's own reach {last}"
+            )
 
 
 def _check_sums(

@@ -53,6 +53,11 @@ class Segment:
     def elements(self) -> int:
         return self.rows * self.row_length
 
+    @property
+    def last_index(self) -> int:
+        """Index of the last element in the whole parameter."""
+        return self.index_offset + (self.rows - 1) * self.index_stride + self.row_length - 1
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -193,9 +198,10 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
             f"{name}: rows of {row_length} elements overlap in the parameter, as {shard} sets "
             f"them {shard.stride} apart"
         )
-    last = segment.index_offset + (rows - 1) * segment.index_stride + row_length
-    if last > _MAX_INDEX:
-        raise ValueError(f"{name}: element indices reach {last}, the limit is 2**63")
+    if segment.last_index >= _MAX_INDEX:
+        raise ValueError(
+            f"{name}: element indices reach {segment.last_index}, the limit is 2**63"
+        )
     return segment
 
 
@@ -207,6 +213,8 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
             f"{name} is a {type(tensor).__name__}, which has no memory of its own: pass the plain "
             "tensor inside it (for a DTensor `to_local()`, with its Shard)"
         )
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor: pass the tensors inside it (`unbind()`)")
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{name} has layout {tensor.layout}, expected a dense tensor: pass `to_dense()`"
@@ -218,6 +226,8 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
             f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or "
             "torch.float16: convert it, or leave it out"
         )
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"{name} has no memory: its storage was freed, as sharding libraries do")
     if tensor.is_neg():
         raise TypeError(f"{name} is a lazily negated view: pass `resolve_neg()`")
     if tensor.requires_grad and not tensor.is_leaf:

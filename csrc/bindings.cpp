@@ -42,6 +42,12 @@ Job job_over(const Table& table, uint64_t seed, uint64_t offset,
   return job;
 }
 
+// Scalars arrive as float64 and are rounded here, once. Callers hold a DefaultFloatingPoint: where
+// subnormals are flushed the rounding would flush too.
+std::vector<float> narrow(const std::vector<double>& values) {
+  return std::vector<float>(values.begin(), values.end());
+}
+
 void sample(const std::string& isa, int threads, const Table& table, uint64_t seed,
             uint64_t offset, uint32_t direction) {
   const std::vector<uint32_t> directions{direction};
@@ -49,10 +55,11 @@ void sample(const std::string& isa, int threads, const Table& table, uint64_t se
 }
 
 void perturb(const std::string& isa, int threads, const Table& table, uint64_t seed,
-             uint64_t offset, uint32_t direction, float scale) {
+             uint64_t offset, uint32_t direction, double scale) {
+  const DefaultFloatingPoint guard;
   const std::vector<uint32_t> directions{direction};
   Job job = job_over(table, seed, offset, directions);
-  job.scale = scale;
+  job.scale = float(scale);
   run(kernels_named(isa).perturb, job, threads);
 }
 
@@ -64,28 +71,33 @@ void check_length(const char* name, size_t got, size_t expected) {
 
 void update(const std::string& isa, int threads, const Table& table, uint64_t seed,
             uint64_t offset, const std::vector<uint32_t>& directions,
-            const std::vector<float>& first, const std::optional<std::vector<float>>& second,
-            float restore, float minus_lr, float eps, float decay) {
+            const std::vector<double>& first, const std::optional<std::vector<double>>& second,
+            double restore, double minus_lr, double eps, double decay) {
   if (directions.empty()) throw std::invalid_argument("an update needs at least one direction");
   check_length("first", first.size(), directions.size());
   if (second) check_length("second", second->size(), directions.size());
+  const DefaultFloatingPoint guard;
+  const auto first_narrow = narrow(first);
+  const auto second_narrow = second ? narrow(*second) : std::vector<float>();
   Job job = job_over(table, seed, offset, directions);
-  job.first = first.data();
-  job.second = second ? second->data() : nullptr;
-  job.scale = restore;
-  job.minus_lr = minus_lr;
-  job.eps = eps;
-  job.decay = decay;
+  job.first = first_narrow.data();
+  job.second = second ? second_narrow.data() : nullptr;
+  job.scale = float(restore);
+  job.minus_lr = float(minus_lr);
+  job.eps = float(eps);
+  job.decay = float(decay);
   run(kernels_named(isa).update, job, threads);
 }
 
 void moment(const std::string& isa, int threads, const Table& table, uint64_t seed,
             uint64_t offset, const std::vector<uint32_t>& directions,
-            const std::vector<float>& coefficients, bool squared) {
+            const std::vector<double>& coefficients, bool squared) {
   check_length("coefficients", coefficients.size(), directions.size());
+  const DefaultFloatingPoint guard;
+  const auto narrowed = narrow(coefficients);
   Job job = job_over(table, seed, offset, directions);
-  job.first = coefficients.data();
-  job.second = squared ? coefficients.data() : nullptr;
+  job.first = narrowed.data();
+  job.second = squared ? narrowed.data() : nullptr;
   run(kernels_named(isa).moment, job, threads);
 }
 

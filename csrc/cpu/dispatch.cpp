@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cfenv>
 #include <stdexcept>
 
 namespace adamezo {
@@ -13,20 +12,6 @@ namespace {
 constexpr int64_t kElementsPerWorker = 16384;
 // More shares than threads, so that a thread that is held up leaves less behind.
 constexpr int64_t kWorkersPerThread = 8;
-
-// A stream's bits assume round-to-nearest and gradual underflow. The process may have set
-// otherwise (torch.set_flush_denormal does), and worker threads inherit what they were born with.
-class DefaultFloatingPoint {
- public:
-  DefaultFloatingPoint() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
-};
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> kernels;

@@ -1,12 +1,27 @@
 // Runs a job on this machine's CPU: picks the instruction set, splits the work over threads.
 #pragma once
 
+#include <cfenv>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
 
 namespace adamezo {
+
+// A stream's bits assume round-to-nearest and gradual underflow. The process may have set
+// otherwise (torch.set_flush_denormal does), and worker threads inherit what they were born with.
+class DefaultFloatingPoint {
+ public:
+  DefaultFloatingPoint() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
+
+ private:
+  std::fenv_t saved_;
+};
 
 // Names of the instruction sets that this machine can run, the fastest first.
 std::vector<std::string> instruction_sets();

@@ -1,0 +1,689 @@
+"""The operations: their rule against float64, native against the reference bit for bit, and every
+argument that is refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import time
+
+import pytest
+import torch
+from conftest import BACKENDS, INSTRUCTION_SETS, needs_native
+
+from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
+from adamezo_kernels.backends import native, reference
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, where: object = "") -> None:
+    """Bitwise, so that -0 is not 0; any NaN equals any, as their payload is nobody's promise."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    integers = INTEGERS[got.dtype]
+    same = got.contiguous().view(integers) == expected.contiguous().view(integers)
+    same |= got.isnan() & expected.isnan()
+    assert same.all(), (where, (~same).nonzero()[:4].tolist(), (~same).sum().item())
+
+
+# --- a plan with one tensor of every kind -------------------------------------------------------
+
+KEY, OFFSET = 0x243F6A8885A308D3, 3
+
+
+def weights(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Weights of usual size, and among them what float arithmetic has in its corners."""
+    w = 0.02 * torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+    corners = (0.0, -0.0, 1e-40, -1e-6, 6e-8, 65504.0, 3e38, math.inf, -math.inf, math.nan)
+    if numel >= 100:
+        w[3 : 3 + 7 * len(corners) : 7] = torch.tensor(corners)
+    return w.to(dtype)
+
+
+def zoo(dtype: torch.dtype, guarded) -> tuple[list[torch.Tensor], dict]:
+    """Tensors of one type and the rest of the arguments of their Plan.
+
+    Sizes 0, 1, 3 and 4097, odd addresses, row-strided views (two of them interleaved in one
+    buffer), 0 and 3 dimensions, and shards of parameters with more than 2**32 elements, one of
+    which crosses the element where the low word of the block index wraps.
+    """
+    members = [
+        (guarded(0, dtype), None),
+        (guarded(1, dtype, 1), None),
+        (guarded(3, dtype, 3), None),
+        (guarded(4097, dtype, 5), None),
+        (guarded(4097, dtype, 2), Shard(offset=2**34 - 2001)),
+        (guarded(1, dtype, 7)[0], None),
+        (guarded(105, dtype).view(3, 5, 7), Shard(offset=2**62 + 1)),
+        (guarded(10 * 33, dtype, 9), Shard(offset=5, rows=10, stride=2**33 + 1)),
+    ]
+    wide = guarded(37 * 64, dtype, 1).view(37, 64)
+    members += [
+        (wide[:, 5:22], None),
+        (wide[:, 22:63], Shard(offset=2**33 + 2, rows=37, stride=4099)),
+        (guarded(8 * 6 * 10, dtype).view(8, 6, 10)[:, 1:3], None),
+    ]
+    tensors = [tensor for tensor, _ in members]
+    for seed, tensor in enumerate(tensors):
+        tensor.copy_(weights(tensor.numel(), dtype, seed).view(tensor.shape))
+    parameters = [2**24 - 1 - 5 * i for i in range(len(members))]
+    return tensors, {"parameters": parameters, "shards": [shard for _, shard in members]}
+
+
+def unguarded(numel: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    return torch.full((numel,), math.nan, dtype=dtype)
+
+
+def states(count: int) -> list[PhiloxState]:
+    return [PhiloxState(KEY, 2**32 - 1 - 3 * k, OFFSET) for k in range(count)]
+
+
+def coefficients(count: int, with_second: bool) -> tuple[list[float], list[float] | None]:
+    """Those of betas (0.7, 0.9) with projected gradients of both signs and of many sizes."""
+    projected = [(-1) ** (k // 2) * 0.3 * 1.7 ** (k % 7) for k in range(count)]
+    first = [0.3 * 0.7**k * p for k, p in enumerate(projected)]
+    second = [0.1 * 0.9**k * p * p for k, p in enumerate(projected)]
+    return first, second if with_second else None
+
+
+OPERATIONS = {
+    "sample": lambda plan, tensors, backend: [
+        sample_(t, PhiloxState(KEY, 9, 2**34 - 50 + i), parameter=i, backend=backend)
+        for i, t in enumerate(tensors)
+    ],
+    "perturb": lambda plan, tensors, backend: perturb_(
+        plan, PhiloxState(KEY, 9, OFFSET), -1.7e-3, backend=backend
+    ),
+}
+
+
+@functools.cache
+def reference_results(operation: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    tensors, arguments = zoo(dtype, unguarded)
+    OPERATIONS[operation](Plan(tensors, **arguments), tensors, "reference")
+    return tensors
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_sample_and_perturb_have_the_bits_of_the_reference(isa, guarded, operation, dtype, threads):
+    tensors, arguments = zoo(dtype, guarded)
+    torch.set_num_threads(threads)
+    OPERATIONS[operation](Plan(tensors, **arguments), tensors, "native")
+    for i, (got, expected) in enumerate(
+        zip(tensors, reference_results(operation, dtype), strict=True)
+    ):
+        assert_same_bits(got, expected, i)
+
+
+# (directions, second given, restore, weight decay)
+UPDATES = [
+    *((k, second, 1e-3, 0.1) for k in (1, 2, 10, 33) for second in (True, False)),
+    (2, True, 0.0, 0.0),
+    (2, True, 0.0, 0.1),
+    (2, True, 1e-3, 0.0),
+    (1, False, 0.0, 0.0),
+    (10, True, 0.0, 0.0),
+]
+
+
+def run_update(plan: Plan, case: tuple, backend: str) -> None:
+    count, with_second, restore, weight_decay = case
+    update_(
+        plan,
+        states(count),
+        *coefficients(count, with_second),
+        lr=3e-3,
+        eps=1e-8,
+        weight_decay=weight_decay,
+        restore=restore,
+        backend=backend,
+    )
+
+
+@functools.cache
+def reference_update(dtype: torch.dtype, case: tuple) -> list[torch.Tensor]:
+    tensors, arguments = zoo(dtype, unguarded)
+    run_update(Plan(tensors, **arguments), case, "reference")
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_update_has_the_bits_of_the_reference(isa, guarded, case, dtype):
+    tensors, arguments = zoo(dtype, guarded)
+    run_update(Plan(tensors, **arguments), case, "native")
+    for i, (got, expected) in enumerate(zip(tensors, reference_update(dtype, case), strict=True)):
+        assert_same_bits(got, expected, i)
+
+
+@functools.cache
+def reference_moments(count: int, with_second: bool) -> tuple[list, list]:
+    tensors, arguments = zoo(torch.bfloat16, unguarded)
+    plan = Plan(tensors, **arguments)
+    return moments(plan, states(count), *coefficients(count, with_second), backend="reference")
+
+
+@pytest.mark.parametrize("with_second", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 10, 33])
+def test_moments_have_the_bits_of_the_reference(isa, guarded, count, with_second):
+    tensors, arguments = zoo(torch.bfloat16, guarded)
+    before = [tensor.clone() for tensor in tensors]
+    plan = Plan(tensors, **arguments)
+    got = moments(plan, states(count), *coefficients(count, with_second), backend="native")
+    expected = reference_moments(count, with_second)
+    for i in range(len(tensors)):
+        assert got[0][i].shape == tensors[i].shape
+        assert_same_bits(got[0][i], expected[0][i], i)
+        assert_same_bits(got[1][i], expected[1][i], i)
+        assert_same_bits(tensors[i], before[i], i)  # neither written ...
+    if not with_second:
+        assert all(v.eq(1).all() for v in got[1])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_number_of_threads_does_not_matter(dtype):
+    """On sizes that are split over threads: many small tensors, long ones, and long rows-strided
+    ones, whose rows a split cuts."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        tensors = [weights(n, dtype, n) for n in (70001, *range(1, 400, 7), 50000)]
+        tensors.append(weights(300 * 517, dtype, 0).view(300, 517)[:, 5:505])
+        tensors.append(tensors[-1].clone())
+        parameters = [*range(len(tensors) - 1), len(tensors) - 2]
+        plan = Plan(tensors, parameters=parameters)
+        for case in ((3, True, 1e-3, 0.1), (1, False, 0.0, 0.0)):
+            run_update(plan, case, "native")
+        perturb_(plan, PhiloxState(1, 2, 3), 0.01, backend="native")
+        assert_same_bits(tensors[-1], tensors[-2], "strided and contiguous")
+        results.append(tensors)
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_a_long_horizon(isa, guarded):
+    got, expected = guarded(65, torch.float32, 1), weights(65, torch.float32, 2)
+    got.copy_(expected)
+    for tensor, backend in ((got, "native"), (expected, "reference")):
+        run_update(Plan([tensor]), (400, True, 1e-3, 0.1), backend)
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_types_mix_in_one_plan(backend):
+    together = [weights(500, dtype, 1) for dtype in (*TYPES, *TYPES)]
+    alone = [t.clone() for t in together]
+    run_update(Plan(together), (2, True, 1e-3, 0.1), backend)
+    for i, tensor in enumerate(alone):
+        run_update(Plan([tensor], parameters=[i]), (2, True, 1e-3, 0.1), backend)
+        assert_same_bits(together[i], tensor, i)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shard_gets_its_part_of_the_whole(backend):
+    """A parameter split along either dimension is updated as it is when whole."""
+    whole = weights(48 * 40, torch.float32, 6).view(48, 40)
+    top, bottom = whole[:17].clone(), whole[17:].clone()
+    left, right = whole[:, :13].clone(), whole[:, 13:].clone()
+    case = (3, True, 1e-3, 0.1)
+    run_update(Plan([whole], parameters=[4]), case, backend)
+    for piece, shard, expected in (
+        (top, Shard(), whole[:17]),
+        (bottom, Shard(offset=17 * 40), whole[17:]),
+        (left, Shard(rows=48, stride=40), whole[:, :13]),
+        (right, Shard(offset=13, rows=48, stride=40), whole[:, 13:]),
+    ):
+        run_update(Plan([piece], parameters=[4], shards=[shard]), case, backend)
+        assert_same_bits(piece, expected, shard)
+
+
+# --- the rule, against float64 ------------------------------------------------------------------
+
+UNIT = 2.0**-24  # the largest relative error of one rounding to float32
+STORE = {torch.float32: UNIT, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Half the spacing of the smallest numbers of a type, where the relative bound ends.
+TINY = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
+
+
+def rule_in_float64(theta, z, first, second, lr, eps, weight_decay, restore):
+    """The three formulas of the optimizer, and a bound on what float32 may add to them.
+
+    Every fma, product, root, quotient and scalar is off by at most UNIT of its own value. S1 is K
+    of them with K rounded coefficients: K + 1 units of the sum of magnitudes. S2, whose terms are
+    positive and squared first: K + 2 units. The root halves that and adds its own; eps, the sum
+    and the quotient are one each. Products of two errors are under 1 % of the bound.
+    """
+    count = len(first)
+    a = torch.tensor(first, dtype=torch.float64)[:, None]
+    t = theta + restore * z[0]
+    t_error = UNIT * (2 * (restore * z[0]).abs() + theta.abs())
+    s1, s1_error = (a * z).sum(0), (count + 1) * UNIT * (a * z).abs().sum(0)
+    if second is None:
+        step, step_error = s1, s1_error
+    else:
+        b = torch.tensor(second, dtype=torch.float64)[:, None]
+        root = (b * z * z).sum(0).sqrt() + eps
+        step = s1 / root
+        step_error = s1_error / root + step.abs() * ((count + 2) / 2 + 4) * UNIT
+    decayed = t * (1 - lr * weight_decay)
+    result = decayed - lr * step
+    error = t_error + 2 * UNIT * decayed.abs() + lr * (step_error + UNIT * step.abs())
+    return result, 1.01 * (error + UNIT * result.abs())
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_update_is_the_rule_in_float64(case, backend, dtype):
+    count, with_second, restore, weight_decay = case
+    lr, eps, n = 0.5, 1e-3, 1000  # large, so that a wrong term is far outside the bound
+    theta = torch.randn(n, generator=torch.Generator().manual_seed(8)).to(dtype)
+    before = theta.clone().double()
+    first, second = coefficients(count, with_second)
+    z = torch.stack(
+        [
+            sample_(torch.empty(n), state, parameter=7, backend="reference")
+            for state in states(count)
+        ]
+    ).double()
+    update_(
+        Plan([theta], parameters=[7]),
+        states(count),
+        first,
+        second,
+        lr=lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        restore=restore,
+        backend=backend,
+    )
+    expected, bound = rule_in_float64(before, z, first, second, lr, eps, weight_decay, restore)
+    # A float32 step off by 0.02 % of the typical one fails.
+    assert bound.median() < 2e-4 * (expected - before).abs().median()
+    if dtype != torch.float32:
+        bound += STORE[dtype] * expected.abs() * 1.01 + TINY[dtype]
+    assert ((theta.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_perturb_is_one_rounded_sum(backend, dtype):
+    """theta + scale z in float64, exact but for 2**-53, rounded by torch: off by a unit of the
+    float32 result at most (scale is taken here as float32 has it), then by the type's store."""
+    n, scale = 1000, reference.to_float32(-0.37)
+    theta = torch.randn(n, generator=torch.Generator().manual_seed(9)).to(dtype)
+    z = sample_(torch.empty(n), PhiloxState(1, 2, 3), parameter=5, backend="reference")
+    expected = theta.double() + scale * z.double()
+    perturb_(Plan([theta], parameters=[5]), PhiloxState(1, 2, 3), scale, backend=backend)
+    bound = (STORE[dtype] + UNIT) * expected.abs() * 1.01 + TINY[dtype]
+    assert ((theta.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_are_what_update_divides(backend):
+    n, count = 1000, 10
+    first, second = coefficients(count, True)
+    theta = torch.zeros(n)
+    m, v = moments(Plan([theta]), states(count), first, second, backend=backend)
+    run_update(Plan([theta]), (count, True, 0.0, 0.0), backend)
+    # With theta = 0 and correctly rounded roots and quotients, the same operations in torch.
+    eps, lr = reference.to_float32(1e-8), reference.to_float32(3e-3)
+    step = (m[0].double() / (v[0].double().sqrt().float() + eps).double()).float()
+    assert_same_bits(theta, -lr * step)
+
+
+def test_apply_update_takes_published_directions():
+    """The reference's rule on directions that are given, such as those of a paper's figure, is
+    what it does to those that it regenerates."""
+    n, count = 257, 4
+    theta = torch.randn(n, generator=torch.Generator().manual_seed(10))
+    first, second = coefficients(count, True)
+    z = [
+        sample_(torch.empty(n), state, parameter=0, backend="reference") for state in states(count)
+    ]
+    expected = reference.apply_update(
+        theta, z, first, second, lr=3e-3, eps=1e-8, decay=1 - 3e-3 * 0.1, restore=1e-3
+    )
+    run_update(Plan([theta]), (count, True, 1e-3, 0.1), "reference")
+    assert_same_bits(theta, expected)
+
+
+# --- the process around a call ------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("operation", ["sample", "perturb", "update", "moments"])
+def test_kernels_release_the_interpreter_lock(operation):
+    """Another Python thread wakes every millisecond or so during a call of 0.1 s or more; were the
+    lock held, it could not wake once."""
+    theta = torch.zeros(2**24)
+    plan = Plan([theta])
+    first, second = coefficients(1, True)
+    state = PhiloxState(1, 2)
+    call = {
+        "sample": lambda: sample_(theta, state, backend="native"),
+        "perturb": lambda: perturb_(plan, state, 0.1, backend="native"),
+        "update": lambda: update_(plan, [state], first, second, lr=1.0, backend="native"),
+        "moments": lambda: moments(plan, [state], first, None, backend="native"),
+    }[operation]
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    with native.use_isa("portable"):  # the slowest: the call lasts long enough to see
+        thread.start()
+        begin = time.perf_counter()
+        call()
+        end = time.perf_counter()
+        done.set()
+        thread.join()
+    assert sum(begin < t < end for t in ticks) >= 10, end - begin
+
+
+@pytest.fixture
+def flush_to_zero():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals to zero")
+    torch.set_flush_denormal(False)
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+def subnormal_results(dtype: torch.dtype, scale: float, first: list, eps: float) -> list:
+    """Weights after operations whose inputs, sums and results are mostly subnormal numbers."""
+    size = 40000  # enough for two threads
+    tiny = {torch.float32: 1e-39, torch.bfloat16: 1e-39, torch.float16: 2e-6}[dtype]
+    integers = torch.randint(0, 2**9, (size,), generator=torch.Generator().manual_seed(11))
+    # From bit patterns: torch itself may be flushing.
+    results = [integers.to(INTEGERS[dtype]).view(dtype) for _ in range(2)]
+    perturb_(Plan(results[:1]), PhiloxState(1, 2), scale, backend="native")
+    update_(
+        Plan(results[1:]),
+        states(2),
+        first,
+        [2e-38, 4e-38],
+        lr=20 * tiny,
+        eps=eps,
+        restore=scale,
+        backend="native",
+    )
+    return results
+
+
+def check_flushing_changes_nothing(flush_to_zero, *arguments) -> None:
+    expected = subnormal_results(*arguments)
+    for t in expected:
+        smallest = torch.finfo(t.dtype).smallest_normal
+        assert ((t != 0) & (t.abs() < smallest)).sum() > t.numel() // 10, "nothing to flush here"
+    flush_to_zero(True)
+    got = subnormal_results(*arguments)
+    still_flushing = (torch.full((1,), 2e-38) * 1e-3).view(torch.int32).item() == 0
+    flush_to_zero(False)
+    assert still_flushing, "a kernel left the caller's floating-point mode changed"
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_flushing_subnormals_in_the_process_changes_no_bit(isa, flush_to_zero, dtype, threads):
+    """torch.set_flush_denormal, which `-ffast-math` in any library of the process also does."""
+    torch.set_num_threads(threads)
+    scale = 2e-6 if dtype == torch.float16 else 2e-38
+    check_flushing_changes_nothing(flush_to_zero, dtype, scale, [1e-20, 2e-20], 1e-30)
+
+
+@needs_native
+def test_flushing_subnormals_changes_no_scalar(flush_to_zero):
+    """Scalars that are subnormal in float32 are rounded to it, not flushed."""
+    check_flushing_changes_nothing(flush_to_zero, torch.float32, 1e-39, [1e-40, 2e-41], 1e-42)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_is_told_of_the_write(backend):
+    weight = torch.ones(10, requires_grad=True)
+    loss = (weight * weight).sum()
+    perturb_(Plan([weight]), PhiloxState(1, 2), 0.1, backend=backend)
+    assert weight.requires_grad
+    assert weight.grad_fn is None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_leave_no_trace_in_autograd(backend):
+    weight = torch.ones(10, requires_grad=True)
+    loss = (weight * weight).sum()
+    moments(Plan([weight]), [PhiloxState(1, 2)], [1.0], [1.0], backend=backend)
+    loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode(backend):
+    with torch.inference_mode():
+        theta = torch.zeros(9)
+        perturb_(Plan([theta]), PhiloxState(1, 2), 1.0, backend=backend)
+    assert_same_bits(theta.clone(), sample_(torch.empty(9), PhiloxState(1, 2), backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_plan_is_no_work(backend):
+    plan = Plan([])
+    perturb_(plan, PhiloxState(1, 2), 1.0, backend=backend)
+    run_update(plan, (2, True, 0.0, 0.0), backend)
+    assert moments(plan, states(1), [1.0], [1.0], backend=backend) == ([], [])
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def quantized():
+    return torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8)
+
+
+BAD_TENSORS = {
+    "a list": (lambda: [1.0, 2.0], TypeError, "expected a torch.Tensor, got list"),
+    "int64": (lambda: torch.zeros(4, dtype=torch.int64), TypeError, "dtype torch.int64"),
+    "bool": (lambda: torch.zeros(4, dtype=torch.bool), TypeError, "dtype torch.bool"),
+    "float64": (lambda: torch.zeros(4, dtype=torch.float64), TypeError, "dtype torch.float64"),
+    "complex": (lambda: torch.zeros(4, dtype=torch.complex64), TypeError, "dtype torch.complex64"),
+    "float8": (lambda: torch.zeros(4).to(torch.float8_e4m3fn), TypeError, "dtype torch.float8"),
+    "meta": (lambda: torch.zeros(4, device="meta"), TypeError, "meta device"),
+    "sparse": (lambda: torch.eye(4).to_sparse(), TypeError, "layout torch.sparse_coo"),
+    "csr": (lambda: torch.eye(4).to_sparse_csr(), TypeError, "layout torch.sparse_csr"),
+    "quantized": (quantized, TypeError, "qint8"),
+    "negated": (lambda: torch._neg_view(torch.zeros(4)), TypeError, "resolve_neg"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        TypeError,
+        "nested",
+    ),
+    "expanded": (lambda: torch.zeros(1, 4).expand(3, 4), ValueError, "overlap"),
+    "overlapping": (lambda: torch.zeros(9).as_strided((3, 4), (2, 1)), ValueError, "overlap"),
+    "transposed": (lambda: torch.zeros(3, 4).t(), ValueError, "contiguous"),
+    "strided twice": (lambda: torch.zeros(4, 6, 8)[:, ::2, ::4], ValueError, "contiguous"),
+    "view of a parameter": (
+        lambda: torch.zeros(4, requires_grad=True)[1:],
+        ValueError,
+        "requires grad",
+    ),
+    "freed": (
+        lambda: (t := torch.zeros(4), t.untyped_storage().resize_(0))[0],
+        ValueError,
+        "memory",
+    ),
+}
+
+
+# Quantized, nested and CSR tensors say when made that they are prototypes or on their way out.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_tensors_that_are_refused(kind):
+    make, error, message = BAD_TENSORS[kind]
+    with pytest.raises(error, match=message) as raised:
+        Plan([torch.zeros(2), make()], names=["fine", "layers.3.weight"])
+    assert "layers.3.weight" in str(raised.value)
+
+
+def test_tensors_that_share_memory_are_refused():
+    buffer = torch.zeros(100)
+    wide = torch.zeros(10, 20)
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    pairs = [
+        (buffer, buffer),
+        (buffer[:10], buffer[9:20]),
+        (buffer[10:90], buffer[40:50]),
+        (buffer.view(torch.bfloat16)[:4], buffer[1:5]),
+        (wide[:, :6], wide[:, 5:10]),
+        (wide[:, :6], wide[3]),
+        (parameter, parameter.detach()),
+    ]
+    for a, b in pairs:
+        for first, second in ((a, b), (b, a)):
+            with pytest.raises(ValueError, match=r"share memory.*tied") as raised:
+                Plan([first, torch.zeros(3), second], names=["up", "other", "down"])
+            assert "up" in str(raised.value)
+            assert "down" in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neighbours_in_one_buffer_are_not_overlap(backend):
+    """Slices of one flat buffer (as FSDP keeps them), and columns of one matrix."""
+    buffer, wide = torch.zeros(100), torch.zeros(10, 20)
+    tensors = [buffer[:10], buffer[10:40], buffer[40:], wide[:, :6], wide[:, 6:7], wide[:, 7:]]
+    perturb_(Plan(tensors), PhiloxState(1, 2), 1.0, backend=backend)
+    assert buffer.ne(0).all()
+    assert wide.ne(0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parameters": [0]}, "1 parameters for 2 tensors"),
+        ({"shards": [None]}, "1 shards for 2 tensors"),
+        ({"names": ["a", "b", "c"]}, "3 names for 2 tensors"),
+        ({"parameters": [0, 2**24]}, r"tensor 1.*2\*\*24"),
+        ({"parameters": [-1, 0]}, r"tensor 0.*2\*\*24"),
+        ({"parameters": [0.5, 0]}, r"tensor 0.*2\*\*24"),
+        ({"shards": [Shard(rows=3, stride=9), None]}, "tensor 0.*8 elements"),
+        ({"shards": [Shard(rows=0), None]}, "tensor 0.*8 elements"),
+        ({"shards": [Shard(offset=-1), None]}, "tensor 0.*offset=-1"),
+        ({"shards": [Shard(rows=2, stride=3), None]}, "tensor 0.*overlap"),
+        ({"shards": [Shard(offset=2**63 - 7), None]}, r"tensor 0.*2\*\*63"),
+        ({"shards": [Shard(rows=2, stride=2**63 - 2), None]}, r"tensor 0.*2\*\*63"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_plans_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Plan([torch.zeros(8), torch.zeros(2)], **arguments)
+
+
+GOOD = {"states": [PhiloxState(1, 3), PhiloxState(1, 2)], "first": [1.0, 0.5], "second": [1.0, 0.5]}
+TOO_LARGE = (math.nan, math.inf, -math.inf, 3.5e38)
+BAD_UPDATES = [
+    *(({name: x}, f"{name} must be finite") for name in ("lr", "restore") for x in TOO_LARGE),
+    *(({name: math.nan}, f"{name} must be finite") for name in ("eps", "weight_decay")),
+    *(({name: [1.0, x]}, f"{name}.*finite") for name in ("first", "second") for x in TOO_LARGE),
+    ({"second": [1.0, -0.5]}, "second must not be negative"),
+    ({"eps": 0.0}, "eps must be positive"),
+    ({"eps": -1e-8}, "eps must be positive"),
+    ({"eps": 1e-50}, "eps must be positive in float32"),
+    ({"lr": 1e30, "weight_decay": 1e30}, "weight_decay"),
+    ({"first": [1.0]}, "first has 1 coefficients for 2 states"),
+    ({"second": [1.0] * 3}, "second has 3 coefficients for 2 states"),
+    ({"states": [], "first": [], "second": []}, "at least one"),
+    ({"states": [PhiloxState(1, 3), PhiloxState(2, 2)]}, "share key"),
+    ({"states": [PhiloxState(1, 3), PhiloxState(1, 2, 1)]}, "share key and offset"),
+    ({"distribution": "gaussian"}, "distribution must be one of"),
+    ({"rounding": "up"}, "rounding must be one of"),
+    ({"backend": "fortran"}, "unknown backend 'fortran'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_UPDATES, ids=lambda value: str(value)[:60])
+def test_updates_that_are_refused(arguments, message):
+    theta = torch.arange(5.0)
+    arguments = {**GOOD, "lr": 0.1, "backend": "reference", **arguments}
+    with pytest.raises(ValueError, match=message):
+        update_(Plan([theta]), **arguments)
+    assert torch.equal(theta, torch.arange(5.0)), "a refused call changed the weights"
+
+
+@pytest.mark.parametrize("scale", TOO_LARGE)
+def test_perturbations_that_are_refused(scale):
+    with pytest.raises(ValueError, match="scale must be finite"):
+        perturb_(Plan([torch.zeros(3)]), PhiloxState(1, 2), scale)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (PhiloxState(-1, 0), r"key must be an integer in \[0, 2\*\*64\), got -1"),
+        (PhiloxState(2**64, 0), "key must be"),
+        (PhiloxState(0.5, 0), "key must be"),
+        (PhiloxState(0, 2**32), r"counter must be an integer in \[0, 2\*\*32\)"),
+        (PhiloxState(0, -1), "counter must be"),
+        (PhiloxState(0, 0, -1), "offset must be"),
+        (PhiloxState(0, 0, 2**63), "offset must be"),
+        # Each fits, their sum does not: element 2**63 has no place in the reference's int64.
+        (PhiloxState(0, 0, 2**63 - 2), r"2\*\*63"),
+    ],
+    ids=str,
+)
+def test_states_that_are_refused(state, message):
+    plan, out = Plan([torch.zeros(3)]), torch.zeros(3)
+    for call in (
+        lambda: sample_(out, state),
+        lambda: perturb_(plan, state, 0.1),
+        lambda: update_(plan, [state], [1.0], [1.0], lr=0.1),
+        lambda: moments(plan, [state], [1.0], [1.0]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_elements_of_the_index_space(backend):
+    out = sample_(torch.empty(3), PhiloxState(0, 0, 2**63 - 3), backend=backend)
+    expected = reference.exact_direction(2**63 - 3, 0, 1, 3, key=0, direction=0, parameter=0)[0]
+    assert_same_bits(out, expected)
+
+
+def test_a_plan_is_asked_for():
+    with pytest.raises(TypeError, match=r"plan must be an adamezo_kernels\.Plan, got list"):
+        perturb_([torch.zeros(3)], PhiloxState(1, 2), 0.1)
+
+
+@needs_native
+def test_the_environment_forces_an_instruction_set(monkeypatch):
+    for name in INSTRUCTION_SETS:
+        monkeypatch.setenv("ADAMEZO_ISA", name)
+        assert native.instruction_set() == name
+    monkeypatch.setenv("ADAMEZO_ISA", "mmx")
+    with pytest.raises(RuntimeError, match=r"'mmx'.*this machine can run .*portable"):
+        perturb_(Plan([torch.zeros(3)]), PhiloxState(1, 2), 0.1, backend="native")
+
+
+def test_a_backend_that_is_named_never_falls_back(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    plan, state = Plan([torch.zeros(3)]), PhiloxState(1, 2)
+    with pytest.raises(RuntimeError, match="backend 'native' is not available.*cannot be imported"):
+        perturb_(plan, state, 0.1, backend="native")
+    monkeypatch.setenv("ADAMEZO_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="backend 'native' is not available"):
+        perturb_(plan, state, 0.1)
+    monkeypatch.delenv("ADAMEZO_BACKEND")
+    perturb_(plan, state, 0.1)  # one that is not named does
+    assert plan.segments[0].tensor.ne(0).all()
