@@ -11,24 +11,6 @@ from . import STREAM_VERSION
 from .backends import BACKENDS, choose, native
 
 
-def _cuda() -> str:
-    if not native.availability()[0]:
-        return "no compiled module, so no CUDA part of it either"
-    report = native.build_report()["cuda"]
-    if report.startswith("off"):
-        return (
-            f"{report}. To build it: install a CUDA toolkit, then "
-            "`ADAMEZO_CUDA=ON pip install --force-reinstall --no-deps .`"
-        )
-    status = native.cuda_report()
-    found = f"built by {report}; "
-    if status["devices"]:
-        return found + f"{status['devices']} device(s) visible"
-    if not status["driver_version"]:
-        return found + "no NVIDIA driver on this machine"
-    return found + f"no device usable: {status['error']}"
-
-
 def report() -> str:
     """The text that the command prints."""
     lines = [
@@ -43,7 +25,8 @@ def report() -> str:
         "",
         f"instruction sets   {', '.join(native.instruction_sets()) or 'none (nothing compiled)'}",
         f"threads            {torch.get_num_threads()} (torch.get_num_threads())",
-        f"cuda               {_cuda()}",
+        "distributions      "
+        + "; ".join(f"{b.NAME}: {', '.join(b.DISTRIBUTIONS)}" for b in BACKENDS.values()),
         f"taken for cpu      {choose([torch.device('cpu')]).NAME}",
     ]
     if torch.cuda.is_available():

@@ -44,7 +44,7 @@ def sample_(
     """
     plan = Plan([out], parameters=[parameter], names=["out"])
     _check_stream(plan, [state], distribution)
-    _backend(plan, backend).sample(plan, state, distribution)
+    _backend(plan, backend, distribution).sample(plan, state, distribution)
     return out
 
 
@@ -66,7 +66,7 @@ def perturb_(
     """
     _check_stream(plan, [state], distribution)
     scale = _number("scale", scale)
-    _backend(plan, backend).perturb(plan, state, scale, distribution)
+    _backend(plan, backend, distribution).perturb(plan, state, scale, distribution)
 
 
 def update_(
@@ -117,7 +117,7 @@ def update_(
         raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    _backend(plan, backend).update(
+    _backend(plan, backend, distribution).update(
         plan, states, first, second, lr, eps, decay, restore, distribution
     )
 
@@ -146,12 +146,12 @@ def moments(
         ]
         for _ in range(2)
     )
-    _backend(plan, backend).moments(plan, states, first, second, distribution, m, v)
+    _backend(plan, backend, distribution).moments(plan, states, first, second, distribution, m, v)
     return m, v
 
 
-def _backend(plan: Plan, name: str | None):  # type: ignore[no-untyped-def]
-    return choose((segment.tensor.device for segment in plan), name)
+def _backend(plan: Plan, name: str | None, distribution: str):  # type: ignore[no-untyped-def]
+    return choose((segment.tensor.device for segment in plan), name, distribution)
 
 
 def _check_stream(plan: Plan, states: Sequence[PhiloxState], distribution: str) -> None:

@@ -72,6 +72,16 @@ class Launch:
         return sum(segment.elements for segment in self.segments)
 
     @cached_property
+    def last_index(self) -> int:
+        """The largest index of an element in its whole parameter."""
+        return max(segment.last_index for segment in self.segments)
+
+    @cached_property
+    def copies(self) -> dict[int, Tensor]:
+        """The table on a GPU, by the handle of the stream that it was copied on and is used on."""
+        return {}
+
+    @cached_property
     def table(self) -> Tensor:
         """int64 of shape (segments, 8), on the host: the columns of csrc/adamezo/segment.h."""
         rows, first = [], 0
@@ -168,9 +178,7 @@ class Plan:
 def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment:
     _check_tensor(tensor, name)
     if not isinstance(parameter, int) or not 0 <= parameter < MAX_PARAMETERS:
-        raise ValueError(
-            f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}"
-        )
+        raise ValueError(f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}")
     elements = tensor.numel()
     rows, stride = _rows_in_memory(tensor, name)
     if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
@@ -199,9 +207,7 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
             f"them {shard.stride} apart"
         )
     if segment.last_index >= _MAX_INDEX:
-        raise ValueError(
-            f"{name}: element indices reach {segment.last_index}, the limit is 2**63"
-        )
+        raise ValueError(f"{name}: element indices reach {segment.last_index}, the limit is 2**63")
     return segment
 
 

@@ -8,8 +8,13 @@ STREAM_VERSION = 1
 """Version of the mapping from (seed, direction, parameter, element) to bits. To change one bit of
 any direction is to change this number: saved runs name it."""
 
-DISTRIBUTIONS = ("exact",)
-"""Kinds of directions. ``exact``: standard normals with the same bits on every device."""
+DISTRIBUTIONS = ("exact", "fast", "rademacher")
+"""Kinds of directions, each a stream of its own: a run uses one from its first step to its last.
+
+``exact``: standard normals with the same bits on every device. ``fast``: nearly the same normals
+in fewer instructions, on CUDA devices only, with bits that are a device's own. ``rademacher``:
+signs, +1 or -1, with the same bits on every device.
+"""
 
 
 class PhiloxState(NamedTuple):

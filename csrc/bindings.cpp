@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cuda/launch.h"
 #if defined(ADAMEZO_WITH_CUDA)
 #include "cuda/device.h"
 #endif
@@ -48,8 +50,8 @@ std::vector<float> narrow(const std::vector<double>& values) {
   return std::vector<float>(values.begin(), values.end());
 }
 
-void sample(const std::string& isa, int threads, const Table& table, uint64_t seed,
-            uint64_t offset, uint32_t direction) {
+void sample(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
+            uint32_t direction) {
   const std::vector<uint32_t> directions{direction};
   run(kernels_named(isa).sample, job_over(table, seed, offset, directions), threads);
 }
@@ -69,10 +71,10 @@ void check_length(const char* name, size_t got, size_t expected) {
                                 " coefficients for " + std::to_string(expected) + " directions");
 }
 
-void update(const std::string& isa, int threads, const Table& table, uint64_t seed,
-            uint64_t offset, const std::vector<uint32_t>& directions,
-            const std::vector<double>& first, const std::optional<std::vector<double>>& second,
-            double restore, double minus_lr, double eps, double decay) {
+void update(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
+            const std::vector<uint32_t>& directions, const std::vector<double>& first,
+            const std::optional<std::vector<double>>& second, double restore, double minus_lr,
+            double eps, double decay) {
   if (directions.empty()) throw std::invalid_argument("an update needs at least one direction");
   check_length("first", first.size(), directions.size());
   if (second) check_length("second", second->size(), directions.size());
@@ -89,9 +91,9 @@ void update(const std::string& isa, int threads, const Table& table, uint64_t se
   run(kernels_named(isa).update, job, threads);
 }
 
-void moment(const std::string& isa, int threads, const Table& table, uint64_t seed,
-            uint64_t offset, const std::vector<uint32_t>& directions,
-            const std::vector<double>& coefficients, bool squared) {
+void moment(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
+            const std::vector<uint32_t>& directions, const std::vector<double>& coefficients,
+            bool squared) {
   check_length("coefficients", coefficients.size(), directions.size());
   const DefaultFloatingPoint guard;
   const auto narrowed = narrow(coefficients);
@@ -112,6 +114,49 @@ py::dict build_report() {
   report["compiler"] = ADAMEZO_BUILD_COMPILER;
   report["cuda"] = ADAMEZO_BUILD_CUDA;
   return report;
+}
+
+// --- CUDA: what has to lie in a device's memory lies in tensors, of which addresses arrive here
+// ----
+
+// Writes a job's directions and coefficients for the kernels: three rows of 32-bit words.
+void cuda_directions(uint64_t address, const std::vector<uint32_t>& directions,
+                     const std::optional<std::vector<double>>& first,
+                     const std::optional<std::vector<double>>& second) {
+  const DefaultFloatingPoint guard;
+  const size_t horizon = directions.size();
+  auto* row = reinterpret_cast<uint32_t*>(address);
+  std::copy(directions.begin(), directions.end(), row);
+  for (const auto* coefficients : {&first, &second}) {
+    row += horizon;
+    if (*coefficients) check_length("coefficients", (*coefficients)->size(), horizon);
+    for (size_t k = 0; k < horizon; ++k)
+      row[k] = float_to_bits(*coefficients ? float((**coefficients)[k]) : 0.0f);
+  }
+}
+
+// A job over a table and directions in a device's memory, or in the host's for cuda_on_host.
+struct CudaJob {
+  Operation operation;
+  Distribution distribution;
+  Job job;
+  HighWords highs;
+};
+
+CudaJob cuda_job(int operation, int distribution, const Table& table, uint64_t seed,
+                 uint64_t offset, uint64_t directions, int64_t horizon, bool with_second,
+                 double scale, double minus_lr, double eps, double decay, const HighWords& highs) {
+  const DefaultFloatingPoint guard;
+  Job job = job_over(table, seed, offset, {});
+  job.directions = reinterpret_cast<const uint32_t*>(directions);
+  job.horizon = horizon;
+  job.first = reinterpret_cast<const float*>(job.directions + horizon);
+  job.second = with_second ? job.first + horizon : nullptr;
+  job.scale = float(scale);
+  job.minus_lr = float(minus_lr);
+  job.eps = float(eps);
+  job.decay = float(decay);
+  return {Operation(operation), Distribution(distribution), job, highs};
 }
 
 #if defined(ADAMEZO_WITH_CUDA)
@@ -155,8 +200,35 @@ PYBIND11_MODULE(_native, m) {
         py::arg("key"), py::arg("rounds") = kPhiloxRounds);
   m.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest first.");
   m.def("build_report", &build_report);
+
+  m.def("cuda_directions", &cuda_directions, py::arg("address"), py::arg("directions"),
+        py::arg("first"), py::arg("second"));
+  py::class_<CudaJob>(m, "CudaJob")
+      .def(py::init(&cuda_job), py::kw_only(), py::arg("operation"), py::arg("distribution"), table,
+           seed, offset, py::arg("directions"), py::arg("horizon"), py::arg("with_second"),
+           py::arg("scale"), py::arg("minus_lr"), py::arg("eps"), py::arg("decay"),
+           py::arg("highs"));
+  m.def(
+      "cuda_on_host",
+      [](const CudaJob& job, int64_t blocks, int threads) {
+        cuda_on_host(job.operation, job.distribution, job.job, job.highs, blocks, threads);
+      },
+      "The kernels' bodies on the host, thread by thread, for tests.", py::arg("job"),
+      py::arg("blocks"), py::arg("threads"), unlocked);
 #if defined(ADAMEZO_WITH_CUDA)
   m.def("cuda_report", &cuda_report);
+  m.def(
+      "cuda_launch",
+      [](const CudaJob& job, int device, uint64_t stream) {
+        cuda_launch(job.operation, job.distribution, job.job, job.highs, device, stream);
+      },
+      py::arg("job"), py::arg("device"), py::arg("stream"), unlocked);
+  m.def(
+      "cuda_check_sqrt",
+      [](uint64_t count, int device, uint64_t stream) {
+        cuda_check_sqrt(reinterpret_cast<uint64_t*>(count), device, stream);
+      },
+      py::arg("count"), py::arg("device"), py::arg("stream"), unlocked);
 #endif
 }
 

@@ -1,8 +1,8 @@
 """What can run the operations, and which of them does.
 
-A backend is a module with ``availability() -> (bool, reason)``, ``supports(device) -> bool`` and
-the operations ``sample``, ``perturb``, ``update`` and ``moments`` on arguments that
-:mod:`adamezo_kernels.ops` has checked.
+A backend is a module with ``availability() -> (bool, reason)``, ``supports(device) -> bool``,
+``DISTRIBUTIONS`` and the operations ``sample``, ``perturb``, ``update`` and ``moments`` on
+arguments that :mod:`adamezo_kernels.ops` has checked.
 """
 
 from __future__ import annotations
@@ -13,26 +13,47 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import cuda, native, reference
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"native": native, "cuda": cuda, "reference": reference}
 """By name, the preferred first."""
 
 
-def choose(devices: Iterable[torch.device], name: str | None = None) -> ModuleType:
-    """The backend for tensors on ``devices``.
+def choose(
+    devices: Iterable[torch.device], name: str | None = None, distribution: str = "exact"
+) -> ModuleType:
+    """The backend for tensors on ``devices`` and this kind of directions.
 
     A backend that was named, in the call or by ``ADAMEZO_BACKEND``, is taken or refused, never
-    replaced. Otherwise it is the first of BACKENDS that is available and supports the devices.
+    replaced. Otherwise it is the first of BACKENDS that is available and supports both.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: the named backend is not available here, or does not support a device.
+        RuntimeError: the named backend is not available here, or does not support a device or the
+            distribution; or none does; or the devices are of more than one type.
     """
     devices = set(devices)
+    found = ", ".join(sorted(map(str, devices)))
     name = name or os.environ.get("ADAMEZO_BACKEND") or None
     if name is None:
-        return next(b for b in BACKENDS.values() if b.availability()[0] and _supports(b, devices))
+        if len({device.type for device in devices}) > 1:
+            raise RuntimeError(
+                f"the tensors are on {found}, expected devices of one type: make a Plan for the "
+                "tensors of each type, or move the odd ones"
+            )
+        reasons = []
+        for backend in BACKENDS.values():
+            if not _supports(backend, devices):
+                continue
+            available, reason = backend.availability()
+            if available and distribution in backend.DISTRIBUTIONS:
+                return backend
+            takes = f"{backend.NAME} has {', '.join(backend.DISTRIBUTIONS)}"
+            reasons.append(takes if available else f"{takes}, and cannot run: {reason}")
+        raise RuntimeError(
+            f"no backend does distribution {distribution!r} for tensors on {found}: "
+            + "; ".join(reasons)
+        )
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
@@ -40,10 +61,14 @@ def choose(devices: Iterable[torch.device], name: str | None = None) -> ModuleTy
     if not available:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if not _supports(backend, devices):
-        found = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(
             f"backend {name!r} does not support tensors on {found}; name none, and the best one "
             "that does is taken"
+        )
+    if distribution not in backend.DISTRIBUTIONS:
+        raise RuntimeError(
+            f"backend {name!r} has no distribution {distribution!r}, expected one of "
+            f"{', '.join(backend.DISTRIBUTIONS)}"
         )
     return backend
 

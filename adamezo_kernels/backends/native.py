@@ -23,6 +23,8 @@ except ImportError as error:
 
 NAME = "native"
 
+DISTRIBUTIONS = ("exact",)
+
 _forced_instruction_set: str | None = None
 
 
@@ -101,7 +103,11 @@ def _call(launch: Launch, operation: str, state: PhiloxState, **arguments: Any) 
         state.offset,
         **arguments,
     )
-    # Written behind autograd's back: let it know.
+    mark_written(launch)
+
+
+def mark_written(launch: Launch) -> None:
+    """Lets autograd know of what was written behind its back."""
     written = [s.tensor for s in launch.segments if not s.tensor.is_inference()]
     torch.autograd.graph.increment_version(written)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NAME = "reference"
 
+DISTRIBUTIONS = ("exact", "rademacher")
+
 CHUNK = 2**16
 """Elements worked on at a time. The temporaries of one chunk are about 16 float64 tensors of this
 length (8 MiB), whatever the size of the weights; larger chunks fall out of the cache."""
@@ -256,7 +258,35 @@ def exact_direction(
     return covering.gather(1, phase[:, None] + count(row_length))
 
 
-_DIRECTIONS: dict[str, Callable[..., Tensor]] = {"exact": exact_direction}
+def rademacher_direction(
+    index_offset: int,
+    index_stride: int,
+    rows: int,
+    row_length: int,
+    *,
+    key: int,
+    direction: int,
+    parameter: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Signs +1 and -1, with the arguments of :func:`exact_direction`.
+
+    A call gives 128 of them: element i is bit i % 32 of word (i // 32) % 4 of the call whose block
+    is i // 128, and a bit that is set stands for -1. Every element makes a call of its own here.
+    """
+    row = index_offset + index_stride * torch.arange(rows, dtype=torch.int64, device=device)
+    index = row[:, None] + torch.arange(row_length, dtype=torch.int64, device=device)
+    block = index >> 7
+    purpose = PURPOSE_DIRECTION << 24
+    words = philox4x32(block & _WORD, block >> 32, direction, parameter | purpose, key)
+    word = torch.stack(cast("list[Tensor]", words)).gather(0, ((index >> 5) & 3)[None])[0]
+    return (1 - 2 * ((word >> (index & 31)) & 1)).float()
+
+
+_DIRECTIONS: dict[str, Callable[..., Tensor]] = {
+    "exact": exact_direction,
+    "rademacher": rademacher_direction,
+}
 
 
 # --- operations -------------------------------------------------------------------------------

@@ -15,13 +15,20 @@
 #if defined(__CUDACC__)
 #define ADAMEZO_HD __host__ __device__ __forceinline__
 #define ADAMEZO_INLINE_LAMBDA
+#if defined(__CUDA_ARCH__)
 #define ADAMEZO_UNROLL _Pragma("unroll")
+#define ADAMEZO_NO_UNROLL _Pragma("unroll 1")
+#else  // nvcc's pass for the host, whose compiler does not know these
+#define ADAMEZO_UNROLL
+#define ADAMEZO_NO_UNROLL
+#endif
 #else
 // always_inline also keeps these functions from being emitted out of line: a copy compiled with
 // AVX-512 flags must never be the one that the linker picks for a machine without them.
 #define ADAMEZO_HD inline __attribute__((always_inline))
 #define ADAMEZO_INLINE_LAMBDA __attribute__((always_inline))
 #define ADAMEZO_UNROLL _Pragma("GCC unroll 16")
+#define ADAMEZO_NO_UNROLL
 #endif
 
 namespace adamezo {

@@ -35,6 +35,22 @@ struct PhiloxKey {
   ADAMEZO_HD uint32_t hi_of_round(int round) const { return hi + uint32_t(round) * kPhiloxW1; }
 };
 
+// The same numbers, worked out once: a GPU reads them as operands from its constant memory.
+struct PhiloxRoundKeys {
+  uint32_t lo[kPhiloxRounds], hi[kPhiloxRounds];
+
+  ADAMEZO_HD explicit PhiloxRoundKeys(PhiloxKey key) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      lo[round] = key.lo_of_round(round);
+      hi[round] = key.hi_of_round(round);
+    }
+  }
+  ADAMEZO_HD uint32_t lo_of_round(int round) const { return lo[round]; }
+  ADAMEZO_HD uint32_t hi_of_round(int round) const { return hi[round]; }
+};
+
+// Key is either of the two in the functions below.
+
 ADAMEZO_HD uint32_t mul_hi(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
 
 // The generator as published: `counter` becomes the output.
@@ -54,7 +70,8 @@ struct PhiloxStream {
   uint32_t y0, y2, y3;  // to be combined with the group's shared words; round keys included
 };
 
-ADAMEZO_HD PhiloxStream philox_stream(PhiloxKey key, uint32_t direction, uint32_t block_hi) {
+template <class Key>
+ADAMEZO_HD PhiloxStream philox_stream(const Key& key, uint32_t direction, uint32_t block_hi) {
   const uint32_t x0 = mul_hi(kPhiloxM1, direction) ^ block_hi ^ key.lo_of_round(0);
   const uint32_t x1 = kPhiloxM1 * direction;
   return {x1 ^ key.lo_of_round(1), mul_hi(kPhiloxM0, x0) ^ key.hi_of_round(1),
@@ -68,15 +85,14 @@ struct PhiloxGroup {
   typename L::Words y0, y1, y2;
 };
 
-template <class L>
-ADAMEZO_HD PhiloxGroup<L> philox_group(PhiloxKey key, typename L::Words block_lo,
+template <class L, class Key>
+ADAMEZO_HD PhiloxGroup<L> philox_group(const Key& key, typename L::Words block_lo,
                                        uint32_t parameter_and_purpose) {
   const auto product = L::multiply(block_lo, kPhiloxM0);
   const auto x2 = L::exclusive_or(L::hi(product), L::words(parameter_and_purpose),
                                   L::words(key.hi_of_round(0)));
   const auto next = L::multiply(x2, kPhiloxM1);
-  return {L::hi(next), L::exclusive_or(L::lo(next), L::words(key.lo_of_round(2))),
-          L::lo(product)};
+  return {L::hi(next), L::exclusive_or(L::lo(next), L::words(key.lo_of_round(2))), L::lo(product)};
 }
 
 // A call on its way: the words of every block of the group after some of the rounds.
@@ -89,16 +105,14 @@ constexpr int kPhiloxFirstRound = 3;  // that philox_begin leaves to do
 
 template <class L>
 ADAMEZO_HD PhiloxCall<L> philox_begin(const PhiloxGroup<L>& group, const PhiloxStream& stream) {
-  const auto product0 =
-      L::multiply(L::exclusive_or(group.y0, L::words(stream.y0)), kPhiloxM0);
-  const auto product1 =
-      L::multiply(L::exclusive_or(group.y2, L::words(stream.y2)), kPhiloxM1);
+  const auto product0 = L::multiply(L::exclusive_or(group.y0, L::words(stream.y0)), kPhiloxM0);
+  const auto product1 = L::multiply(L::exclusive_or(group.y2, L::words(stream.y2)), kPhiloxM1);
   return {L::exclusive_or(L::hi(product1), group.y1), L::lo(product1),
           L::exclusive_or(L::hi(product0), L::words(stream.y3)), L::lo(product0)};
 }
 
-template <class L>
-ADAMEZO_HD void philox_round(PhiloxCall<L>& call, PhiloxKey key, int round) {
+template <class L, class Key>
+ADAMEZO_HD void philox_round(PhiloxCall<L>& call, const Key& key, int round) {
   const auto product0 = L::multiply(call.c0, kPhiloxM0);
   const auto product1 = L::multiply(call.c2, kPhiloxM1);
   call.c0 = L::exclusive_or(L::hi(product1), call.c1, L::words(key.lo_of_round(round)));
@@ -107,8 +121,8 @@ ADAMEZO_HD void philox_round(PhiloxCall<L>& call, PhiloxKey key, int round) {
   call.c3 = L::lo(product0);
 }
 
-template <class L>
-ADAMEZO_HD void philox_finish(PhiloxCall<L>& call, PhiloxKey key) {
+template <class L, class Key>
+ADAMEZO_HD void philox_finish(PhiloxCall<L>& call, const Key& key) {
   ADAMEZO_UNROLL
   for (int round = kPhiloxFirstRound; round < kPhiloxRounds; ++round)
     philox_round<L>(call, key, round);

@@ -28,25 +28,41 @@ struct Run {
   int64_t count;
 };
 
+// The last segment that begins at or before `position` of the concatenated segments.
+ADAMEZO_HD int64_t segment_at(const Segment* segments, int64_t count, int64_t position) {
+  int64_t low = 0;
+  for (int64_t high = count; high - low > 1;) {
+    const int64_t middle = low + (high - low) / 2;
+    (segments[middle].first <= position ? low : high) = middle;
+  }
+  return low;
+}
+
+// The elements of segment `s` from `position` to the end of their row, or to `stop` before it.
+ADAMEZO_HD Run run_at(const Segment* segments, int64_t s, int64_t position, int64_t stop) {
+  const Segment& segment = segments[s];
+  const int64_t row = segment.rows == 1 ? 0 : position / segment.row_length;
+  const int64_t column = position - row * segment.row_length;
+  const int64_t room = segment.row_length - column, left = stop - position;
+  return {s, position, row * segment.row_stride + column,
+          uint64_t(segment.index_offset) + uint64_t(row) * uint64_t(segment.index_stride) +
+              uint64_t(column),
+          room < left ? room : left};
+}
+
 // Calls visit(run) for the elements [begin, end) of the concatenated segments.
 template <class Visit>
 ADAMEZO_HD void for_each_run(const Segment* segments, int64_t count, int64_t begin, int64_t end,
                              Visit&& visit) {
-  for (int64_t s = 0; s < count; ++s) {
+  for (int64_t s = segment_at(segments, count, begin); s < count && segments[s].first < end; ++s) {
     const Segment& segment = segments[s];
     const int64_t size = segment.rows * segment.row_length;
     int64_t position = begin > segment.first ? begin - segment.first : 0;
     const int64_t stop = end - segment.first < size ? end - segment.first : size;
     while (position < stop) {
-      const int64_t row = position / segment.row_length;
-      const int64_t column = position - row * segment.row_length;
-      int64_t n = segment.row_length - column;
-      if (n > stop - position) n = stop - position;
-      visit(Run{s, position, row * segment.row_stride + column,
-                uint64_t(segment.index_offset) + uint64_t(row) * uint64_t(segment.index_stride) +
-                    uint64_t(column),
-                n});
-      position += n;
+      const Run run = run_at(segments, s, position, stop);
+      visit(run);
+      position += run.count;
     }
   }
 }

@@ -1,0 +1,33 @@
+// One operation over a table of segments: what every kernel is given, on a CPU or a GPU.
+#pragma once
+
+#include "adamezo/philox.h"
+#include "adamezo/rounding.h"
+#include "adamezo/segment.h"
+
+namespace adamezo {
+
+enum class Operation : int { kSample = 0, kPerturb = 1, kUpdate = 2, kMoment = 3 };
+
+// Kinds of directions: normal.h, fast_normal.h, rademacher.h.
+enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2 };
+
+// Pointers are borrowed for the call, and lead to where the kernel runs.
+struct Job {
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t elements;  // of all segments
+  ElementType type;
+
+  PhiloxKey key;
+  uint64_t offset;             // added to every element index
+  const uint32_t* directions;  // newest first
+  int64_t horizon;             // number of directions
+
+  const float* first;   // [horizon]
+  const float* second;  // [horizon], or null where v = 1; moment: which of the two sums
+  float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
+  float minus_lr, eps, decay;
+};
+
+}  // namespace adamezo

@@ -1,0 +1,151 @@
+// A thread's share of a direction: its sixteen elements of a window, for each distribution.
+//
+// A distribution D has
+//   kLogElements   2^kLogElements elements share a Philox call
+//   Place<T>       what all directions have in common at one thread's place in a window
+//   z(...)         the sixteen elements of one direction, in the order of the thread's elements
+#pragma once
+
+#include "adamezo/fast_normal.h"
+#include "adamezo/lanes_scalar.h"
+#include "adamezo/normal.h"
+#include "adamezo/philox.h"
+#include "adamezo/rademacher.h"
+
+namespace adamezo {
+namespace cuda {
+
+// A warp takes windows of 512 elements that are consecutive in the parameter. Each of its 32 lanes
+// takes chunks of 16 bytes, one lane's next to the other's, so that a warp's access is one stretch
+// of 512 bytes; and as many of them, 512 bytes apart, as make up sixteen elements.
+constexpr int kWarp = 32;
+constexpr int kThreadElements = 16;
+constexpr int kWindow = kWarp * kThreadElements;
+
+template <class T>
+constexpr int kChunk = 16 / int(sizeof(T));  // elements
+template <class T>
+constexpr int kChunks = kThreadElements / kChunk<T>;
+
+// Where a lane's chunk begins in a window.
+template <class T>
+ADAMEZO_HD int chunk_in_window(int lane, int chunk) {
+  return (chunk * kWarp + lane) * kChunk<T>;
+}
+
+// What the loop over directions needs of one of them, in a table that the threads of a block share.
+struct alignas(16) Direction {
+  PhiloxStream stream;
+  uint32_t fast_ones;  // kFastOnes, here so that the compiler does not know it
+  float first, second;
+};
+
+template <void (*kNormals)(const uint32_t x[4], uint32_t ones, float z[4])>
+struct Normals {
+  static constexpr int kLogElements = 2;
+  static constexpr int kCalls = kThreadElements >> kLogElements;
+
+  template <class T>
+  struct Place {
+    PhiloxGroup<ScalarLanes> group[kCalls];
+  };
+
+  // Where the blocks of a thread begin, from its first one.
+  template <class T>
+  static constexpr ADAMEZO_HD int block(int call) {
+    constexpr int kCallsPerChunk = kChunk<T> >> kLogElements;
+    return call / kCallsPerChunk * kWarp * kCallsPerChunk + call % kCallsPerChunk;
+  }
+
+  // `window` is the index of the window's first element in the parameter, a multiple of kWindow.
+  template <class T>
+  static ADAMEZO_HD Place<T> place(const PhiloxRoundKeys& key, uint64_t window, int lane,
+                                   uint32_t parameter) {
+    const uint32_t first = uint32_t((window + chunk_in_window<T>(lane, 0)) >> kLogElements);
+    Place<T> place;
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kCalls; ++i) {
+      place.group[i] = philox_group<ScalarLanes>(key, first + block<T>(i), parameter);
+      // The same number as an addition to a register that is there anyway.
+      place.group[i].y2 = place.group[0].y2 + kPhiloxM0 * uint32_t(block<T>(i));
+    }
+    return place;
+  }
+
+  template <class T>
+  static ADAMEZO_HD void z(const PhiloxRoundKeys& key, const Place<T>& place,
+                           const Direction& direction, float z[kThreadElements]) {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kCalls; ++i) {
+      auto call = philox_begin<ScalarLanes>(place.group[i], direction.stream);
+      philox_finish<ScalarLanes>(call, key);
+      uint32_t x[4];
+      call_words<ScalarLanes>(call, x);
+      kNormals(x, direction.fast_ones, z + 4 * i);
+    }
+  }
+};
+
+// The root that exact normals take: of -ln u, which is 0 or lies in [2^-25, 22].
+struct ThreadLanes : ScalarLanes {
+#if defined(__CUDA_ARCH__)
+  static ADAMEZO_HD float sqrt(float a) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+    y = fminf(y, 0x1p126f);
+    const float root = __fmul_rn(a, y);
+    return __fmaf_rn(__fmaf_rn(-root, root, a), __fmul_rn(y, 0.5f), root);
+  }
+#endif
+};
+
+ADAMEZO_HD void exact_normals(const uint32_t x[4], uint32_t, float z[4]) {
+  normals<ThreadLanes>(x, z, [](int) {});
+}
+
+using Exact = Normals<exact_normals>;
+using Fast = Normals<fast_normals>;
+
+struct Rademacher {
+  static constexpr int kLogElements = 7;
+  static_assert(1 << kLogElements == kSignsPerCall, "");
+
+  // A chunk lies within one word, as its elements are aligned to their number.
+  template <class T>
+  struct Place {
+    PhiloxGroup<ScalarLanes> group[kChunks<T>];
+    int first;  // of the first chunk's elements, among the 128 of its call
+  };
+
+  template <class T>
+  static ADAMEZO_HD Place<T> place(const PhiloxRoundKeys& key, uint64_t window, int lane,
+                                   uint32_t parameter) {
+    Place<T> place;
+    ADAMEZO_UNROLL
+    for (int c = 0; c < kChunks<T>; ++c)
+      place.group[c] = philox_group<ScalarLanes>(
+          key, uint32_t((window + chunk_in_window<T>(lane, c)) >> kLogElements), parameter);
+    // The same for every chunk: they are a multiple of 128 elements apart.
+    static_assert(kWarp * kChunk<T> % kSignsPerCall == 0, "");
+    place.first = chunk_in_window<T>(lane, 0) % kSignsPerCall;
+    return place;
+  }
+
+  template <class T>
+  static ADAMEZO_HD void z(const PhiloxRoundKeys& key, const Place<T>& place,
+                           const Direction& direction, float z[kThreadElements]) {
+    ADAMEZO_UNROLL
+    for (int c = 0; c < kChunks<T>; ++c) {
+      auto call = philox_begin<ScalarLanes>(place.group[c], direction.stream);
+      philox_finish<ScalarLanes>(call, key);
+      const int word = place.first / 32;
+      const uint32_t low = word & 1 ? call.c1 : call.c0, high = word & 1 ? call.c3 : call.c2;
+      const uint32_t signs = (word & 2 ? high : low) >> (place.first % 32);
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kChunk<T>; ++i) z[c * kChunk<T> + i] = sign_of(signs, i);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace adamezo

@@ -1,0 +1,79 @@
+// The kernels: every body compiled for the device. One .cu file for each distribution includes it,
+// so that they compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/bodies.cuh"
+#include "cuda/launch.h"
+
+namespace adamezo {
+namespace cuda {
+
+constexpr int kThreads = 256;
+// 80 registers a thread, and so 24 warps on a multiprocessor.
+constexpr int kBlocksPerMultiprocessor = 3;
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    kernel(const __grid_constant__ DeviceJob job) {
+  __shared__ float newest[kThreadElements][kThreads];
+  extern __shared__ Direction table[];
+  fill_table(job, table, int(threadIdx.x), kThreads);
+  __syncthreads();
+  Body::run(job, {table, &newest[0][threadIdx.x], kThreads},
+            int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads);
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the error is reported here; it must not surface in torch's next call
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ", " +
+                           cudaGetErrorString(error));
+}
+
+// Enough blocks to keep all multiprocessors busy to the end, each with enough windows to be worth
+// its table of directions.
+inline int64_t blocks_for(int64_t elements, int device) {
+  constexpr int64_t kWavesWanted = 8, kMostWindowsPerWarp = 16;
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "asking for the number of multiprocessors");
+  constexpr int64_t kWarps = kThreads / kWarp;
+  const int64_t windows = (elements + kWindow - 1) / kWindow;
+  const int64_t wanted = kWavesWanted * multiprocessors * kBlocksPerMultiprocessor * kWarps;
+  const int64_t share =
+      std::min(std::max(windows / wanted, int64_t(1)), kMostWindowsPerWarp) * kWarps;
+  return (windows + share - 1) / share;
+}
+
+template <class D>
+void launch(Operation operation, const Job& job, const HighWords& highs, int device,
+            uint64_t stream) {
+  if (job.elements == 0) return;
+  // The caller's runtime has made the device current already, and goes back to its own afterwards;
+  // this tells the copy of the runtime that is linked into this module.
+  check(cudaSetDevice(device), "choosing the device");
+  const int64_t blocks = blocks_for(job.elements, device);
+  const size_t table = size_t(job.horizon) * sizeof(Direction);
+  select<D>(operation, job, [&](auto instance) {
+    const auto function = kernel<decltype(instance)>;
+    constexpr size_t kWithoutAsking = 48 << 10, kStatic = kThreadElements * kThreads * 4;
+    if (kStatic + table > kWithoutAsking)
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(table)),
+            ("asking for " + std::to_string(table) + " bytes of shared memory, 32 a direction")
+                .c_str());
+    for (const uint32_t high : highs)
+      function<<<unsigned(blocks), kThreads, table, reinterpret_cast<cudaStream_t>(stream)>>>(
+          DeviceJob(job, high));
+    check(cudaGetLastError(), "launching");
+  });
+}
+
+}  // namespace cuda
+}  // namespace adamezo

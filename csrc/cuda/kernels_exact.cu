@@ -1,0 +1,9 @@
+#include "cuda/kernels.cuh"
+
+namespace adamezo {
+namespace cuda {
+
+template void launch<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
+
+}  // namespace cuda
+}  // namespace adamezo

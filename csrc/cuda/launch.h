@@ -1,0 +1,31 @@
+// Runs a job's kernel bodies: on a GPU, or thread by thread on the host for tests.
+#pragma once
+
+#include <vector>
+
+#include "adamezo/job.h"
+
+namespace adamezo {
+
+// The high words of the Philox blocks that a job's elements lie in: nearly always one, 0. A launch
+// does the elements of one of them, as that word is part of what a block of threads prepares.
+using HighWords = std::vector<uint32_t>;
+
+// Queues the job on a stream (a cudaStream_t) of a device and returns. All pointers lead to memory
+// of that device, and are to stay valid until the stream is done with the job. Leaves `device`
+// current for this thread.
+//
+// Throws std::runtime_error with what CUDA said.
+void cuda_launch(Operation operation, Distribution distribution, const Job& job,
+                 const HighWords& highs, int device, uint64_t stream);
+
+// The same bodies on the host, one thread after the other, in a launch of that shape. Pointers lead
+// to host memory.
+void cuda_on_host(Operation operation, Distribution distribution, const Job& job,
+                  const HighWords& highs, int64_t blocks, int threads);
+
+// Of all float32 in [2^-25, 22], the numbers of those whose root ThreadLanes::sqrt does not round
+// correctly are added to *count, which is in the device's memory.
+void cuda_check_sqrt(uint64_t* count, int device, uint64_t stream);
+
+}  // namespace adamezo

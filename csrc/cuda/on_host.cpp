@@ -1,0 +1,43 @@
+#include "cpu/dispatch.h"
+#include "cuda/bodies.cuh"
+#include "cuda/launch.h"
+
+namespace adamezo {
+namespace {
+
+template <class D>
+void on_host(Operation operation, const Job& job, const HighWords& highs, int64_t blocks,
+             int threads) {
+  using namespace cuda;
+  std::vector<Direction> table(static_cast<size_t>(job.horizon));
+  std::vector<float> newest(static_cast<size_t>(kThreadElements * threads));
+  select<D>(operation, job, [&](auto instance) {
+    for (const uint32_t high : highs) {
+      const DeviceJob device_job(job, high);
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int thread = 0; thread < threads; ++thread)
+          fill_table(device_job, table.data(), thread, threads);
+        for (int thread = 0; thread < threads; ++thread)
+          instance.run(device_job, {table.data(), newest.data() + thread, threads},
+                       block * threads + thread, blocks * threads);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void cuda_on_host(Operation operation, Distribution distribution, const Job& job,
+                  const HighWords& highs, int64_t blocks, int threads) {
+  const DefaultFloatingPoint guard;
+  switch (distribution) {
+    case Distribution::kExact:
+      return on_host<cuda::Exact>(operation, job, highs, blocks, threads);
+    case Distribution::kFast:
+      return on_host<cuda::Fast>(operation, job, highs, blocks, threads);
+    case Distribution::kRademacher:
+      return on_host<cuda::Rademacher>(operation, job, highs, blocks, threads);
+  }
+}
+
+}  // namespace adamezo

@@ -1,0 +1,335 @@
+"""The bodies of the CUDA kernels, run on the host thread by thread: the same bits as the CPU
+kernels, whatever the shape of the launch. What is left for a GPU is in test_cuda_gpu.py."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import needs_native
+from test_operations import (
+    KEY,
+    OFFSET,
+    TYPES,
+    UPDATES,
+    assert_same_bits,
+    coefficients,
+    states,
+    unguarded,
+    weights,
+    zoo,
+)
+
+from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
+from adamezo_kernels.backends import BACKENDS, choose, cuda, native, reference
+
+pytestmark = needs_native
+
+# (blocks, threads): one warp for everything, a few, more warps than windows.
+SHAPES = [(1, 32), (2, 96), (5, 64), (40, 256)]
+
+
+class OnHost:
+    """Stands in for a device: host memory, and a launch that runs thread after thread."""
+
+    shape = SHAPES[0]
+    guard = nullcontext()
+    stream = 0
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+
+    def host_words(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, -1, dtype=torch.int32)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def run(self, job) -> None:
+        native._native.cuda_on_host(job, *self.shape)
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """``on_host(shape)``: backend "cuda" takes CPU tensors from now on."""
+    monkeypatch.setattr(cuda, "Place", OnHost)
+    monkeypatch.setattr(cuda, "availability", lambda: (True, "on the host"))
+    monkeypatch.setattr(cuda, "supports", lambda device: True)
+
+    def use(shape) -> None:
+        monkeypatch.setattr(OnHost, "shape", shape)
+
+    use(SHAPES[0])
+    return use
+
+
+def on_both(operation, dtype, guarded, expected_by="native"):
+    """``operation(plan, tensors, backend)`` by the bodies and by the CPU, bit by bit."""
+    tensors, arguments = zoo(dtype, guarded)
+    operation(Plan(tensors, **arguments), tensors, "cuda")
+    expected, arguments = zoo(dtype, unguarded)
+    operation(Plan(expected, **arguments), expected, expected_by)
+    for i in range(len(tensors)):
+        assert_same_bits(tensors[i], expected[i], i)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_perturb(on_host, guarded, dtype, shape):
+    on_host(shape)
+    on_both(
+        lambda plan, _, backend: perturb_(
+            plan, PhiloxState(KEY, 9, OFFSET), -1.7e-3, backend=backend
+        ),
+        dtype,
+        guarded,
+    )
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_sample(on_host, guarded, dtype):
+    on_host((2, 96))
+
+    def sample(plan, tensors, backend):
+        for i, tensor in enumerate(tensors):
+            sample_(tensor, PhiloxState(KEY, 9, 2**34 - 50 + i), parameter=i, backend=backend)
+
+    on_both(sample, dtype, guarded)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_update(on_host, guarded, case, dtype):
+    on_host(SHAPES[UPDATES.index(case) % len(SHAPES)])
+    count, with_second, restore, weight_decay = case
+    on_both(
+        lambda plan, _, backend: update_(
+            plan,
+            states(count),
+            *coefficients(count, with_second),
+            lr=3e-3,
+            eps=1e-8,
+            weight_decay=weight_decay,
+            restore=restore,
+            backend=backend,
+        ),
+        dtype,
+        guarded,
+    )
+
+
+@pytest.mark.parametrize("with_second", [True, False])
+@pytest.mark.parametrize("count", [1, 10])
+def test_moments(on_host, guarded, count, with_second):
+    tensors, arguments = zoo(torch.bfloat16, guarded)
+    plan = Plan(tensors, **arguments)
+    sums = coefficients(count, with_second)
+    got = moments(plan, states(count), *sums, backend="cuda")
+    expected = moments(plan, states(count), *sums, backend="native")
+    for i in range(len(tensors)):
+        assert_same_bits(got[0][i], expected[0][i], i)
+        assert_same_bits(got[1][i], expected[1][i], i)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_directions(on_host, shape):
+    on_host(shape)
+    results = []
+    for backend in ("cuda", "native"):
+        w = weights(1200, torch.bfloat16, 0)
+        update_(
+            Plan([w]),
+            states(1024),
+            *coefficients(1024, True),
+            lr=1e-3,
+            restore=1e-3,
+            backend=backend,
+        )
+        results.append(w)
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("numel", [511, 512, 513, 1024, 70001])
+@pytest.mark.parametrize("offset", [0, 1, 8, 2**34 - 512, 2**34 - 513])
+def test_sizes_about_a_window(on_host, guarded, numel, offset, dtype):
+    on_host((3, 64))
+    state = PhiloxState(KEY, 5, offset)
+    for shift in (0, 1, 4, 8):
+        w = guarded(numel, dtype, shift)
+        sample_(w, state, backend="cuda")
+        assert_same_bits(w, sample_(torch.empty_like(w), state, backend="native"), shift)
+
+
+def test_rademacher(on_host, guarded):
+    """Against the reference, which takes bit by bit from its own Philox."""
+    for shape in SHAPES:
+        on_host(shape)
+        for dtype in TYPES:
+            on_both(
+                lambda plan, _, backend: perturb_(
+                    plan,
+                    PhiloxState(KEY, 9, OFFSET),
+                    -1.7e-3,
+                    distribution="rademacher",
+                    backend=backend,
+                ),
+                dtype,
+                guarded,
+                "reference",
+            )
+    on_both(
+        lambda plan, _, backend: update_(
+            plan,
+            states(3),
+            *coefficients(3, True),
+            lr=3e-3,
+            restore=1e-3,
+            distribution="rademacher",
+            backend=backend,
+        ),
+        torch.bfloat16,
+        guarded,
+        "reference",
+    )
+
+
+def test_rademacher_signs_are_the_bits_of_a_call():
+    key, direction, parameter, block = KEY, 77, 5, 3
+    words = reference.philox4x32(block, 0, direction, parameter, key)
+    expected = [1.0 - 2.0 * (words[i // 32] >> i % 32 & 1) for i in range(128)]
+    z = torch.empty(128)
+    sample_(
+        z,
+        PhiloxState(key, direction, 128 * block),
+        parameter=parameter,
+        distribution="rademacher",
+        backend="reference",
+    )
+    assert z.tolist() == expected
+    assert set(expected) == {-1.0, 1.0}
+
+
+def test_rademacher_beyond_one_high_word(on_host):
+    """2**39 elements share the high word of their blocks."""
+    for offset in (2**39 - 700, 2**39, 2**41 + 129):
+        state = PhiloxState(KEY, 9, offset)
+        z, expected = (
+            sample_(torch.empty(1500), state, distribution="rademacher", backend=backend)
+            for backend in ("cuda", "reference")
+        )
+        assert_same_bits(z, expected, offset)
+
+
+def test_fast_normals_are_near_the_exact_ones(on_host):
+    """On the host the four functions are libm's, within 2^-23 of their value, and u is the same.
+    z = R sin(angle): R collects half of the error of the logarithm and of one product, and a
+    root's, 2^-22 together; the angle, at most pi, is a product away from exact, 2^-22; the sine and
+    the last product add 2^-22. So z is within R 3 2^-22, and `exact` within 2e-6 of the truth."""
+    z, exact = (
+        sample_(
+            torch.empty(1 << 18), PhiloxState(KEY, 3), distribution=distribution, backend="cuda"
+        )
+        for distribution in ("fast", "exact")
+    )
+    assert z.isfinite().all()
+    pairs = exact.double().view(-1, 2)
+    radius = pairs.square().sum(1, keepdim=True).sqrt()
+    difference = (z.double().view(-1, 2) - pairs).abs()
+    assert (difference <= 3 * radius * 2.0**-22 + 2e-6).all()
+    assert not torch.equal(z, exact)  # a stream of its own
+
+
+def test_high_words():
+    def highs(shard, rows_length, offset=0, distribution="exact"):
+        plan = Plan([torch.empty(rows_length)], shards=[shard])
+        return cuda.high_words(plan.launches[0], offset, distribution)
+
+    assert highs(None, 100) == [0]
+    assert highs(Shard(offset=2**34 - 50), 100) == [0, 1]
+    assert highs(Shard(offset=2**34 - 50), 50) == [0]
+    assert highs(Shard(offset=2**34 - 50), 100, distribution="rademacher") == [0]
+    assert highs(None, 100, offset=5 * 2**34) == [5]
+    assert highs(Shard(offset=0, rows=4, stride=2**34), 100) == [0, 1, 2, 3]
+    assert highs(Shard(offset=2**34 - 10, rows=2, stride=2**62), 40) == [0, 1, 2**28, 2**28 + 1]
+
+
+def test_the_table_of_a_plan_is_copied_once(on_host):
+    plan = Plan([torch.zeros(10)])
+    perturb_(plan, PhiloxState(KEY, 1), 1.0, backend="cuda")
+    (table,) = plan.launches[0].copies.values()
+    perturb_(plan, PhiloxState(KEY, 2), 1.0, backend="cuda")
+    assert next(iter(plan.launches[0].copies.values())) is table
+
+
+def test_a_failed_launch_names_everything(on_host, monkeypatch):
+    def fail(self, job):
+        raise RuntimeError("launching: cudaErrorNoKernelImageForDevice, no kernel image")
+
+    monkeypatch.setattr(OnHost, "run", fail)
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)update of torch.float32 tensors \(2, 3\) on cpu along 2 exact direction.*"
+        r"cudaErrorNoKernelImageForDevice.*built by",
+    ):
+        update_(Plan([torch.zeros(2, 3)]), states(2), [1, 1], None, lr=1.0, backend="cuda")
+
+
+# --- which backend, and what is said where there is none ----------------------------------------
+
+
+def test_mixed_devices_are_refused():
+    devices = [torch.device("cpu"), torch.device("cuda:1")]
+    with pytest.raises(RuntimeError, match=r"on cpu, cuda:1, expected devices of one type"):
+        choose(devices)
+
+
+def test_the_automatic_choice(monkeypatch):
+    cpu, gpu = [torch.device("cpu")], [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert choose(cpu) is native
+    monkeypatch.setattr(cuda, "availability", lambda: (False, "no driver"))
+    assert choose(gpu) is reference
+    with pytest.raises(RuntimeError, match="cuda has exact, fast, rademacher, and cannot run: no"):
+        choose(gpu, distribution="fast")
+    with pytest.raises(RuntimeError, match=r"'fast' for tensors on cpu: native has exact"):
+        choose(cpu, distribution="fast")
+    monkeypatch.setattr(cuda, "availability", lambda: (True, ""))
+    assert choose(gpu) is cuda
+    assert choose(gpu, distribution="fast") is cuda
+    assert choose(cpu) is native
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available"):
+        perturb_(Plan([torch.zeros(3)]), PhiloxState(0, 0), 1.0, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("found", "torch_cuda", "expected"),
+    [
+        ({"driver_version": 0}, "13.0", "no NVIDIA driver: install one"),
+        ({"driver_version": 12040}, "13.0", "for CUDA up to 12.4: install a driver for CUDA 13.0"),
+        ({"devices": 0, "error": "no CUDA-capable device"}, "13.0", "finds no device (no CUDA-cap"),
+        ({}, None, "is without CUDA: install a CUDA build of torch"),
+        ({}, "13.0", ""),
+    ],
+)
+def test_what_is_missing_is_said(found, torch_cuda, expected):
+    status = {"driver_version": 13000, "runtime_version": 13000, "devices": 2, "error": ""} | found
+    usable, reason = cuda._usable("nvcc 13.0 for 90", torch_cuda, status)
+    assert usable == (not expected)
+    assert expected in reason
+
+
+def test_a_module_without_cuda_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(native, "build_report", lambda: {"cuda": "off: no nvcc", "compiler": "x"})
+    usable, reason = cuda.availability.__wrapped__()
+    assert not usable
+    assert "without CUDA (off: no nvcc)" in reason
+    assert "ADAMEZO_CUDA=ON" in reason
+
+
+def test_every_backend_is_registered_under_its_name():
+    assert {name: backend.NAME for name, backend in BACKENDS.items()} == {n: n for n in BACKENDS}
