@@ -71,7 +71,7 @@ struct PhiloxStream {
 };
 
 template <class Key>
-ADAMEZO_HD PhiloxStream philox_stream(const Key& key, uint32_t direction, uint32_t block_hi) {
+ADAMEZO_HD PhiloxStream philox_stream(Key key, uint32_t direction, uint32_t block_hi) {
   const uint32_t x0 = mul_hi(kPhiloxM1, direction) ^ block_hi ^ key.lo_of_round(0);
   const uint32_t x1 = kPhiloxM1 * direction;
   return {x1 ^ key.lo_of_round(1), mul_hi(kPhiloxM0, x0) ^ key.hi_of_round(1),
@@ -86,7 +86,7 @@ struct PhiloxGroup {
 };
 
 template <class L, class Key>
-ADAMEZO_HD PhiloxGroup<L> philox_group(const Key& key, typename L::Words block_lo,
+ADAMEZO_HD PhiloxGroup<L> philox_group(Key key, typename L::Words block_lo,
                                        uint32_t parameter_and_purpose) {
   const auto product = L::multiply(block_lo, kPhiloxM0);
   const auto x2 = L::exclusive_or(L::hi(product), L::words(parameter_and_purpose),
@@ -112,7 +112,7 @@ ADAMEZO_HD PhiloxCall<L> philox_begin(const PhiloxGroup<L>& group, const PhiloxS
 }
 
 template <class L, class Key>
-ADAMEZO_HD void philox_round(PhiloxCall<L>& call, const Key& key, int round) {
+ADAMEZO_HD void philox_round(PhiloxCall<L>& call, Key key, int round) {
   const auto product0 = L::multiply(call.c0, kPhiloxM0);
   const auto product1 = L::multiply(call.c2, kPhiloxM1);
   call.c0 = L::exclusive_or(L::hi(product1), call.c1, L::words(key.lo_of_round(round)));
@@ -122,7 +122,7 @@ ADAMEZO_HD void philox_round(PhiloxCall<L>& call, const Key& key, int round) {
 }
 
 template <class L, class Key>
-ADAMEZO_HD void philox_finish(PhiloxCall<L>& call, const Key& key) {
+ADAMEZO_HD void philox_finish(PhiloxCall<L>& call, Key key) {
   ADAMEZO_UNROLL
   for (int round = kPhiloxFirstRound; round < kPhiloxRounds; ++round)
     philox_round<L>(call, key, round);
