@@ -168,9 +168,7 @@ class Plan:
 def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment:
     _check_tensor(tensor, name)
     if not isinstance(parameter, int) or not 0 <= parameter < MAX_PARAMETERS:
-        raise ValueError(
-            f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}"
-        )
+        raise ValueError(f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}")
     elements = tensor.numel()
     rows, stride = _rows_in_memory(tensor, name)
     if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
@@ -199,9 +197,7 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
             f"them {shard.stride} apart"
         )
     if segment.last_index >= _MAX_INDEX:
-        raise ValueError(
-            f"{name}: element indices reach {segment.last_index}, the limit is 2**63"
-        )
+        raise ValueError(f"{name}: element indices reach {segment.last_index}, the limit is 2**63")
     return segment
 
 

@@ -48,8 +48,8 @@ std::vector<float> narrow(const std::vector<double>& values) {
   return std::vector<float>(values.begin(), values.end());
 }
 
-void sample(const std::string& isa, int threads, const Table& table, uint64_t seed,
-            uint64_t offset, uint32_t direction) {
+void sample(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
+            uint32_t direction) {
   const std::vector<uint32_t> directions{direction};
   run(kernels_named(isa).sample, job_over(table, seed, offset, directions), threads);
 }
@@ -69,10 +69,10 @@ void check_length(const char* name, size_t got, size_t expected) {
                                 " coefficients for " + std::to_string(expected) + " directions");
 }
 
-void update(const std::string& isa, int threads, const Table& table, uint64_t seed,
-            uint64_t offset, const std::vector<uint32_t>& directions,
-            const std::vector<double>& first, const std::optional<std::vector<double>>& second,
-            double restore, double minus_lr, double eps, double decay) {
+void update(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
+            const std::vector<uint32_t>& directions, const std::vector<double>& first,
+            const std::optional<std::vector<double>>& second, double restore, double minus_lr,
+            double eps, double decay) {
   if (directions.empty()) throw std::invalid_argument("an update needs at least one direction");
   check_length("first", first.size(), directions.size());
   if (second) check_length("second", second->size(), directions.size());
@@ -89,9 +89,9 @@ void update(const std::string& isa, int threads, const Table& table, uint64_t se
   run(kernels_named(isa).update, job, threads);
 }
 
-void moment(const std::string& isa, int threads, const Table& table, uint64_t seed,
-            uint64_t offset, const std::vector<uint32_t>& directions,
-            const std::vector<double>& coefficients, bool squared) {
+void moment(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
+            const std::vector<uint32_t>& directions, const std::vector<double>& coefficients,
+            bool squared) {
   check_length("coefficients", coefficients.size(), directions.size());
   const DefaultFloatingPoint guard;
   const auto narrowed = narrow(coefficients);

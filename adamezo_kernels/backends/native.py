@@ -46,7 +46,7 @@ def build_report() -> dict[str, str]:
     return _native.build_report()
 
 
-def cuda_report() -> dict[str, Any]:
+def cuda_report() -> dict[str, int | str]:
     """What the CUDA runtime linked into the module finds on this machine."""
     return _native.cuda_report()
 

@@ -75,8 +75,7 @@ ADAMEZO_HD PhiloxGroup<L> philox_group(PhiloxKey key, typename L::Words block_lo
   const auto x2 = L::exclusive_or(L::hi(product), L::words(parameter_and_purpose),
                                   L::words(key.hi_of_round(0)));
   const auto next = L::multiply(x2, kPhiloxM1);
-  return {L::hi(next), L::exclusive_or(L::lo(next), L::words(key.lo_of_round(2))),
-          L::lo(product)};
+  return {L::hi(next), L::exclusive_or(L::lo(next), L::words(key.lo_of_round(2))), L::lo(product)};
 }
 
 // A call on its way: the words of every block of the group after some of the rounds.
@@ -89,10 +88,8 @@ constexpr int kPhiloxFirstRound = 3;  // that philox_begin leaves to do
 
 template <class L>
 ADAMEZO_HD PhiloxCall<L> philox_begin(const PhiloxGroup<L>& group, const PhiloxStream& stream) {
-  const auto product0 =
-      L::multiply(L::exclusive_or(group.y0, L::words(stream.y0)), kPhiloxM0);
-  const auto product1 =
-      L::multiply(L::exclusive_or(group.y2, L::words(stream.y2)), kPhiloxM1);
+  const auto product0 = L::multiply(L::exclusive_or(group.y0, L::words(stream.y0)), kPhiloxM0);
+  const auto product1 = L::multiply(L::exclusive_or(group.y2, L::words(stream.y2)), kPhiloxM1);
   return {L::exclusive_or(L::hi(product1), group.y1), L::lo(product1),
           L::exclusive_or(L::hi(product0), L::words(stream.y3)), L::lo(product0)};
 }

@@ -27,8 +27,8 @@ struct Job {
   float minus_lr, eps, decay;
 };
 
-// Does `worker`'s share of `job`; `streams` is room for job.horizon + 1 entries of the worker's own.
-// The result does not depend on the number of workers.
+// Does `worker`'s share of `job`; `streams` is room for job.horizon + 1 entries of the worker's
+// own. The result does not depend on the number of workers.
 using Kernel = void (*)(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers);
 
 struct Kernels {
