@@ -19,6 +19,12 @@ MAX_PARAMETERS = 2**24
 _MAX_INDEX = 2**63
 
 
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """What a plan depends on: equal for two tensors that are the same elements in memory, and
+    different once a tensor was resized, moved or cast."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class Shard(NamedTuple):
     """Where a local tensor's elements are in the whole, unsharded, row-major parameter.
 

@@ -211,6 +211,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "cuda_on_host",
       [](const CudaJob& job, int64_t blocks, int threads) {
+        const DefaultFloatingPoint guard;
         cuda_on_host(job.operation, job.distribution, job.job, job.highs, blocks, threads);
       },
       "The kernels' bodies on the host, thread by thread, for tests.", py::arg("job"),

@@ -47,7 +47,7 @@ class OnHost:
         return tensor.clone()
 
     def run(self, job) -> None:
-        native._native.cuda_on_host(job, *self.shape)
+        native.compiled.cuda_on_host(job, *self.shape)
 
 
 @pytest.fixture

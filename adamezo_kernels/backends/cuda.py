@@ -24,6 +24,7 @@ from torch import Tensor
 from ..plan import ELEMENT_TYPES, Launch, Plan
 from ..stream import PhiloxState
 from . import native
+from .native import compiled
 
 NAME = "cuda"
 
@@ -100,7 +101,7 @@ class Place:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def run(self, job: Any) -> None:
-        native._native.cuda_launch(job, self.device.index, self.stream)
+        compiled.cuda_launch(job, self.device.index, self.stream)
 
 
 def _call(
@@ -126,13 +127,13 @@ def _call(
                 table = launch.copies[place.stream] = place.copy(launch.table)
             words = place.host_words(3, len(states))
             counters = [state.counter for state in states]
-            native._native.cuda_directions(words.data_ptr(), counters, first, second)
+            compiled.cuda_directions(words.data_ptr(), counters, first, second)
             directions = place.copy(words)
             place.run(
-                native._native.CudaJob(
+                compiled.CudaJob(
                     operation=OPERATIONS.index(operation),
                     distribution=DISTRIBUTIONS.index(distribution),
-                    table=native._native.Table(
+                    table=compiled.Table(
                         table.data_ptr(),
                         len(launch.segments),
                         launch.elements,

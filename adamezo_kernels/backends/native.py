@@ -23,6 +23,9 @@ except ImportError as error:
 
 NAME = "native"
 
+compiled: Any = _native
+"""The compiled module, for the backend that shares it; None where it is not there."""
+
 DISTRIBUTIONS = ("exact",)
 
 _forced_instruction_set: str | None = None
@@ -48,7 +51,7 @@ def build_report() -> dict[str, str]:
     return _native.build_report()
 
 
-def cuda_report() -> dict[str, Any]:
+def cuda_report() -> dict[str, int | str]:
     """What the CUDA runtime linked into the module finds on this machine."""
     return _native.cuda_report()
 

@@ -62,8 +62,7 @@ ADAMEZO_HD void normals(const typename L::I x[4], typename L::F z[4], Between&& 
   for (int i = 0; i < 2; ++i) {
     p[i] = L::fma(p[i], g[i], L::f(0.49999937415122986f));
     // -8.262958405176314e-08 is -ln 2 / 2^23: the exponent still sits in its bit position.
-    r[i] = L::sqrt(L::fma(exponent[i], L::f(-8.262958405176314e-08f),
-                          L::fms(p[i], gg[i], g[i])));
+    r[i] = L::sqrt(L::fma(exponent[i], L::f(-8.262958405176314e-08f), L::fms(p[i], gg[i], g[i])));
     sine[i] = L::fma(sine[i], ff[i], L::f(-0.08074513077735901f));
     cosine[i] = L::fma(cosine[i], ff[i], L::f(-0.3084245026111603f));
   }

@@ -26,8 +26,7 @@ ADAMEZO_HD void accumulate(Moments<L>& moments, const typename L::F z[4], float 
                            float second) {
   for (int j = 0; j < 4; ++j) {
     moments.s1[j] = L::fma(L::f(first), z[j], moments.s1[j]);
-    if (kSecond)
-      moments.s2[j] = L::fma(L::f(second), L::mul(z[j], z[j]), moments.s2[j]);
+    if (kSecond) moments.s2[j] = L::fma(L::f(second), L::mul(z[j], z[j]), moments.s2[j]);
   }
 }
 

@@ -39,8 +39,8 @@ std::vector<std::string> instruction_sets() {
 const Kernels& kernels_named(const std::string& instruction_set) {
   for (const Kernels* kernels : available_kernels())
     if (kernels->instruction_set == instruction_set) return *kernels;
-  std::string message = "unknown or unsupported instruction set '" + instruction_set +
-                        "'; this machine can run:";
+  std::string message =
+      "unknown or unsupported instruction set '" + instruction_set + "'; this machine can run:";
   for (const auto& name : instruction_sets()) message += " " + name;
   throw std::invalid_argument(message);
 }

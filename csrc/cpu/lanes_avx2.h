@@ -91,8 +91,7 @@ struct Avx2Lanes {
   static ADAMEZO_HD void store(F value, bfloat16* to) {
     const I b = bits(value);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), i(1));
-    const I rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, i(0x7fff)), odd), 16);
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, i(0x7fff)), odd), 16);
     const I is_nan = bits(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     const I halves = _mm256_blendv_epi8(rounded, i(0x7fc0), is_nan);
     const I packed = _mm256_packus_epi32(halves, halves);

@@ -99,8 +99,7 @@ struct Avx512Lanes {
     const I b = bits(value);
     const I top = _mm512_srli_epi32(b, 16);
     const I odd = _mm512_and_si512(top, i(1));
-    const I rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, i(0x7fff)), odd), 16);
+    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, i(0x7fff)), odd), 16);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     store16(_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, i(0x7fc0))), to);
   }

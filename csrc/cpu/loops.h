@@ -62,15 +62,13 @@ ADAMEZO_HD void for_each_share(const Job& job, PhiloxStream* streams, int64_t wo
   for_each_run(job.segments, job.segment_count, begin, end, [&](const Run& run) {
     const Segment& segment = job.segments[run.segment];
     T* data = reinterpret_cast<T*>(segment.address) + run.memory;
-    const uint32_t parameter =
-        uint32_t(segment.parameter) | uint32_t(Purpose::kDirection) << 24;
+    const uint32_t parameter = uint32_t(segment.parameter) | uint32_t(Purpose::kDirection) << 24;
     uint64_t index = run.index + job.offset;
     for (int64_t left = run.count; left > 0;) {
       if (index / kElementsPerHigh != high) {
         high = index / kElementsPerHigh;
         for (int64_t k = 0; k <= job.horizon; ++k)
-          streams[k] =
-              philox_stream(job.key, job.directions[k % job.horizon], uint32_t(high));
+          streams[k] = philox_stream(job.key, job.directions[k % job.horizon], uint32_t(high));
       }
       const uint64_t room = kElementsPerHigh - index % kElementsPerHigh;
       const int64_t count = uint64_t(left) < room ? left : int64_t(room);
@@ -141,8 +139,7 @@ ADAMEZO_HD void along_directions(const Job& job, PhiloxStream* streams, int64_t 
       job, streams, worker, workers,
       [&](T* data, uint64_t index, int64_t count, uint32_t parameter) {
         for_each_group<L, T>(data, index, count, [&](T* elements, uint64_t block) {
-          const auto group =
-              philox_group<L>(job.key, L::group_blocks(uint32_t(block)), parameter);
+          const auto group = philox_group<L>(job.key, L::group_blocks(uint32_t(block)), parameter);
           auto moments = zero_moments<L>();
           auto call = philox_begin<L>(group, streams[0]);
           philox_finish<L>(call, job.key);

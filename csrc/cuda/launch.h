@@ -20,7 +20,7 @@ void cuda_launch(Operation operation, Distribution distribution, const Job& job,
                  const HighWords& highs, int device, uint64_t stream);
 
 // The same bodies on the host, one thread after the other, in a launch of that shape. Pointers lead
-// to host memory.
+// to host memory; the caller has set the default floating-point environment.
 void cuda_on_host(Operation operation, Distribution distribution, const Job& job,
                   const HighWords& highs, int64_t blocks, int threads);
 

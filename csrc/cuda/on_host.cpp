@@ -1,4 +1,3 @@
-#include "cpu/dispatch.h"
 #include "cuda/bodies.cuh"
 #include "cuda/launch.h"
 
@@ -29,7 +28,6 @@ void on_host(Operation operation, const Job& job, const HighWords& highs, int64_
 
 void cuda_on_host(Operation operation, Distribution distribution, const Job& job,
                   const HighWords& highs, int64_t blocks, int threads) {
-  const DefaultFloatingPoint guard;
   switch (distribution) {
     case Distribution::kExact:
       return on_host<cuda::Exact>(operation, job, highs, blocks, threads);

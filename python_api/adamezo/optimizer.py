@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -143,8 +143,14 @@ class AdaMeZO(torch.optim.Optimizer):
         if group["fused"]:
             self._backend(group["fused"], group["params"])
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Closure) -> Tensor: ...
+
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Tensor | None:
         """One step; two evaluations of ``closure``.
 
         Args:
@@ -206,9 +212,7 @@ class AdaMeZO(torch.optim.Optimizer):
             device=None if like is None else like.device,
         )
 
-    def _update(
-        self, group: dict[str, Any], plan: Plan, newest: PhiloxState, backend: str
-    ) -> None:
+    def _update(self, group: dict[str, Any], plan: Plan, newest: PhiloxState, backend: str) -> None:
         """Restores the group's weights and steps; then the group's history has advanced."""
         horizon = group["horizon"]
         grads = [self.projected_grad, *group["projected_grads"]][:horizon]
@@ -359,8 +363,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid horizon value: {horizon}, expected an integer of at least 1")
     if options["normalization"] not in NORMALIZATIONS:
         raise ValueError(
-            f"Invalid normalization: {options['normalization']!r}, expected one of "
-            f"{NORMALIZATIONS}"
+            f"Invalid normalization: {options['normalization']!r}, expected one of {NORMALIZATIONS}"
         )
     warmup_lr = options["warmup_lr"]
     if warmup_lr is not None and not 0.0 <= warmup_lr < math.inf:

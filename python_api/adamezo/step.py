@@ -55,6 +55,4 @@ def fused_adamezo_step(model: nn.Module, closure: Closure, **options: Any) -> Te
             f"parameters were added or replaced since the model's first step: {', '.join(new)}. "
             "Start anew with `del adamezo.step.optimizers[model]`"
         )
-    loss = optimizer.step(closure)
-    assert loss is not None
-    return loss
+    return optimizer.step(closure)

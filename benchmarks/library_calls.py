@@ -1,0 +1,238 @@
+"""MeZO and AdaMeZO with library calls alone: what the fused kernels are measured against.
+
+Written from the formulas (MeZO, arXiv 2305.17333; AdaMeZO, arXiv 2605.00650), three times:
+
+- `Fair`: in place, one buffer each for z, m, v and the weights in float32, every call in the form
+  that torch is fastest at. All ratios are against this one: "pure torch" below and in the docs.
+- `Plain`: in place too, but as one writes it without timing it: z in the weights' type, added to
+  float32 sums.
+- `AsReleased`: as the released codes go about it, `param.data = param.data + scale * z * zo_eps`
+  with a fresh z and fresh moments, all in the weights' own type.
+
+All regenerate z from a generator reseeded for each direction, tensor after tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def coefficients(
+    projected_grads: Sequence[float], betas: tuple[float, float]
+) -> tuple[list[float], list[float] | None]:
+    """The paper's coefficients of z in m and of z^2 in v, newest first; None stands for v = 1."""
+    beta1, beta2 = betas
+    first = [(1 - beta1) * beta1**age * p for age, p in enumerate(projected_grads)]
+    if beta2 == 0:
+        return first, None
+    return first, [(1 - beta2) * beta2**age * p * p for age, p in enumerate(projected_grads)]
+
+
+class Fair:
+    """The two operations over a list of tensors, in place, with library calls at their best.
+
+    z is drawn in float32, whatever the weights' type: torch's generator is fastest there, and gives
+    the same stream. 16-bit weights are cast to float32 and back in whole passes, as torch's
+    arithmetic on mixed types is ten times slower than a cast and an arithmetic on one type.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        largest = max(t.numel() for t in self.tensors)
+        self._z = torch.empty(largest)
+        self._m: Tensor | None = None
+        self._v: Tensor | None = None
+        low = {t.dtype for t in self.tensors} - {torch.float32}
+        self._low = {dtype: torch.empty(largest, dtype=dtype) for dtype in low}
+        self._weights = torch.empty(largest) if low else None
+
+    @torch.no_grad()
+    def perturb_(self, seed: int, scale: float) -> None:
+        """theta += scale * z, z rounded to the weights' type as the released codes have it."""
+        generator = torch.Generator().manual_seed(seed)
+        for theta in self.tensors:
+            z = self._z[: theta.numel()].view_as(theta).normal_(generator=generator)
+            self._add(theta, z, scale)
+
+    @torch.no_grad()
+    def update_(
+        self,
+        seeds: Sequence[int],
+        first: Sequence[float],
+        second: Sequence[float] | None,
+        *,
+        lr: float,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        restore: float = 0.0,
+    ) -> None:
+        """theta += restore * z_0, then theta <- theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
+        if second is None and len(seeds) == 1 and not weight_decay:
+            # MeZO: restore and update are one multiple of the same z.
+            self.perturb_(seeds[0], restore - lr * first[0])
+            return
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if self._m is None:
+            self._m = torch.empty_like(self._z)
+        if self._v is None and second is not None:
+            self._v = torch.empty_like(self._z)
+        for theta in self.tensors:
+            n, shape = theta.numel(), theta.shape
+            z, m = self._z[:n].view(shape), self._m[:n].view(shape).zero_()
+            v = None if self._v is None else self._v[:n].view(shape).zero_()
+            for age, generator in enumerate(generators):
+                z.normal_(generator=generator)
+                if age == 0 and restore:
+                    self._add(theta, z, restore)
+                m.add_(z, alpha=first[age])
+                if v is not None and second is not None:
+                    v.addcmul_(z, z, value=second[age])
+            w = theta if self._weights is None else self._weights[:n].view(shape).copy_(theta)
+            if weight_decay:
+                w.mul_(1 - lr * weight_decay)
+            if v is None:
+                w.add_(m, alpha=-lr)
+            else:
+                w.addcdiv_(m, v.sqrt_().add_(eps), value=-lr)
+            if w is not theta:
+                theta.copy_(w)
+
+    def _add(self, theta: Tensor, z: Tensor, scale: float) -> None:
+        if theta.dtype in self._low:
+            z = self._low[theta.dtype][: theta.numel()].view_as(theta).copy_(z)
+        theta.add_(z, alpha=scale)
+
+
+class Plain:
+    """The two operations in place, z in a buffer of the weights' type, sums in float32."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    @torch.no_grad()
+    def perturb_(self, seed: int, scale: float) -> None:
+        """theta += scale * z."""
+        generator = torch.Generator().manual_seed(seed)
+        for theta in self.tensors:
+            theta.add_(torch.empty_like(theta).normal_(generator=generator), alpha=scale)
+
+    @torch.no_grad()
+    def update_(
+        self,
+        seeds: Sequence[int],
+        first: Sequence[float],
+        second: Sequence[float] | None,
+        *,
+        lr: float,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        restore: float = 0.0,
+    ) -> None:
+        """As `Fair.update_`."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for theta in self.tensors:
+            z = torch.empty_like(theta)
+            m = torch.zeros(theta.shape)
+            v = None if second is None else torch.zeros(theta.shape)
+            for age, generator in enumerate(generators):
+                torch.normal(0.0, 1.0, theta.shape, generator=generator, out=z)
+                if age == 0 and restore:
+                    theta.add_(z, alpha=restore)
+                m.add_(z, alpha=first[age])
+                if v is not None and second is not None:
+                    v.addcmul_(z, z, value=second[age])
+            if v is not None:
+                m.div_(v.sqrt_().add_(eps))
+            theta.mul_(1 - lr * weight_decay).add_(m, alpha=-lr)
+
+
+class AsReleased:
+    """The same two operations as the released codes write them, temporaries and all."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.tensors = list(parameters)
+
+    def perturb_(self, seed: int, scale: float) -> None:
+        """theta = theta + scale * z, a new tensor each time."""
+        torch.manual_seed(seed)
+        for theta in self.tensors:
+            z = torch.normal(mean=0.0, std=1.0, size=theta.shape, dtype=theta.dtype)
+            theta.data = theta.data + scale * z
+
+    def update_(
+        self,
+        seeds: Sequence[int],
+        first: Sequence[float],
+        second: Sequence[float] | None,
+        *,
+        lr: float,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        restore: float = 0.0,
+    ) -> None:
+        """Restores in a pass of its own, then theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
+        if restore:
+            self.perturb_(seeds[0], restore)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for theta in self.tensors:
+            m = torch.zeros_like(theta.data)
+            v = torch.zeros_like(theta.data)
+            for age, generator in enumerate(generators):
+                z = torch.normal(0.0, 1.0, size=theta.shape, dtype=theta.dtype, generator=generator)
+                m = m + first[age] * z
+                if second is not None:
+                    v = v + second[age] * z**2
+            u = m if second is None else m / (v.sqrt() + eps)
+            theta.data = theta.data - lr * (u + weight_decay * theta.data)
+
+
+class LibraryOptimizer:
+    """A whole step of MeZO (horizon 1, betas (0, 0)) or AdaMeZO over `operations`.
+
+    `history` holds (seed, projected_grad), newest first, at most `horizon` of them.
+    """
+
+    def __init__(
+        self,
+        operations: Fair | Plain | AsReleased,
+        *,
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.7, 0.9),
+        eps: float = 1e-8,
+        zo_eps: float = 1e-3,
+        horizon: int = 10,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.operations = operations
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.zo_eps, self.horizon, self.weight_decay = zo_eps, horizon, weight_decay
+        self.history: list[tuple[int, float]] = []
+        self._next_seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> float:
+        """Two forwards and an update; returns the mean of the two losses."""
+        seed = self._next_seed
+        self._next_seed += 1
+        self.operations.perturb_(seed, self.zo_eps)
+        above = closure().item()
+        self.operations.perturb_(seed, -2 * self.zo_eps)
+        below = closure().item()
+        self.history.insert(0, (seed, (above - below) / (2 * self.zo_eps)))
+        del self.history[self.horizon :]
+        seeds, projected_grads = zip(*self.history, strict=True)
+        first, second = coefficients(projected_grads, self.betas)
+        self.operations.update_(
+            seeds,
+            first,
+            second,
+            lr=self.lr,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            restore=self.zo_eps,
+        )
+        return (above + below) / 2
