@@ -1,5 +1,6 @@
 // The element types of weights, and the conversions to and from float32: loads are exact, stores
 // round to nearest even. Any NaN stays a NaN; its payload is not part of the contract.
+// A GPU has instructions for them, with subnormals and infinities as IEEE 754 has them.
 #pragma once
 
 #include "adamezo/config.h"
@@ -18,21 +19,34 @@ struct float16 {
 ADAMEZO_HD float to_float32(float value) { return value; }
 ADAMEZO_HD float to_float32(bfloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
 ADAMEZO_HD float to_float32(float16 value) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
+  return out;
+#else
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
   if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
   // Subnormal: a whole number of 2^-24, exact in float32.
   return bits_to_float(sign | float_to_bits(float(int32_t(magnitude)) * 0x1p-24f));
+#endif
 }
 
 ADAMEZO_HD void from_float32(float value, float& out) { out = value; }
 ADAMEZO_HD void from_float32(float value, bfloat16& out) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = float_to_bits(value);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = is_nan ? 0x7fc0u : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 }
 ADAMEZO_HD void from_float32(float value, float16& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = float_to_bits(value);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -48,6 +62,7 @@ ADAMEZO_HD void from_float32(float value, float16& out) {
     half = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   out.bits = uint16_t(sign | half);
+#endif
 }
 
 }  // namespace adamezo

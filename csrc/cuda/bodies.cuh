@@ -125,7 +125,11 @@ ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t wo
     position += high - low;
     left -= high - low;
     if (uint32_t(index >> (32 + D::kLogElements)) != job.high) continue;
-    visit(Elements<T>{reinterpret_cast<T*>(segment.address) + run.memory - low, low, high, lane},
+    T* const first = reinterpret_cast<T*>(segment.address) + run.memory - low;
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(first));  // an address out of a table could be anywhere
+#endif
+    visit(Elements<T>{first, low, high, lane},
           D::template place<T>(job.round_keys, index - low, lane, parameter));
   }
 }

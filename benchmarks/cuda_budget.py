@@ -1,0 +1,319 @@
+"""What do the CUDA kernels cost? Counted in the compiled code; needs nvcc and no GPU.
+
+    python -m benchmarks.cuda_budget
+
+Compiles the kernels for sm_80 and sm_90, disassembles them with cuobjdump (of the CUDA toolkit, or
+of an installed Triton, which brings one) and counts instructions: a multiprocessor issues four
+a cycle, each for 32 elements, so they bound what it can do. Writes
+benchmarks/results/cuda_budget.csv, of predictions: rows with 0 repeats and an assumed clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ARCHITECTURES = ("sm_80", "sm_90")
+DISTRIBUTIONS = {"exact": "Exact", "fast": "Fast", "rademacher": "Rademacher"}
+OPERATIONS = {"perturb": "Perturb<{}>", "update": "Update<{}, true>"}
+ELEMENTS_PER_THREAD = 16
+
+# An H100: what a prediction assumes. Each multiprocessor has four schedulers; a scheduler issues
+# one instruction for 32 lanes a cycle, and its special-function unit takes eight cycles for one.
+MULTIPROCESSORS, SCHEDULERS, LANES, CLOCK_HZ = 132, 4, 32, 1.7e9
+SPECIAL_FUNCTION_CYCLES = 8
+BYTES_PER_S = 3.0e12  # that a copy reaches, read and written
+WEIGHTS = 1_300_000_000
+
+PIPES = {
+    "fma": ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2"),
+    "special": ("MUFU", "I2F", "F2I", "F2F"),
+    "memory": ("LD", "ST", "ATOM", "RED"),
+    "control": ("BRA", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "WARPSYNC", "NOP", "BAR"),
+    "uniform": ("U", "R2U", "S2U"),
+}  # everything else is integer and logic: "alu"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str
+    operands: str
+
+    @property
+    def pipe(self) -> str:
+        if self.name.startswith(("I2FP", "F2FP")):
+            return "alu"
+        return next((p for p, starts in PIPES.items() if self.name.startswith(starts)), "alu")
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes, or where the threads of a divergent stretch meet again."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands)
+        jumps = self.name.startswith(("BRA", "BSSY", "CALL"))
+        return int(found.group(1), 16) if jumps and found else None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one kernel for bfloat16 weights. Counts are of instructions that a warp issues."""
+
+    architecture: str
+    operation: str
+    distribution: str
+    registers: int
+    spilled_bytes: int
+    direction: Counter[str]
+    """By pipe, for each direction of a thread's sixteen elements; empty for perturb."""
+    window: Counter[str]
+    """By pipe, once for a thread's sixteen elements, on the way where all of them are whole chunks
+    and no quotient or root needs the slow path."""
+
+    @property
+    def slots_per_normal(self) -> float:
+        return self.direction.total() / ELEMENTS_PER_THREAD
+
+    def seconds(self, horizon: int, elements: int = WEIGHTS) -> float:
+        """The prediction for an H100: the slowest of issue, special functions and memory."""
+        counts = [self.direction] * horizon + [self.window]
+        slots = sum(c.total() for c in counts)
+        special = SPECIAL_FUNCTION_CYCLES * sum(c["special"] for c in counts)
+        warps = elements / (ELEMENTS_PER_THREAD * LANES)
+        cycles = max(slots, special) * warps / (MULTIPROCESSORS * SCHEDULERS)
+        return max(cycles / CLOCK_HZ, 2 * 2 * elements / BYTES_PER_S)
+
+
+def nvcc() -> str | None:
+    roots = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
+    places = [f"{root}/bin" for root in [*roots, "/usr/local/cuda", "/opt/cuda"]]
+    return (
+        os.environ.get("CUDACXX")
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path=os.pathsep.join(places))
+    )
+
+
+def cuobjdump() -> str | None:
+    compiler = nvcc()
+    places = [str(Path(compiler).resolve().parent)] if compiler else []
+    places += ["/usr/local/cuda/bin", "/opt/cuda/bin"]
+    triton = importlib.util.find_spec("triton")  # not imported: its files are enough
+    for folder in (triton.submodule_search_locations or ()) if triton else ():
+        places.append(f"{folder}/backends/nvidia/bin")
+    return (
+        os.environ.get("CUOBJDUMP")
+        or shutil.which("cuobjdump")
+        or shutil.which("cuobjdump", path=os.pathsep.join(places))
+    )
+
+
+def missing() -> str:
+    """What is not here of what this needs; empty where all is."""
+    if nvcc() is None:
+        return "no nvcc on PATH or in a CUDA toolkit: install one, or set CUDACXX"
+    if cuobjdump() is None:
+        return "no cuobjdump in the CUDA toolkit: `pip install triton` brings one, or set CUOBJDUMP"
+    return ""
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} gave {done.returncode}: {done.stdout}")
+    return done.stdout
+
+
+@functools.cache
+def budgets(architecture: str) -> tuple[Budget, ...]:
+    """Compiles every kernel of OPERATIONS and DISTRIBUTIONS, and counts where cuobjdump is."""
+    kernels = {
+        (operation, distribution): f"Instance<{body.format(name)}, bfloat16>"
+        for operation, body in OPERATIONS.items()
+        for distribution, name in DISTRIBUTIONS.items()
+    }
+    compiler, dumper = nvcc(), cuobjdump()
+    if compiler is None:
+        raise RuntimeError(missing())
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for (operation, distribution), body in kernels.items():
+            source, binary = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
+            source.write_text(
+                '#include "cuda/kernels.cuh"\nnamespace adamezo::cuda {\n'
+                f"template __global__ void kernel<{body}>(const __grid_constant__ DeviceJob);\n}}\n"
+            )
+            flags = ["-std=c++17", "--fmad=false", f"-arch={architecture}", f"-I{CSRC}"]
+            report = run(
+                compiler, *flags, "-cubin", "-Xptxas", "-v", "-o", str(binary), str(source)
+            )
+            registers = re.search(r"Used (\d+) registers", report)
+            assert registers, report
+            direction, window = Counter[str](), Counter[str]()
+            if dumper:
+                direction, window = count(list(instructions(run(dumper, "-sass", str(binary)))))
+            found.append(
+                Budget(
+                    architecture,
+                    operation,
+                    distribution,
+                    int(registers.group(1)),
+                    sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+                    direction,
+                    window,
+                )
+            )
+    return tuple(found)
+
+
+def instructions(sass: str) -> Iterator[Instruction]:
+    for address, name, operands in re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass
+    ):
+        yield Instruction(int(address, 16), name, operands)
+
+
+def count(code: Sequence[Instruction]) -> tuple[Counter[str], Counter[str]]:
+    """(for each direction, once for each window), by pipe.
+
+    The loops are known by their wide multiplies: Philox makes sixteen a call. The innermost loop
+    with most of them is that over directions, and the smallest around it that over windows;
+    a kernel with one direction has only the latter.
+    """
+    at = {instruction.address: i for i, instruction in enumerate(code)}
+    loops = [
+        range(at[i.target], n + 1)
+        for n, i in enumerate(code)
+        if i.name.startswith("BRA") and i.target is not None and at.get(i.target, n + 1) < n
+    ]
+
+    def multiplies(loop: range) -> int:
+        return sum(code[n].name.startswith("IMAD.WIDE.U32") for n in loop)
+
+    with_philox = sorted((x for x in loops if multiplies(x) >= 16), key=len)
+    if not with_philox:
+        raise RuntimeError("found no loop with Philox rounds in the disassembly")
+    window = with_philox[-1]
+    direction = with_philox[0] if len(with_philox) > 1 else range(0)
+    inside = set(direction)
+    usual = usual_way(code, window)
+    return (
+        Counter(code[n].pipe for n in direction if n in usual),
+        Counter(code[n].pipe for n in window if n in usual and n not in inside),
+    )
+
+
+def usual_way(code: Sequence[Instruction], loop: range) -> set[int]:
+    """The instructions of a loop without the basic blocks that are seldom entered.
+
+    Those read or write single elements (a chunk that is not whole), divide integers (rows of a
+    segment) or call (the slow paths of a quotient and a root). Nor with the stores of z_0, which
+    are made once a window.
+    """
+    targets = {i.target for i in code if i.target is not None}
+    usual: set[int] = set()
+    block: list[int] = []
+
+    addresses = {code[n].address for n in loop}
+
+    def is_seldom(instruction: Instruction) -> bool:
+        if instruction.name.startswith("CALL"):  # also how a compiler may leave the inner loop
+            return instruction.target not in addresses
+        divides = instruction.name.startswith(("I2F.U64", "F2I.U64", "F2I.FTZ.U32"))
+        return divides or bool(re.match(r"(LDG?|STG?)\.(E\.)?U16", instruction.name))
+
+    def close() -> None:
+        seldom = any(is_seldom(code[n]) for n in block)
+        if not seldom:
+            stores = [n for n in block if code[n].name == "STS"]
+            z0 = set(stores) if len(stores) >= ELEMENTS_PER_THREAD else set()
+            usual.update(n for n in block if n not in z0)
+        block.clear()
+
+    for n in loop:
+        if code[n].address in targets:
+            close()
+        block.append(n)
+        if code[n].name.startswith("BRA"):
+            close()
+    close()
+    return usual
+
+
+def rows(found: Sequence[Budget], horizons: Sequence[int] = (1, 10, 20)) -> list:
+    from benchmarks.rows import Row, conditions
+
+    version = re.search(r"V([\d.]+)", run(nvcc() or "", "--version"))
+    where = conditions() | {
+        "device": f"predicted: {MULTIPROCESSORS} multiprocessors",
+        "clock_hz": CLOCK_HZ,
+        "clock_source": "assumed",
+    }
+    made = []
+    for budget in found:
+        where["compiler"] = (
+            f"nvcc {version.group(1) if version else '?'}: {budget.registers} registers, "
+            f"{budget.spilled_bytes} bytes spilled"
+        )
+        for horizon in horizons if budget.operation == "update" else (1,):
+            seconds = budget.seconds(horizon)
+            made.append(
+                Row(
+                    benchmark="cuda_budget",
+                    what=budget.operation,
+                    variant=budget.distribution,
+                    type="bfloat16",
+                    elements=WEIGHTS,
+                    horizon=horizon,
+                    isa=budget.architecture,
+                    median_s=seconds,
+                    elements_per_s=WEIGHTS / seconds,
+                    normals_per_s=WEIGHTS * horizon / seconds,
+                    bytes_per_s=2 * 2 * WEIGHTS / seconds,
+                    cycles_per_normal=budget.slots_per_normal or None,
+                    **where,
+                )
+            )
+    return made
+
+
+def main() -> None:
+    from benchmarks.rows import RESULTS, write_rows
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "cuda_budget.csv")
+    arguments = parser.parse_args()
+    if lack := missing():
+        raise SystemExit(f"cuda_budget: {lack}")
+    found = [budget for architecture in ARCHITECTURES for budget in budgets(architecture)]
+    print("bfloat16 weights; instructions issued for each normal, and once for each weight")
+    for b in found:
+        by_pipe = ", ".join(
+            f"{pipe} {n / ELEMENTS_PER_THREAD:.2f}" for pipe, n in b.direction.most_common()
+        )
+        once = b.window.total() / ELEMENTS_PER_THREAD
+        times = ", ".join(
+            f"H={h} {1e3 * b.seconds(h):.1f} ms" for h in ((1, 10, 20) if b.direction else (1,))
+        )
+        print(
+            f"{b.architecture} {b.operation:<8}{b.distribution:<11} {b.registers} registers, "
+            f"{b.spilled_bytes} B spilled; {b.slots_per_normal:.2f} a normal ({by_pipe}); "
+            f"{once:.1f} once" + (f"; an H100 at best {times}" if b.architecture == "sm_90" else "")
+        )
+    made = rows([b for b in found if b.architecture == "sm_90"])
+    write_rows(arguments.output, made)
+    print(f"{len(made)} predictions for 1.3e9 weights: {arguments.output.name}")
+
+
+if __name__ == "__main__":
+    main()

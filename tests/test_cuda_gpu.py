@@ -1,0 +1,237 @@
+"""The CUDA kernels on a device: `make gpu-check`. The host runs their bodies in
+test_cuda_bodies.py; here is what only a device can show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_operations import (
+    KEY,
+    OFFSET,
+    TYPES,
+    assert_same_bits,
+    coefficients,
+    states,
+    weights,
+)
+
+from adamezo_kernels import PhiloxState, Plan, moments, perturb_, sample_, update_
+from adamezo_kernels.backends import cuda, native
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() and cuda.availability()[0]),
+        reason=f"needs a CUDA device: {cuda.availability()[1]}",
+    ),
+]
+
+SIZES = (0, 1, 3, 4097, 2**20 + 3)
+ALIGNMENTS = (0, 1, 4, 8)  # elements from an address aligned to 16 bytes
+
+
+@pytest.fixture
+def pair():
+    """``pair(numel, dtype, shift)``: the same weights on the host and on the device, there between
+    margins of NaN that must stay as they are."""
+    made = []
+
+    def make(numel: int, dtype: torch.dtype, shift: int = 0):
+        host = weights(numel, dtype, numel + shift)
+        buffer = torch.full((numel + 128,), float("nan"), dtype=dtype, device="cuda")
+        device = buffer[64 + shift : 64 + shift + numel]
+        device.copy_(host)
+        made.append((buffer, 64 + shift, numel))
+        return host, device
+
+    yield make
+    for buffer, start, numel in made:
+        assert buffer[:start].isnan().all(), "a kernel wrote before its tensor"
+        assert buffer[start + numel :].isnan().all(), "a kernel wrote behind its tensor"
+
+
+def update(plan: Plan, count: int, with_second: bool, backend: str, distribution: str = "exact"):
+    update_(
+        plan,
+        states(count),
+        *coefficients(count, with_second),
+        lr=3e-3,
+        weight_decay=0.1,
+        restore=1e-3,
+        distribution=distribution,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("shift", ALIGNMENTS)
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_exact_has_the_bits_of_the_cpu(pair, dtype, numel, shift):
+    host, device = pair(numel, dtype, shift)
+    state = PhiloxState(KEY, 9, OFFSET)
+    for tensor, backend in ((host, "native"), (device, "cuda")):
+        perturb_(Plan([tensor]), state, -1.7e-3, backend=backend)
+    assert_same_bits(device.cpu(), host, "perturb")
+    for count in (1, 2, 10, 32):
+        for with_second in (True, False):
+            update(Plan([host]), count, with_second, "native")
+            update(Plan([device]), count, with_second, "cuda")
+            assert_same_bits(device.cpu(), host, (count, with_second))
+            sums = coefficients(count, with_second)
+            expected = moments(Plan([host]), states(count), *sums, backend="native")
+            got = moments(Plan([device]), states(count), *sums, backend="cuda")
+            for a, b in zip(got, expected, strict=True):
+                assert_same_bits(a[0].cpu(), b[0], "moments")
+    sample_(host, state, backend="native")
+    sample_(device, state, backend="cuda")
+    assert_same_bits(device.cpu(), host, "sample")
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rows_many_tensors_and_far_offsets(dtype):
+    sizes = (*range(1, 1200, 37), 70001)
+    host = [weights(n, dtype, n) for n in sizes]
+    host.append(weights(300 * 517, dtype, 0).view(300, 517)[:, 5:505])
+    device = [t.cuda() for t in host[:-1]]
+    device.append(torch.zeros(300, 517, dtype=dtype, device="cuda")[:, 5:505])
+    device[-1].copy_(host[-1])
+    for offset in (0, 2**32 + 3, 2**34 - 700):
+        state = PhiloxState(KEY, 4, offset)
+        perturb_(Plan(host), state, 1e-2, backend="native")
+        perturb_(Plan(device), state, 1e-2, backend="cuda")
+        for got, expected in zip(device, host, strict=True):
+            assert_same_bits(got.cpu(), expected, offset)
+
+
+def test_many_directions():
+    host = weights(5000, torch.bfloat16, 0)
+    device = host.cuda()
+    for count in (1024, 3000):  # the second needs more shared memory than comes without asking
+        update(Plan([host]), count, True, "native")
+        update(Plan([device]), count, True, "cuda")
+        assert_same_bits(device.cpu(), host, count)
+
+
+def test_more_elements_than_int32_counts():
+    numel = 2**31 + 1027
+    if torch.cuda.mem_get_info()[0] < 2.5 * numel:
+        pytest.skip("needs 5 GB of free device memory")
+    w = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    perturb_(Plan([w]), PhiloxState(KEY, 9), 1.0, backend="cuda")
+    for start in (0, 2**31 - 512, 2**31, numel - 700):
+        expected = torch.zeros(min(1500, numel - start), dtype=torch.bfloat16)
+        perturb_(Plan([expected]), PhiloxState(KEY, 9, start), 1.0, backend="native")
+        assert_same_bits(w[start : start + len(expected)].cpu(), expected, start)
+
+
+def test_rademacher_has_the_bits_of_the_reference(pair):
+    host, device = pair(70001, torch.bfloat16, 3)
+    update(Plan([host]), 5, True, "reference", "rademacher")
+    update(Plan([device]), 5, True, "cuda", "rademacher")
+    assert_same_bits(device.cpu(), host)
+
+
+def test_fast_normals_are_near_the_exact_ones():
+    """By the bounds of the PTX instructions: with R = sqrt(2 ln2 |log2 u|) and log2 u off by 2^-22
+    absolutely (or relatively, where that is more), R^2 is off by 2 ln2 2^-22 max(1, |log2 u|); its
+    root within 2^-22, sine and cosine within 2^-20.5, each relative to R. The angle, at most pi, is
+    off by 2^-22 by its product."""
+    z, exact = (
+        sample_(
+            torch.empty(1 << 24, device="cuda"),
+            PhiloxState(KEY, 3),
+            distribution=distribution,
+            backend="cuda",
+        )
+        .double()
+        .view(-1, 2)
+        for distribution in ("fast", "exact")
+    )
+    assert z.isfinite().all()
+    square = exact.square().sum(1, keepdim=True)
+    radius = square.sqrt()
+    off_square = 1.3863 * 2.0**-22 * torch.clamp(square / 1.3863, min=1.0)
+    off_radius = torch.minimum(off_square.sqrt(), off_square / radius.clamp(min=1e-30))
+    bound = off_radius + radius * (2.0**-22 + 2.0**-20.5 + 2.0**-22) + 2e-6
+    assert ((z - exact).abs() <= bound).all()
+    assert not torch.equal(z, exact)
+
+
+def test_the_inlined_root_is_correctly_rounded():
+    """Every float32 in [2^-25, 22], and 0: all that -ln u can be."""
+    wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    native.compiled.cuda_check_sqrt(wrong.data_ptr(), wrong.device.index, stream)
+    assert wrong.item() == 0
+
+
+def test_a_side_stream_is_kept_to():
+    """Work on a side stream sees what was queued there before it, and waits for nothing else."""
+    host = weights(1 << 20, torch.float32, 0)
+    side = torch.cuda.Stream()
+    device = torch.zeros(1 << 20, device="cuda")
+    source = host.cuda()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        device.copy_(source)
+        plan = Plan([device])
+        update(plan, 3, True, "cuda")
+        assert not side.query(), "the call waited for the device"
+    side.synchronize()
+    update(Plan([host]), 3, True, "native")
+    assert_same_bits(device.cpu(), host)
+
+
+def test_the_current_device_is_left_as_it_was():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    host = [weights(5000, torch.float32, i) for i in range(2)]
+    device = [host[0].to("cuda:0"), host[1].to("cuda:1")]
+    torch.cuda.set_device(0)
+    update(Plan(device), 3, True, "cuda")
+    assert torch.cuda.current_device() == 0
+    assert torch.ones(3, device="cuda").device.index == 0
+    update(Plan(host), 3, True, "native")
+    for got, expected in zip(device, host, strict=True):
+        assert_same_bits(got.cpu(), expected)
+
+
+def test_a_failed_launch_names_everything():
+    with pytest.raises(
+        RuntimeError, match=r"update of .*\(7,\) on cuda:0 along 100000 exact.*shared"
+    ):
+        update(Plan([torch.zeros(7, device="cuda")]), 100_000, True, "cuda")
+    update(Plan([torch.zeros(7, device="cuda")]), 2, True, "cuda")  # nothing is left of it
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer on PATH or in /usr/local/cuda")
+    code = (
+        "import torch\n"
+        "from adamezo_kernels import PhiloxState, Plan, perturb_, update_\n"
+        "w = [torch.ones(n, device='cuda', dtype=torch.bfloat16)[1:] for n in (5, 700, 4099)]\n"
+        "s = [PhiloxState(1, k) for k in range(3)]\n"
+        "perturb_(Plan(w), s[0], 1e-3, backend='cuda')\n"
+        "update_(Plan(w), s, [1., 2., 3.], [1., 2., 3.], lr=1e-3, backend='cuda')\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        # Suballocations of one block would hide what is out of bounds or not initialized.
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
