@@ -86,7 +86,10 @@ struct Normals {
   }
 };
 
-// The root that exact normals take: of -ln u, which is 0 or lies in [2^-25, 22].
+// The root that exact normals take: of -ln u, which is 0 or lies in [2^-25, 22]. The steps are
+// those that nvcc makes of __fsqrt_rn for arguments in [2^-101, 2^128), so the rounding is that of
+// __fsqrt_rn; what is left out is its test for others and the branch that would keep a thread's
+// normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity is no 0.
 struct ThreadLanes : ScalarLanes {
 #if defined(__CUDA_ARCH__)
   static ADAMEZO_HD float sqrt(float a) {
