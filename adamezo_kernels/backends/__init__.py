@@ -32,7 +32,12 @@ def choose(devices: Iterable[torch.device], name: str | None = None) -> ModuleTy
     devices = set(devices)
     name = name or os.environ.get("ADAMEZO_BACKEND") or None
     if name is None:
-        return next(b for b in BACKENDS.values() if b.availability()[0] and _supports(b, devices))
+        for backend in BACKENDS.values():
+            if backend.availability()[0] and _supports(backend, devices):
+                return backend
+        raise RuntimeError(
+            f"no backend supports tensors on {_text(devices)}: move them to a CPU or a CUDA device"
+        )
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
@@ -40,12 +45,15 @@ def choose(devices: Iterable[torch.device], name: str | None = None) -> ModuleTy
     if not available:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if not _supports(backend, devices):
-        found = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(
-            f"backend {name!r} does not support tensors on {found}; name none, and the best one "
-            "that does is taken"
+            f"backend {name!r} does not support tensors on {_text(devices)}; name none, "
+            "and the best one that does is taken"
         )
     return backend
+
+
+def _text(devices: Iterable[torch.device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
 
 
 def _supports(backend: ModuleType, devices: set[torch.device]) -> bool:
