@@ -860,6 +860,16 @@ def test_a_loss_that_is_not_finite_is_skipped(pair):
     assert (parameter != before).any()
 
 
+def test_a_projected_gradient_whose_square_overflows_is_skipped():
+    (parameter,) = weights(50)
+    optimizer = AdaMeZO([parameter], lr=LR, zo_eps=ZO_EPS, seed=SEED)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        take_steps(optimizer, [(1e18, -1e18)])
+    assert history(optimizer)[0]["projected_grads"] == []
+    take_steps(optimizer, loss_pairs(2))
+    assert parameter.isfinite().all()
+
+
 @pytest.mark.parametrize("call", range(1, 7))
 def test_ctrl_c_during_a_kernel(call, monkeypatch):
     """It arrives while the kernel of the first or second group perturbs (+mu, -2 mu) or updates.
