@@ -14,14 +14,14 @@ import sys
 import threading
 import warnings
 
-import adamezo.optimizer
 import pytest
 import torch
-from adamezo import AdaMeZO
-from adamezo.history import coefficients
 from conftest import needs_native
 from torch import nn
 
+import adamezo.optimizer
+from adamezo import AdaMeZO
+from adamezo.history import coefficients
 from adamezo_kernels import PhiloxState, sample_
 from adamezo_kernels.backends import native
 

@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
+
 from adamezo import AdaMeZO, fused_adamezo_step
 from adamezo.step import optimizers
-from torch import nn
 
 OPTIONS = {"lr": 0.01, "zo_eps": 1e-2, "seed": 7}
 
