@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from adamezo import AdaMeZO
-from adamezo.measure import PeakMemory
 from torch import Tensor, nn
 
+from adamezo import AdaMeZO
+from adamezo.measure import PeakMemory
 from benchmarks.gate import gate
 from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer
 from benchmarks.rows import RESULTS, Row, conditions, timing, write_rows
@@ -45,9 +45,9 @@ def load_model() -> tuple[nn.Module, str]:
 
     Where its weights are not installed, random ones in the same shapes, which cost the same.
     """
-    from adamezo.integrations.transformers import load
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from adamezo.integrations.transformers import load
     from examples.demo import smollm2
 
     try:

@@ -13,7 +13,7 @@ import torch
 from conftest import BACKENDS, INSTRUCTION_SETS, needs_native
 
 from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
-from adamezo_kernels.backends import native, reference
+from adamezo_kernels.backends import choose, native, reference
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -687,3 +687,8 @@ def test_a_backend_that_is_named_never_falls_back(monkeypatch):
     monkeypatch.delenv("ADAMEZO_BACKEND")
     perturb_(plan, state, 0.1)  # one that is not named does
     assert plan.segments[0].tensor.ne(0).all()
+
+
+def test_a_device_that_no_backend_supports_is_named():
+    with pytest.raises(RuntimeError, match="no backend supports tensors on meta: move them"):
+        choose([torch.device("meta")])

@@ -33,7 +33,7 @@ def choose(
             distribution; or none does; or the devices are of more than one type.
     """
     devices = set(devices)
-    found = ", ".join(sorted(map(str, devices)))
+    found = _text(devices)
     name = name or os.environ.get("ADAMEZO_BACKEND") or None
     if name is None:
         if len({device.type for device in devices}) > 1:
@@ -50,6 +50,10 @@ def choose(
                 return backend
             takes = f"{backend.NAME} has {', '.join(backend.DISTRIBUTIONS)}"
             reasons.append(takes if available else f"{takes}, and cannot run: {reason}")
+        if not reasons:
+            raise RuntimeError(
+                f"no backend supports tensors on {found}: move them to a CPU or a CUDA device"
+            )
         raise RuntimeError(
             f"no backend does distribution {distribution!r} for tensors on {found}: "
             + "; ".join(reasons)
@@ -62,8 +66,8 @@ def choose(
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if not _supports(backend, devices):
         raise RuntimeError(
-            f"backend {name!r} does not support tensors on {found}; name none, and the best one "
-            "that does is taken"
+            f"backend {name!r} does not support tensors on {found}; name none, "
+            "and the best one that does is taken"
         )
     if distribution not in backend.DISTRIBUTIONS:
         raise RuntimeError(
@@ -71,6 +75,10 @@ def choose(
             f"{', '.join(backend.DISTRIBUTIONS)}"
         )
     return backend
+
+
+def _text(devices: Iterable[torch.device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
 
 
 def _supports(backend: ModuleType, devices: set[torch.device]) -> bool:

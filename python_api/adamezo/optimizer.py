@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, overload
 
 import torch
@@ -13,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import DISTRIBUTIONS, PhiloxState, Plan, perturb_, update_
 from adamezo_kernels.backends import BACKENDS, choose
+from adamezo_kernels.plan import memory_of
 
 from .history import NORMALIZATIONS, coefficients
 
@@ -20,6 +24,9 @@ Closure = Callable[[], Tensor | float]
 
 # Options that the whole step shares: one direction, one pair of losses.
 _SHARED_OPTIONS = ("zo_eps", "distribution", "fused", "seed")
+
+# A projected gradient whose square float32 cannot hold is as useless as an infinite one.
+_HUGE = 1e19
 
 
 class AdaMeZO(torch.optim.Optimizer):
@@ -49,7 +56,8 @@ class AdaMeZO(torch.optim.Optimizer):
         weight_decay: decoupled, by group.
         normalization: ``"paper"``, ``"bias_corrected"`` or ``"official"``, by group.
         warmup_lr: None uses the truncated moments from the first step on; a number makes the first
-            ``horizon + 1`` steps plain MeZO steps ``theta <- theta - warmup_lr p z``, by group.
+            ``horizon + 1`` steps plain MeZO steps ``theta <- theta - warmup_lr p z``, whatever
+            ``lr`` and its scheduler say, by group.
         distribution: of z; ``"exact"`` normals have the same bits on every device.
         maximize: ascend instead of descend (a reward, an accuracy), by group.
         fused: None uses the compiled kernels where there are some; True is an error without them;
@@ -67,7 +75,8 @@ class AdaMeZO(torch.optim.Optimizer):
     Attributes:
         projected_grad (float): p of the last step.
         losses (tuple[float, float]): the losses of the last step, at +mu and -mu.
-        skipped (int): steps left out since this object was made because of a non-finite loss.
+        skipped (int): steps left out because of a non-finite loss, since this object was made or
+            a state was loaded into it.
     """
 
     def __init__(
@@ -91,7 +100,7 @@ class AdaMeZO(torch.optim.Optimizer):
         if differentiable:
             raise ValueError("differentiable=True is not possible: a step uses no gradients")
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         super().__init__(
             params,
             dict(
@@ -123,15 +132,20 @@ class AdaMeZO(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters. Their history begins now: earlier directions never moved them."""
-        options = {**self.defaults, **param_group}
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        options = {
+            **self.defaults,
+            **{name: shared[name] for name in _SHARED_OPTIONS},
+            **param_group,
+        }
         _check_options(options)
         for name in _SHARED_OPTIONS:
-            shared = self.param_groups[0] if self.param_groups else self.defaults
             if options[name] != shared[name]:
                 raise ValueError(
                     f"{name} is {shared[name]!r} for the whole step, a group cannot set it to "
                     f"{options[name]!r}"
                 )
+            param_group[name] = shared[name]  # not the default: a loaded state has its own
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # Plain lists of numbers in the group, the newest first: that is what survives every way of
@@ -143,7 +157,7 @@ class AdaMeZO(torch.optim.Optimizer):
         if group["fused"]:
             self._backend(group["fused"], group["params"])
 
-    @overload
+    @overload  # type: ignore[override]  # torch's closures return floats, ours tensors too
     def step(self, closure: None = None) -> None: ...
 
     @overload
@@ -174,20 +188,23 @@ class AdaMeZO(torch.optim.Optimizer):
         displacement = [0.0] * len(groups)  # of each group's weights, in units of z
 
         def displace(to: float) -> None:
-            for i, plan in enumerate(plans):
-                if displacement[i] != to:
-                    perturb_(
-                        plan,
-                        newest,
-                        to - displacement[i],
-                        distribution=distribution,
-                        backend=backend,
-                    )
-                    displacement[i] = to
+            with _interrupts_later():
+                for i, plan in enumerate(plans):
+                    if displacement[i] != to:
+                        perturb_(
+                            plan,
+                            newest,
+                            to - displacement[i],
+                            distribution=distribution,
+                            backend=backend,
+                        )
+                        displacement[i] = to
+            # Inside torch.autocast a closure would else read casts of the weights as they were.
+            torch.clear_autocast_cache()
 
         try:
             displace(zo_eps)
-            with _forked_generators(plans):
+            with _forked_generators():
                 result = closure()
                 loss_plus = _loss_value(result)
             displace(-zo_eps)
@@ -197,10 +214,11 @@ class AdaMeZO(torch.optim.Optimizer):
             self.projected_grad = (loss_plus - loss_minus) / (2 * zo_eps)
             for group in groups:
                 group["next_direction"] = direction + 1
-            if math.isfinite(self.projected_grad):
-                for i, (group, plan) in enumerate(zip(groups, plans, strict=True)):
-                    self._update(group, plan, newest, backend)
-                    displacement[i] = 0.0
+            if abs(self.projected_grad) < _HUGE:
+                with _interrupts_later():
+                    for i, (group, plan) in enumerate(zip(groups, plans, strict=True)):
+                        self._update(group, plan, newest, backend)
+                        displacement[i] = 0.0
             else:
                 self._skip()
         finally:
@@ -246,7 +264,7 @@ class AdaMeZO(torch.optim.Optimizer):
                 f"the losses of a step were {self.losses}: the weights are restored and the step "
                 "is skipped. Later ones are only counted, in `skipped`",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of step, above torch's two wrappers around it
             )
 
     def _shared_options(self) -> dict[str, Any]:
@@ -261,7 +279,8 @@ class AdaMeZO(torch.optim.Optimizer):
     def _plans(self) -> list[Plan]:
         """A plan for each group, made again when a parameter has been replaced, moved or frozen."""
         layout = [
-            [(id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad) for p in params]
+            # Frozen ones may be of a kind that has no address, such as sparse.
+            [(id(p), p.requires_grad and memory_of(p)) for p in params]
             for params in (group["params"] for group in self.param_groups)
         ]
         if self._layout is None or self._layout[0] != layout:
@@ -271,13 +290,14 @@ class AdaMeZO(torch.optim.Optimizer):
     def _backend(self, fused: bool | None, params: Sequence[Tensor]) -> str:
         if fused is False:
             return "reference"
-        devices = {p.device for p in params}
+        devices = {p.device for p in params if p.requires_grad}
         name: str = choose(devices).NAME
         if fused and name == "reference":
             reasons = "; ".join(f"{b}: {m.availability()[1]}" for b, m in BACKENDS.items())
             raise RuntimeError(
                 f"fused=True, but no compiled kernels run on {', '.join(map(str, devices))} "
-                f"here ({reasons}). Pass fused=None to take the best there is"
+                f"here, or ADAMEZO_BACKEND forbids them ({reasons}). Pass fused=None to take the "
+                "best there is"
             )
         return name
 
@@ -293,9 +313,8 @@ def _make_plans(groups: Iterable[dict[str, Any]]) -> list[Plan]:
         given = group.get("param_names")
         for i, p in enumerate(group["params"]):
             # Two Parameters over the same memory are one weight, and must move once.
-            place = (p.device, p.data_ptr(), p.shape, p.stride(), p.dtype)
-            if p.requires_grad and (p.numel() == 0 or place not in seen):
-                seen.add(place)
+            if p.requires_grad and (p.numel() == 0 or memory_of(p) not in seen):
+                seen.add(memory_of(p))
                 tensors.append(p)
                 parameters.append(index)
                 names.append(given[i] if given else f"parameter {index}")
@@ -310,16 +329,36 @@ def _make_plans(groups: Iterable[dict[str, Any]]) -> list[Plan]:
     return plans
 
 
-def _forked_generators(plans: Iterable[Plan]):  # type: ignore[no-untyped-def]
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """A Ctrl-C inside takes effect on leaving: what the kernels did to the weights is then known,
+    and so can be undone."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # there is no handler of Python's, or none that would run in this thread
+        return
+    interrupts = []
+    signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _forked_generators() -> Iterator[None]:
     """Inside, torch's generators advance as usual; on leaving they are back where they were."""
-    accelerators = {
-        segment.tensor.device
-        for plan in plans
-        for segment in plan
-        if segment.tensor.device.type != "cpu"
-    }
-    kind = next((device.type for device in accelerators), "cuda")
-    return torch.random.fork_rng(devices=list(accelerators), device_type=kind)
+    # All devices in use: a trained CPU tensor may feed a frozen model on a GPU, with dropout there.
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
+        for kind in ("cuda", "xpu"):
+            module = torch.get_device_module(kind)
+            if module.is_initialized():
+                devices = range(module.device_count())
+                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+        yield
 
 
 def _loss_value(loss: Any) -> float:

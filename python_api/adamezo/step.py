@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,12 @@ from .optimizer import AdaMeZO, Closure
 optimizers: WeakKeyDictionary[nn.Module, AdaMeZO] = WeakKeyDictionary()
 """The optimizer of each model that :func:`fused_adamezo_step` has stepped. It goes with the model.
 Look at or change ``optimizers[model].param_groups``; ``del optimizers[model]`` starts anew."""
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in signature(AdaMeZO).parameters.items()
+    if name != "params"
+}
 
 _options: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
@@ -29,18 +36,24 @@ def fused_adamezo_step(model: nn.Module, closure: Closure, **options: Any) -> Te
         The mean of the two losses.
 
     Raises:
+        TypeError: an option that AdaMeZO does not have.
         ValueError: an option differs from the first step's, or the model's parameters were
             replaced since; the message names them.
     """
+    unknown = [name for name in options if name not in _DEFAULTS]
+    if unknown:
+        raise TypeError(
+            f"unknown options: {', '.join(unknown)}. AdaMeZO has {', '.join(_DEFAULTS)}"
+        )
     optimizer = optimizers.get(model)
     if optimizer is None:
         optimizer = AdaMeZO(model.named_parameters(), **options)
         optimizers[model], _options[model] = optimizer, options
-    kept = {**optimizer.defaults, **_options[model]}
+    kept = {**_DEFAULTS, **_options[model]}
     changed = [
-        f"{name} (was {kept.get(name)!r}, got {value!r})"
+        f"{name} (was {kept[name]!r}, got {value!r})"
         for name, value in options.items()
-        if name not in kept or kept[name] != value
+        if kept[name] != value
     ]
     if changed:
         raise ValueError(
