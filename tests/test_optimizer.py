@@ -1235,7 +1235,10 @@ def test_fused_takes_the_kernels():
 
 def test_fused_without_kernels_is_an_error(monkeypatch):
     monkeypatch.setattr(native, "availability", lambda: (False, "there is no compiler"))
-    message = r"fused=True, but no compiled kernels run on cpu .*native: there is no compiler.*None"
+    message = (
+        r"fused=True, but no compiled kernels for 'exact' directions run on cpu "
+        r".*native: there is no compiler.*None"
+    )
     with pytest.raises(RuntimeError, match=message):
         AdaMeZO(weights(3), fused=True)
     for fused in (None, False):

@@ -155,7 +155,7 @@ class AdaMeZO(torch.optim.Optimizer):
         group["steps"] = 0
         group["next_direction"] = self.param_groups[0].get("next_direction", 0)
         if group["fused"]:
-            self._backend(group["fused"], group["params"])
+            self._backend(group, group["params"])
 
     @overload  # type: ignore[override]  # torch's closures return floats, ours tensors too
     def step(self, closure: None = None) -> None: ...
@@ -183,7 +183,7 @@ class AdaMeZO(torch.optim.Optimizer):
         direction = groups[0]["next_direction"]
         newest = PhiloxState(shared["seed"], direction)
         plans = self._plans()
-        backend = self._backend(shared["fused"], [p for group in groups for p in group["params"]])
+        backend = self._backend(shared, [p for group in groups for p in group["params"]])
 
         displacement = [0.0] * len(groups)  # of each group's weights, in units of z
 
@@ -287,17 +287,18 @@ class AdaMeZO(torch.optim.Optimizer):
             self._layout = layout, _make_plans(self.param_groups)
         return self._layout[1]
 
-    def _backend(self, fused: bool | None, params: Sequence[Tensor]) -> str:
+    def _backend(self, options: dict[str, Any], params: Sequence[Tensor]) -> str:
+        fused, distribution = options["fused"], options["distribution"]
         if fused is False:
             return "reference"
         devices = {p.device for p in params if p.requires_grad}
-        name: str = choose(devices).NAME
+        name: str = choose(devices, distribution=distribution).NAME
         if fused and name == "reference":
             reasons = "; ".join(f"{b}: {m.availability()[1]}" for b, m in BACKENDS.items())
             raise RuntimeError(
-                f"fused=True, but no compiled kernels run on {', '.join(map(str, devices))} "
-                f"here, or ADAMEZO_BACKEND forbids them ({reasons}). Pass fused=None to take the "
-                "best there is"
+                f"fused=True, but no compiled kernels for {distribution!r} directions run on "
+                f"{', '.join(map(str, devices))} here, or ADAMEZO_BACKEND forbids them "
+                f"({reasons}). Pass fused=None to take the best there is"
             )
         return name
 

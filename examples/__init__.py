@@ -1,0 +1,1 @@
+"""Runs with `python -m examples.NAME` from the root of the source tree."""

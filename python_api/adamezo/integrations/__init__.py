@@ -1,0 +1,1 @@
+"""One file for each outside library, imported only when used."""

@@ -1,0 +1,141 @@
+"""Local transformers language models: loading, saving, and scoring label words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "adamezo.integrations.transformers needs the transformers package: "
+        "pip install 'adamezo[transformers]'"
+    ) from error
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer from this machine.
+
+    ``path`` is a folder written by ``save_pretrained``, or a ``.gguf`` file. A GGUF file's weights
+    are turned into plain tensors of ``dtype``: quantised ones keep the rounding that they had.
+    Returns ``(model, tokenizer)``, the model in evaluation mode on ``device``.
+    """
+    path = Path(path).expanduser()
+    options: dict[str, Any] = {"local_files_only": True}
+    if path.is_dir():
+        folder = path
+    elif path.is_file() and path.suffix == ".gguf":
+        folder = path.parent
+        options["gguf_file"] = path.name
+    else:
+        raise FileNotFoundError(
+            f"--model: got {str(path)!r}, expected a folder with a transformers model or a .gguf "
+            "file on this machine; names on a hub are not looked up, so download the model first"
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    if "gguf_file" in options:
+        # Without this, transformers may keep the blocks packed (no float weights to train), and
+        # marks the model as quantised, which save_pretrained then refuses.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    if hasattr(model.config, "quantization_config"):
+        raise ValueError(
+            f"{path}: the weights are quantised ({model.config.quantization_config}), expected "
+            "floating-point weights; save a dequantised copy of the model first"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write model and tokenizer to ``folder``, readable by :func:`load`."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class LabelScorer:
+    """Scores a text by the logits that a language model gives to one word for each label.
+
+    ``template`` holds ``{text}`` and ends with ``{label}``; ``label_words`` maps each label to the
+    word that stands there. Each word must be one token, so that one forward pass scores them all
+    (the way MeZO, arXiv 2305.17333, turns classification into language modelling).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: str,
+        label_words: Mapping[str, str],
+        *,
+        max_tokens: int = 256,
+    ) -> None:
+        if template.count("{text}") != 1 or not template.endswith("{label}"):
+            raise ValueError(
+                f"template: got {template!r}, expected {{text}} once and {{label}} at the end, "
+                "for example '{text} It was {label}'"
+            )
+        if len(label_words) < 2:
+            raise ValueError(f"label words: got {dict(label_words)}, expected at least two labels")
+        before = template[: -len("{label}")]
+        # The space before a word belongs to the word's token in the usual vocabularies.
+        self._prompt = before.rstrip(" ")
+        space = before[len(self._prompt) :]
+        self.model = model
+        self.tokenizer = tokenizer
+        self.labels = tuple(label_words)
+        self.max_tokens = max_tokens
+        self.token_ids = [self._token(space + word) for word in label_words.values()]
+        if len(set(self.token_ids)) < len(self.token_ids):
+            raise ValueError(
+                f"label words: got {dict(label_words)}, where two share a token; "
+                "expected a different word for each label"
+            )
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._extra: dict[str, Any] = {}
+        if "logits_to_keep" in accepted:
+            self._extra["logits_to_keep"] = 1  # the vocabulary's logits at one position, not all
+        if "use_cache" in accepted:
+            self._extra["use_cache"] = False
+
+    def _token(self, word: str) -> int:
+        # Tokenized behind the prompt, because some tokenizers treat the start of a text apart.
+        context = self._prompt.replace("{text}", "text")
+        before = self.tokenizer(context).input_ids
+        after = self.tokenizer(context + word).input_ids
+        if len(after) != len(before) + 1 or after[:-1] != before:
+            raise ValueError(
+                f"label word {word.strip()!r}: got the tokens "
+                f"{self.tokenizer.tokenize(word)} behind the prompt, expected exactly one; "
+                "choose a commoner word with --label-words LABEL=WORD"
+            )
+        return int(after[-1])
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts; of one longer than ``max_tokens`` the end is kept."""
+        prompts = [self._prompt.replace("{text}", text) for text in texts]
+        return [ids[-self.max_tokens :] for ids in self.tokenizer(prompts).input_ids]
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Scores of a batch of encoded prompts: float32, ``(len(prompts), len(labels))``."""
+        # Padded on the left, so that every prompt ends, and is read out, at the last position.
+        length = max(len(ids) for ids in prompts)
+        tokens = torch.zeros(len(prompts), length, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, ids in enumerate(prompts):
+            tokens[row, length - len(ids) :] = torch.tensor(ids)
+            mask[row, length - len(ids) :] = 1
+        device = self.model.device
+        inputs = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+        if self._takes_positions:
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)
+        logits = self.model(**inputs, **self._extra).logits[:, -1]
+        return logits[:, self.token_ids].float()
