@@ -55,7 +55,7 @@ def options(method: str = "adamezo", **changed: Any) -> Options:
         "held_out": HELD_OUT,
         "steps": 120,
         "batch_size": 16,
-        "eval_every": 40,
+        "eval_every": 60,
     }
     return Options(**(settings | METHODS[method] | changed))
 
