@@ -97,11 +97,12 @@ struct Avx512Lanes {
   // Not vcvtneps2bf16: it takes subnormals for zero.
   static ADAMEZO_HD void store(F value, bfloat16* to) {
     const I b = bits(value);
-    const I top = _mm512_srli_epi32(b, 16);
-    const I odd = _mm512_and_si512(top, i(1));
-    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, i(0x7fff)), odd), 16);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    store16(_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, i(0x7fc0))), to);
+    // To nearest even: half a unit less one bit, or half a unit where the last bit kept is odd.
+    const __mmask16 is_odd = _mm512_test_epi32_mask(b, i(0x10000));
+    const I half = _mm512_mask_blend_epi32(is_odd, i(0x7fff), i(0x8000));
+    const __mmask16 is_number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    const I rounded = _mm512_mask_srli_epi32(i(0x7fc0), is_number, _mm512_add_epi32(b, half), 16);
+    store16(_mm512_cvtepi32_epi16(rounded), to);
   }
   static ADAMEZO_HD void store(F value, float16* to) {
     store16(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), to);
