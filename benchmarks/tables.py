@@ -1,4 +1,7 @@
-"""Rewrites the tables of docs/performance.md from the CSV files: `python -m benchmarks.tables`."""
+"""Rewrites the tables of docs/performance.md and README.md from the CSV files.
+
+python -m benchmarks.tables
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from benchmarks.report import judged, load
 from benchmarks.rows import RESULTS, Row, find, linear_fit, quantile
 from benchmarks.step import share
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
@@ -32,6 +37,47 @@ def blocks(rows: list[Row]) -> dict[str, str]:
         "step": step_block(rows),
         "memory": memory_block(rows),
     }
+
+
+def summary_block(rows: list[Row]) -> str:
+    """The few numbers of the README: one core's kernels, then the main job's step."""
+    body: list[tuple[object, ...]] = []
+    kernel = dict(benchmark="kernels", type="bfloat16", elements=10_000_000, threads=1)
+    for title, what, horizon in [
+        ("theta += c z, one core", "perturb", 1),
+        ("AdaMeZO update, H = 10, one core", "update", 10),
+        ("AdaMeZO update, H = 20, one core", "update", 20),
+    ]:
+        columns = dict(kernel, what=what, horizon=horizon)
+        ours = max(find(rows, variant="native", **columns), key=lambda r: r.elements_per_s or 0)
+        fastest, plain = (
+            find(rows, variant=v, **columns)[0].elements_per_s or 1.0
+            for v in ("torch", "torch plain")
+        )
+        speed = ours.elements_per_s or 0.0
+        body.append(
+            (
+                f"{title}, bfloat16",
+                f"{speed / 1e6:,.0f} M/s",
+                f"{fastest / 1e6:,.0f} M/s ({speed / fastest:.1f}x)",
+                f"{plain / 1e6:,.0f} M/s ({speed / plain:.1f}x)",
+            )
+        )
+    for tokens in ("16x32", "16x128"):
+        columns = dict(benchmark="step", tokens=tokens)
+        for method, horizon in (("MeZO", 1), ("AdaMeZO", 10)):
+            found = {
+                r.variant: r
+                for r in find(rows, **columns, what=f"{method} step", horizon=horizon)
+                if r.median_s
+            }
+            if "ours" in found and "torch" in found:
+                ours, fast = found["ours"].median_s or 0.0, found["torch"].median_s or 0.0
+                of_h = "" if method == "MeZO" else f", H = {horizon}"
+                title = f"{method} step{of_h}, {tokens.replace('x', ' x ')} tokens"
+                body.append((title, f"{ours:.2f} s", f"{fast:.2f} s ({fast / ours:.1f}x)", ""))
+    header = ("", "adamezo", "torch at its fastest", "torch as one writes it")
+    return markdown(header, body)
 
 
 def conditions_block(rows: list[Row]) -> str:
@@ -231,11 +277,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     arguments = parser.parse_args()
-    text = DOCUMENT.read_text(encoding="utf-8")
-    new = rewrite(text, blocks(load(arguments.results)))
-    if arguments.check:
-        raise SystemExit(0 if new == text else f"{DOCUMENT.name} is out of date")
-    DOCUMENT.write_text(new, encoding="utf-8")
+    rows = load(arguments.results)
+    for path, made in ((DOCUMENT, blocks(rows)), (README, {"numbers": summary_block(rows)})):
+        text = path.read_text(encoding="utf-8")
+        new = rewrite(text, made)
+        if arguments.check and new != text:
+            raise SystemExit(f"{path.name} is out of date: run `python -m benchmarks.tables`")
+        if not arguments.check:
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python -m examples.three_seeds                  # AdaMeZO, the demo's settings
 python -m examples.three_seeds --method mezo    # plain MeZO, the same number of forward passes
+python -m examples.three_seeds --plot           # the picture again, from the results
 """
 
 from __future__ import annotations
@@ -42,12 +43,39 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Batch losses (mean of the last ten) and held-out loss and accuracy, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for color, run in zip(("C0", "C1", "C2", "C4", "C5"), result["runs"], strict=False):
+        seed, held_out = run["options"]["seed"], run["held_out_curve"]
+        losses = [point["loss"] for point in run["curve"]]
+        recent = [statistics.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+        at = [point["step"] for point in held_out]
+        left.plot(range(1, len(recent) + 1), recent, color=color, alpha=0.35)
+        left.plot(at, [p["loss"] for p in held_out], "o-", color=color, label=f"seed {seed}")
+        right.plot(at, [p["accuracy"] for p in held_out], "o-", color=color)
+    left.set(xlabel="step (two forward passes)", ylabel="loss; pale: training batches")
+    right.set(xlabel="step (two forward passes)", ylabel="held-out accuracy")
+    left.legend()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="adamezo")
     parser.add_argument("--steps", type=int, help="other than the demo's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--plot", action="store_true", help="draw the results that are there")
     chosen = parser.parse_args()
+    target = RESULTS / f"three_seeds_{chosen.method}.json"
+    if chosen.plot:
+        plot(json.loads(target.read_text(encoding="utf-8")), target.with_suffix(".png"))
+        return
     changed = {} if chosen.steps is None else {"steps": chosen.steps}
 
     runs: list[dict[str, Any]] = []
@@ -75,7 +103,6 @@ def main() -> None:
         "runs": runs,
     }
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"three_seeds_{chosen.method}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in ("loss", "accuracy"):
         after = result["after"][name]
@@ -84,7 +111,8 @@ def main() -> None:
             f"mean {after['mean']:.4f}, standard deviation {after['standard_deviation']:.4f}, "
             f"from {after['lowest']:.4f} to {after['highest']:.4f}"
         )
-    print(f"written: {target}")
+    plot(result, target.with_suffix(".png"))
+    print(f"written: {target} and a picture beside it")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class AdaMeZO(torch.optim.Optimizer):
         warmup_lr: None uses the truncated moments from the first step on; a number makes the first
             ``horizon + 1`` steps plain MeZO steps ``theta <- theta - warmup_lr p z``, whatever
             ``lr`` and its scheduler say, by group.
-        distribution: of z; ``"exact"`` normals have the same bits on every device.
+        distribution: of z: ``"exact"`` normals, with the same bits on every device; ``"fast"``
+            ones, on CUDA devices only; ``"rademacher"`` signs.
         maximize: ascend instead of descend (a reward, an accuracy), by group.
         fused: None uses the compiled kernels where there are some; True is an error without them;
             False uses the reference backend, which is plain torch and slow.
