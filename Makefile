@@ -21,7 +21,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench nvcc gpu-check clean
+.PHONY: help setup demo test lint format bench nvcc gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -82,6 +82,9 @@ nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into b
 gpu-check: $(READY) ## the tests that need a CUDA device; an error where there is none
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"gpu-check: torch {torch.__version__} sees no CUDA device, so no GPU test was run")'
 	$(PY) -m pytest -m gpu
+
+gpu-bench: $(READY) ## the kernels on a CUDA device against torch there; CSV and plots
+	$(PY) -m benchmarks.gpu_kernels
 
 clean: ## remove what was built; `rm -rf .venv` removes the environment
 	rm -rf build dist *.egg-info python_api/*.egg-info adamezo_kernels/_native*.so $(VENV)/package.stamp
