@@ -189,10 +189,11 @@ def python_files(folder: Path) -> set[str]:
 
 def test_wheel_contents(wheel, source):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    (module,) = (n for n in names if n.startswith("adamezo_kernels/_native."))
+    (module,) = (n for n in names if n.startswith("adamezo_kernels/_native.") and n.endswith(".so"))
     modules = python_files(source / "adamezo_kernels")
     modules |= python_files(source / "python_api" / "adamezo")
-    assert names == modules | {module, "adamezo/py.typed", "adamezo_kernels/py.typed"}
+    typing = {"adamezo/py.typed", "adamezo_kernels/py.typed", "adamezo_kernels/_native.pyi"}
+    assert names == modules | typing | {module}
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on this machine")
@@ -252,7 +253,7 @@ def test_pure_python_install(source, tmp_path, env, reason):
     done = pip("install", "--verbose", "--target", target, source=source, env=env)
     assert done.returncode == 0, done.stdout
     assert f"adamezo: pure-Python install ({reason})" in done.stdout
-    assert not list(target.rglob("_native*"))
+    assert not list(target.rglob("_native*.so"))
     assert python("-c", USE, packages=target).count(str(target)) == 2
     assert "compiled module cannot be imported" in python("-m", "adamezo_kernels", packages=target)
 

