@@ -395,3 +395,10 @@ def test_peak_memory_sees_what_came_and_went_since_the_reset():
     assert memory.read() - before == pytest.approx(size, rel=0.05)
     memory.reset()
     assert memory.read() - before < size / 2
+
+
+def test_the_demos_weights_load():
+    """Needs what the package's `transformers` extra brings: a GGUF file asks for more than a folder."""
+    model, _ = language_models.load(demo.smollm2())
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
