@@ -398,7 +398,7 @@ def test_peak_memory_sees_what_came_and_went_since_the_reset():
 
 
 def test_the_demos_weights_load():
-    """Needs what the package's `transformers` extra brings: a GGUF file asks for more than a folder."""
+    """Needs what the `transformers` extra brings: a GGUF file asks for more than a folder does."""
     model, _ = language_models.load(demo.smollm2())
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert {p.dtype for p in model.parameters()} == {torch.float32}
