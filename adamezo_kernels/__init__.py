@@ -5,10 +5,11 @@ This package turns tensors into kernel calls. It knows no optimizer: see :mod:`a
 
 from .ops import moments, perturb_, sample_, update_
 from .plan import Plan, Segment, Shard
-from .stream import DISTRIBUTIONS, STREAM_VERSION, PhiloxState
+from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState
 
 __all__ = [
     "DISTRIBUTIONS",
+    "ROUNDINGS",
     "STREAM_VERSION",
     "PhiloxState",
     "Plan",

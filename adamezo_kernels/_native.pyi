@@ -9,7 +9,14 @@ def sample(
     isa: str, threads: int, table: Table, seed: int, offset: int, direction: int
 ) -> None: ...
 def perturb(
-    isa: str, threads: int, table: Table, seed: int, offset: int, direction: int, scale: float
+    isa: str,
+    threads: int,
+    table: Table,
+    seed: int,
+    offset: int,
+    direction: int,
+    scale: float,
+    rounding: int,
 ) -> None: ...
 def update(
     isa: str,
@@ -24,6 +31,7 @@ def update(
     minus_lr: float,
     eps: float,
     decay: float,
+    rounding: int,
 ) -> None: ...
 def moment(
     isa: str,
@@ -52,6 +60,7 @@ class CudaJob:
         minus_lr: float,
         eps: float,
         decay: float,
+        rounding: int,
         highs: Sequence[int],
     ) -> None: ...
 

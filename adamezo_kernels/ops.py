@@ -1,8 +1,8 @@
 """The operations: every argument is checked here, then a backend does the work.
 
 All arithmetic is in float32, in the order that the formulas show, with scalars computed in float64
-and rounded to float32 once; ``fma`` rounds once. Results are stored to the weights' type, rounded
-to nearest even. Every backend gives the same bits.
+and rounded to float32 once; ``fma`` rounds once. Results are stored to the weights' type: rounded
+to nearest even, or stochastically (ROUNDINGS). Every backend gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .backends import choose
 from .plan import Plan
-from .stream import DISTRIBUTIONS, PhiloxState, check_state
+from .stream import DISTRIBUTIONS, ROUNDINGS, PhiloxState, check_state
 
-ROUNDINGS = ("nearest",)
 _FLOAT32_MAX = 3.4028234663852886e38
 _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
 
@@ -54,19 +53,23 @@ def perturb_(
     scale: float,
     *,
     distribution: str = "exact",
+    rounding: str = "nearest",
     backend: str | None = None,
 ) -> None:
     """``theta = fma(scale, z, theta)`` for every weight of the plan.
 
     Args:
-        plan: the weights.
+        plan: the weights. If it is made by :meth:`Plan.into`, theta is read from one place and
+            written to another.
         state: the direction z.
         scale: a finite number; in zeroth-order steps ``zo_eps``, ``-2 zo_eps`` and so on.
+        rounding: of the store; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
     """
     _check_stream(plan, [state], distribution)
     scale = _number("scale", scale)
-    _backend(plan, backend, distribution).perturb(plan, state, scale, distribution)
+    _check_rounding(rounding)
+    _backend(plan, backend, distribution).perturb(plan, state, scale, distribution, rounding)
 
 
 def update_(
@@ -115,10 +118,10 @@ def update_(
     decay = _number("1 - lr * weight_decay", 1.0 - lr * weight_decay)
     if second is not None and eps <= _FLOAT32_HALF_MIN:
         raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    _check_rounding(rounding)
+    _check_in_place(plan)
     _backend(plan, backend, distribution).update(
-        plan, states, first, second, lr, eps, decay, restore, distribution
+        plan, states, first, second, lr, eps, decay, restore, distribution, rounding
     )
 
 
@@ -139,6 +142,7 @@ def moments(
         (m, v): a list of tensors each, one for each tensor of the plan.
     """
     states, first, second = _check_sums(plan, states, first, second, distribution)
+    _check_in_place(plan)
     m, v = (
         [
             torch.empty(segment.tensor.shape, dtype=torch.float32, device=segment.tensor.device)
@@ -152,6 +156,19 @@ def moments(
 
 def _backend(plan: Plan, name: str | None, distribution: str):  # type: ignore[no-untyped-def]
     return choose((segment.tensor.device for segment in plan), name, distribution)
+
+
+def _check_rounding(rounding: str) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+
+
+def _check_in_place(plan: Plan) -> None:
+    if not plan.in_place:
+        raise ValueError(
+            "this plan reads one set of tensors and writes another (Plan.into), which only "
+            "perturb_ can do"
+        )
 
 
 def _check_stream(plan: Plan, states: Sequence[PhiloxState], distribution: str) -> None:

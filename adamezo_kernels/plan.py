@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
@@ -54,6 +54,10 @@ class Segment:
     """Index of the first element in the whole parameter."""
     index_stride: int
     """Index distance from one row to the next."""
+    source: Tensor
+    """Where the elements are read: the tensor itself, or another one (:meth:`Plan.into`)."""
+    source_stride: int
+    """Elements in memory from one row of the source to the next."""
 
     @property
     def elements(self) -> int:
@@ -89,13 +93,15 @@ class Launch:
 
     @cached_property
     def table(self) -> Tensor:
-        """int64 of shape (segments, 8), on the host: the columns of csrc/adamezo/segment.h."""
+        """int64 of shape (segments, 10), on the host: the columns of csrc/adamezo/segment.h."""
         rows, first = [], 0
         for s in self.segments:
-            layout = (s.rows, s.row_length, s.row_stride, s.index_offset, s.index_stride)
-            rows.append((s.tensor.data_ptr(), *layout, s.parameter, first))
+            addresses = (s.tensor.data_ptr(), s.source.data_ptr())
+            layout = (s.rows, s.row_length, s.row_stride, s.source_stride)
+            index = (s.index_offset, s.index_stride, s.parameter)
+            rows.append((*addresses, *layout, *index, first))
             first += s.elements
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 8)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 10)
 
 
 class Plan:
@@ -156,6 +162,29 @@ class Plan:
             names=self.names,
         )
 
+    def into(self, tensors: Sequence[Tensor]) -> Plan:
+        """For :func:`adamezo_kernels.perturb_` alone: reads this plan's weights and writes others.
+
+        Args:
+            tensors: one for each of the plan, contiguous, of its shape, type and device, and with
+                memory of its own.
+        """
+        plan = self.like(tensors)
+        segments = []
+        for source, target, name in zip(self.segments, plan.segments, self.names, strict=True):
+            for what in ("shape", "dtype", "device"):
+                expected, got = getattr(source.tensor, what), getattr(target.tensor, what)
+                if got != expected:
+                    raise ValueError(f"{name}: expected {what} {expected} to write to, got {got}")
+            segments.append(replace(target, source=source.tensor, source_stride=source.row_stride))
+        _check_disjoint((*self.segments, *plan.segments), [*self.names, *self.names])
+        plan.segments = tuple(segments)
+        return plan
+
+    @property
+    def in_place(self) -> bool:
+        return all(segment.source is segment.tensor for segment in self.segments)
+
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.segments)
 
@@ -206,6 +235,8 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
         row_stride=stride,
         index_offset=shard.offset,
         index_stride=row_length if shard.rows == 1 else shard.stride,
+        source=tensor,
+        source_stride=stride,
     )
     if shard.rows > 1 and shard.stride < row_length:
         raise ValueError(

@@ -16,6 +16,12 @@ in fewer instructions, on CUDA devices only, with bits that are a device's own. 
 signs, +1 or -1, with the same bits on every device.
 """
 
+ROUNDINGS = ("nearest", "stochastic")
+"""Of a store to 16 bits. ``stochastic`` goes up with the probability of the fraction that is cut
+off, so that its mean is the value: a step far below a weight's last place moves it now and then
+instead of never. Its random bits belong to the direction (docs/directions.md): the same on every
+device. Their place here is their number in csrc/adamezo/rounding.h."""
+
 
 class PhiloxState(NamedTuple):
     """One direction z of a run. Three integers stand for a value per weight.

@@ -57,11 +57,12 @@ void sample(const std::string& isa, int threads, const Table& table, uint64_t se
 }
 
 void perturb(const std::string& isa, int threads, const Table& table, uint64_t seed,
-             uint64_t offset, uint32_t direction, double scale) {
+             uint64_t offset, uint32_t direction, double scale, int rounding) {
   const DefaultFloatingPoint guard;
   const std::vector<uint32_t> directions{direction};
   Job job = job_over(table, seed, offset, directions);
   job.scale = float(scale);
+  job.rounding = Rounding(rounding);
   run(kernels_named(isa).perturb, job, threads);
 }
 
@@ -74,7 +75,7 @@ void check_length(const char* name, size_t got, size_t expected) {
 void update(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
             const std::vector<uint32_t>& directions, const std::vector<double>& first,
             const std::optional<std::vector<double>>& second, double restore, double minus_lr,
-            double eps, double decay) {
+            double eps, double decay, int rounding) {
   if (directions.empty()) throw std::invalid_argument("an update needs at least one direction");
   check_length("first", first.size(), directions.size());
   if (second) check_length("second", second->size(), directions.size());
@@ -88,6 +89,7 @@ void update(const std::string& isa, int threads, const Table& table, uint64_t se
   job.minus_lr = float(minus_lr);
   job.eps = float(eps);
   job.decay = float(decay);
+  job.rounding = Rounding(rounding);
   run(kernels_named(isa).update, job, threads);
 }
 
@@ -145,7 +147,8 @@ struct CudaJob {
 
 CudaJob cuda_job(int operation, int distribution, const Table& table, uint64_t seed,
                  uint64_t offset, uint64_t directions, int64_t horizon, bool with_second,
-                 double scale, double minus_lr, double eps, double decay, const HighWords& highs) {
+                 double scale, double minus_lr, double eps, double decay, int rounding,
+                 const HighWords& highs) {
   const DefaultFloatingPoint guard;
   Job job = job_over(table, seed, offset, {});
   job.directions = reinterpret_cast<const uint32_t*>(directions);
@@ -156,6 +159,7 @@ CudaJob cuda_job(int operation, int distribution, const Table& table, uint64_t s
   job.minus_lr = float(minus_lr);
   job.eps = float(eps);
   job.decay = float(decay);
+  job.rounding = Rounding(rounding);
   return {Operation(operation), Distribution(distribution), job, highs};
 }
 
@@ -189,10 +193,10 @@ PYBIND11_MODULE(_native, m) {
   const auto offset = py::arg("offset");
   m.def("sample", &sample, isa, threads, table, seed, offset, py::arg("direction"), unlocked);
   m.def("perturb", &perturb, isa, threads, table, seed, offset, py::arg("direction"),
-        py::arg("scale"), unlocked);
+        py::arg("scale"), py::arg("rounding"), unlocked);
   m.def("update", &update, isa, threads, table, seed, offset, py::arg("directions"),
         py::arg("first"), py::arg("second"), py::arg("restore"), py::arg("minus_lr"),
-        py::arg("eps"), py::arg("decay"), unlocked);
+        py::arg("eps"), py::arg("decay"), py::arg("rounding"), unlocked);
   m.def("moment", &moment, isa, threads, table, seed, offset, py::arg("directions"),
         py::arg("coefficients"), py::arg("squared"), unlocked);
 
@@ -207,7 +211,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&cuda_job), py::kw_only(), py::arg("operation"), py::arg("distribution"), table,
            seed, offset, py::arg("directions"), py::arg("horizon"), py::arg("with_second"),
            py::arg("scale"), py::arg("minus_lr"), py::arg("eps"), py::arg("decay"),
-           py::arg("highs"));
+           py::arg("rounding"), py::arg("highs"));
   m.def(
       "cuda_on_host",
       [](const CudaJob& job, int64_t blocks, int threads) {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..plan import ELEMENT_TYPES, Launch, Plan
-from ..stream import PhiloxState
+from ..stream import ROUNDINGS, PhiloxState
 from . import native
 from .native import compiled
 
@@ -116,6 +116,7 @@ def _call(
     minus_lr: float = 0.0,
     eps: float = 0.0,
     decay: float = 1.0,
+    rounding: str = "nearest",
 ) -> None:
     if not launch.elements:
         return
@@ -148,6 +149,7 @@ def _call(
                     minus_lr=minus_lr,
                     eps=eps,
                     decay=decay,
+                    rounding=ROUNDINGS.index(rounding),
                     highs=high_words(launch, states[0].offset, distribution),
                 )
             )
@@ -187,9 +189,9 @@ def sample(plan: Plan, state: PhiloxState, distribution: str) -> None:
         _call(launch, "sample", [state], distribution)
 
 
-def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str) -> None:
+def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str, rounding: str) -> None:
     for launch in plan.launches:
-        _call(launch, "perturb", [state], distribution, scale=scale)
+        _call(launch, "perturb", [state], distribution, scale=scale, rounding=rounding)
 
 
 def update(
@@ -202,6 +204,7 @@ def update(
     decay: float,
     restore: float,
     distribution: str,
+    rounding: str,
 ) -> None:
     for launch in plan.launches:
         _call(
@@ -215,6 +218,7 @@ def update(
             minus_lr=-lr,
             eps=eps,
             decay=decay,
+            rounding=rounding,
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor  # before _native: both then share torch's OpenMP runtime
 
 from ..plan import ELEMENT_TYPES, Launch, Plan
-from ..stream import PhiloxState
+from ..stream import ROUNDINGS, PhiloxState
 
 try:
     from .. import _native
@@ -120,9 +120,16 @@ def sample(plan: Plan, state: PhiloxState, distribution: str) -> None:
         _call(launch, "sample", state, direction=state.counter)
 
 
-def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str) -> None:
+def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str, rounding: str) -> None:
     for launch in plan.launches:
-        _call(launch, "perturb", state, direction=state.counter, scale=scale)
+        _call(
+            launch,
+            "perturb",
+            state,
+            direction=state.counter,
+            scale=scale,
+            rounding=ROUNDINGS.index(rounding),
+        )
 
 
 def update(
@@ -135,6 +142,7 @@ def update(
     decay: float,
     restore: float,
     distribution: str,
+    rounding: str,
 ) -> None:
     for launch in plan.launches:
         _call(
@@ -148,6 +156,7 @@ def update(
             minus_lr=-lr,
             eps=eps,
             decay=decay,
+            rounding=ROUNDINGS.index(rounding),
         )
 
 

@@ -31,6 +31,7 @@ length (8 MiB), whatever the size of the weights; larger chunks fall out of the 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PURPOSE_DIRECTION = 0
+PURPOSE_ROUNDING = 1
 
 _WORD = 0xFFFFFFFF
 
@@ -220,6 +221,39 @@ def exact_normals(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(x0 >= 2**31, -z0, z0), torch.where(x1 >= 2**31, -z1, z1)
 
 
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _from_calls(
+    outputs: Callable[[Words], Words],
+    purpose: int,
+    index_offset: int,
+    index_stride: int,
+    rows: int,
+    row_length: int,
+    *,
+    key: int,
+    direction: int,
+    parameter: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Four elements a call, of shape ``(rows, row_length)``: element i is output i % 4 of the call
+    whose block is i // 4, after ``outputs`` of its four words."""
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, dtype=torch.int64, device=device)
+
+    first = index_offset + index_stride * count(rows)
+    phase = first & 3
+    # A row needs the calls that cover it from its first block on, counted for the row that starts
+    # furthest inside its block.
+    blocks = (int(phase.max()) + row_length + 3) // 4
+    block = (first >> 2)[:, None] + count(blocks)
+    words = philox4x32(block & _WORD, block >> 32, direction, parameter | purpose << 24, key)
+    covering = torch.stack(outputs(cast(Words, words)), dim=-1).view(rows, 4 * blocks)
+    return covering.gather(1, phase[:, None] + count(row_length))
+
+
 def exact_direction(
     index_offset: int,
     index_stride: int,
@@ -241,21 +275,48 @@ def exact_direction(
     if rows == 0 or row_length == 0:
         return torch.empty((rows, row_length), dtype=torch.float32, device=device)
 
-    def count(n: int) -> Tensor:
-        return torch.arange(n, dtype=torch.int64, device=device)
+    def normals(x: Words) -> Words:
+        return (*exact_normals(x[0], x[1]), *exact_normals(x[2], x[3]))
 
-    first = index_offset + index_stride * count(rows)
-    phase = first & 3
-    # One call gives four elements, so a row needs the calls that cover it from its first block on,
-    # counted for the row that starts furthest inside its block.
-    blocks = (int(phase.max()) + row_length + 3) // 4
-    block = (first >> 2)[:, None] + count(blocks)
-    purpose = PURPOSE_DIRECTION << 24
-    words = philox4x32(block & _WORD, block >> 32, direction, parameter | purpose, key)
-    x0, x1, x2, x3 = cast("tuple[Tensor, Tensor, Tensor, Tensor]", words)
-    outputs = (*exact_normals(x0, x1), *exact_normals(x2, x3))
-    covering = torch.stack(outputs, dim=-1).view(rows, 4 * blocks)
-    return covering.gather(1, phase[:, None] + count(row_length))
+    return _from_calls(
+        normals,
+        PURPOSE_DIRECTION,
+        index_offset,
+        index_stride,
+        rows,
+        row_length,
+        key=key,
+        direction=direction,
+        parameter=parameter,
+        device=device,
+    )
+
+
+def rounding_words(
+    index_offset: int,
+    index_stride: int,
+    rows: int,
+    row_length: int,
+    *,
+    key: int,
+    direction: int,
+    parameter: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The random words of stochastic stores, with the arguments of :func:`exact_direction`: one for
+    each element, the same for every distribution."""
+    return _from_calls(
+        lambda x: x,
+        PURPOSE_ROUNDING,
+        index_offset,
+        index_stride,
+        rows,
+        row_length,
+        key=key,
+        direction=direction,
+        parameter=parameter,
+        device=device,
+    )
 
 
 def rademacher_direction(
@@ -289,6 +350,36 @@ _DIRECTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# --- stochastic rounding ----------------------------------------------------------------------
+
+
+def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 ``value`` in ``dtype``: words / 2**32, uniform in [0, 1), is added in units of the
+    last place kept, and the rest cut off. So the mean is ``value``, where ``dtype`` reaches that
+    far; beyond its largest number the result may be infinite, as to nearest."""
+    if dtype == torch.float32:
+        return value
+    bits = value.contiguous().view(torch.int32).long() & _WORD
+    sign, magnitude = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        result = (magnitude + (words >> 16)) >> 16
+        result = torch.where(magnitude > 0x7F800000, 0x7FC0, result)
+    else:
+        normal = (magnitude - (112 << 23) + (words >> 19)) >> 13
+        # Below 2**-14 the unit stays 2**-24: the more digits are cut off the smaller the value. Of
+        # more than 31 the lowest count as 0.
+        digits = (126 - (magnitude >> 23)).clamp(min=14)
+        beyond = (digits - 31).clamp(min=0)
+        significand = ((magnitude & 0x7FFFFF) | 0x800000) >> beyond.clamp(max=31)
+        shift = digits - beyond
+        subnormal = (significand + (words >> (32 - shift))) >> shift
+        subnormal = torch.where(magnitude < 0x00800000, 0, subnormal)
+        result = torch.where(magnitude < 0x38800000, subnormal, normal)
+        result = torch.where(magnitude >= 0x47800000, 0x7C00, result)
+        result = torch.where(magnitude > 0x7F800000, 0x7E00, result)
+    return (sign | result).to(torch.int32).to(torch.int16).view(dtype)
+
+
 # --- operations -------------------------------------------------------------------------------
 
 
@@ -311,11 +402,41 @@ def _matrix(segment: Segment) -> Tensor:
     )
 
 
+def _source(segment: Segment) -> Tensor:
+    """The same of what is read."""
+    return segment.source.detach().as_strided(
+        (segment.rows, segment.row_length), (segment.source_stride, 1)
+    )
+
+
+def _store(
+    out: Tensor,
+    value: Tensor,
+    segment: Segment,
+    state: PhiloxState,
+    chunk: tuple[slice, slice],
+    rounding: str,
+) -> None:
+    if rounding == "stochastic" and out.dtype != torch.float32:
+        words = _elements(rounding_words, segment, state, chunk)
+        value = round_stochastically(value, words, out.dtype)
+    out[chunk].copy_(value)
+
+
 def _direction(
     segment: Segment, state: PhiloxState, chunk: tuple[slice, slice], distribution: str
 ) -> Tensor:
+    return _elements(_DIRECTIONS[distribution], segment, state, chunk)
+
+
+def _elements(
+    of: Callable[..., Tensor],
+    segment: Segment,
+    state: PhiloxState,
+    chunk: tuple[slice, slice],
+) -> Tensor:
     rows, columns = chunk
-    return _DIRECTIONS[distribution](
+    return of(
         state.offset + segment.index_offset + rows.start * segment.index_stride + columns.start,
         segment.index_stride,
         rows.stop - rows.start,
@@ -399,14 +520,18 @@ def sample(segments: Iterable[Segment], state: PhiloxState, distribution: str) -
 
 @torch.no_grad()
 def perturb(
-    segments: Iterable[Segment], state: PhiloxState, scale: float, distribution: str
+    segments: Iterable[Segment],
+    state: PhiloxState,
+    scale: float,
+    distribution: str,
+    rounding: str,
 ) -> None:
     for segment in segments:
-        weights = _matrix(segment)
+        source, out = _source(segment), _matrix(segment)
         for chunk in _chunks(segment):
-            theta = weights[chunk]
             z = _direction(segment, state, chunk, distribution)
-            theta.copy_(apply_perturbation(theta, z, scale))
+            value = apply_perturbation(source[chunk], z, scale)
+            _store(out, value, segment, state, chunk, rounding)
 
 
 @torch.no_grad()
@@ -420,24 +545,23 @@ def update(
     decay: float,
     restore: float,
     distribution: str,
+    rounding: str,
 ) -> None:
     for segment in segments:
         weights = _matrix(segment)
         for chunk in _chunks(segment):
-            theta = weights[chunk]
             directions = (_direction(segment, state, chunk, distribution) for state in states)
-            theta.copy_(
-                apply_update(
-                    theta,
-                    directions,
-                    first,
-                    second,
-                    lr=lr,
-                    eps=eps,
-                    decay=decay,
-                    restore=restore,
-                )
+            value = apply_update(
+                weights[chunk],
+                directions,
+                first,
+                second,
+                lr=lr,
+                eps=eps,
+                decay=decay,
+                restore=restore,
             )
+            _store(weights, value, segment, states[0], chunk, rounding)
 
 
 @torch.no_grad()

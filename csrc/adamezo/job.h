@@ -28,6 +28,10 @@ struct Job {
   const float* second;  // [horizon], or null where v = 1; moment: which of the two sums
   float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
   float minus_lr, eps, decay;
+
+  // Of perturb's and update's stores to 16 bits. Element i takes word i % 4 of the call of block
+  // i / 4, counted by directions[0], for Purpose::kRounding, whatever the distribution.
+  Rounding rounding;
 };
 
 }  // namespace adamezo

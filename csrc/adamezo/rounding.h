@@ -1,6 +1,8 @@
-// The element types of weights, and the conversions to and from float32: loads are exact, stores
-// round to nearest even. Any NaN stays a NaN; its payload is not part of the contract.
-// A GPU has instructions for them, with subnormals and infinities as IEEE 754 has them.
+// The element types of weights, and the conversions to and from float32: loads are exact; stores
+// round to nearest even, or stochastically: up with the probability of the fraction that is cut
+// off, so that the mean of a store is the value. Any NaN stays a NaN; its payload is not part of
+// the contract. A GPU has instructions for the former, with subnormals and infinities as IEEE 754
+// has them.
 #pragma once
 
 #include "adamezo/config.h"
@@ -8,6 +10,8 @@
 namespace adamezo {
 
 enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+enum class Rounding : int { kNearest = 0, kStochastic = 1 };
 
 struct bfloat16 {
   uint16_t bits;
@@ -63,6 +67,39 @@ ADAMEZO_HD void from_float32(float value, float16& out) {
   }
   out.bits = uint16_t(sign | half);
 #endif
+}
+
+// Stochastic: `random` / 2^32, uniform in [0, 1), is added in units of the last place that is kept,
+// and the rest cut off. What is beyond the type's largest value may become infinite, as to nearest.
+ADAMEZO_HD void from_float32(float value, uint32_t, float& out) { out = value; }
+ADAMEZO_HD void from_float32(float value, uint32_t random, bfloat16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = is_nan ? 0x7fc0u : uint16_t((bits + (random >> 16)) >> 16);
+}
+ADAMEZO_HD void from_float32(float value, uint32_t random, float16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x47800000u) {  // 65536 and above
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    half = (magnitude - (112u << 23) + (random >> 19)) >> 13;
+  } else if (magnitude < 0x00800000u) {
+    half = 0;  // below 2^-126: would go up once in 2^102
+  } else {
+    // Below 2^-14 the unit stays 2^-24: the more digits are cut off the smaller the value. Of more
+    // than 31 the lowest count as 0.
+    const uint32_t digits = 126u - (magnitude >> 23), beyond = digits > 31u ? digits - 31u : 0u;
+    const uint32_t significand =
+        beyond > 31u ? 0u : ((magnitude & 0x7fffffu) | 0x800000u) >> beyond;
+    const uint32_t shift = digits - beyond;
+    half = (significand + (random >> (32u - shift))) >> shift;
+  }
+  out.bits = uint16_t(sign | half);
 }
 
 }  // namespace adamezo

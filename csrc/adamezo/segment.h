@@ -6,24 +6,27 @@
 
 namespace adamezo {
 
-// Eight 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
+// Ten 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
 struct Segment {
-  uint64_t address;      // of the first element
-  int64_t rows;          //
-  int64_t row_length;    // elements of a row, consecutive in memory
-  int64_t row_stride;    // elements in memory from one row to the next
-  int64_t index_offset;  // index of the first element in the whole (unsharded) parameter
-  int64_t index_stride;  // index distance from one row to the next
-  int64_t parameter;     // 24-bit index of the parameter
-  int64_t first;         // elements of all segments before this one
+  uint64_t address;       // of the first element
+  uint64_t source;        // of the first element that is read: `address` where in place
+  int64_t rows;           //
+  int64_t row_length;     // elements of a row, consecutive in memory
+  int64_t row_stride;     // elements in memory from one row to the next
+  int64_t source_stride;  // the same where they are read
+  int64_t index_offset;   // index of the first element in the whole (unsharded) parameter
+  int64_t index_stride;   // index distance from one row to the next
+  int64_t parameter;      // 24-bit index of the parameter
+  int64_t first;          // elements of all segments before this one
 };
-static_assert(sizeof(Segment) == 64, "the Python side writes eight int64 columns");
+static_assert(sizeof(Segment) == 80, "the Python side writes ten int64 columns");
 
 // Consecutive elements of one segment: consecutive in memory and in the parameter.
 struct Run {
   int64_t segment;   // which one
   int64_t position;  // of the first element, counted in the segment row by row
   int64_t memory;    // its distance from the segment's address, in elements
+  int64_t source;    // its distance from the segment's source
   uint64_t index;    // its index in the whole parameter
   int64_t count;
 };
@@ -44,7 +47,10 @@ ADAMEZO_HD Run run_at(const Segment* segments, int64_t s, int64_t position, int6
   const int64_t row = segment.rows == 1 ? 0 : position / segment.row_length;
   const int64_t column = position - row * segment.row_length;
   const int64_t room = segment.row_length - column, left = stop - position;
-  return {s, position, row * segment.row_stride + column,
+  return {s,
+          position,
+          row * segment.row_stride + column,
+          row * segment.source_stride + column,
           uint64_t(segment.index_offset) + uint64_t(row) * uint64_t(segment.index_stride) +
               uint64_t(column),
           room < left ? room : left};
