@@ -87,7 +87,13 @@ def why_pure_python() -> str:
 
 
 setup(
-    packages=["adamezo_kernels", "adamezo_kernels.backends", "adamezo", "adamezo.integrations"],
+    packages=[
+        "adamezo_kernels",
+        "adamezo_kernels.backends",
+        "adamezo",
+        "adamezo.methods",
+        "adamezo.integrations",
+    ],
     package_dir={"adamezo": "python_api/adamezo", "adamezo_kernels": "adamezo_kernels"},
     package_data={"adamezo": ["py.typed"], "adamezo_kernels": ["py.typed", "_native.pyi"]},
     ext_modules=[] if why_pure_python() else [Extension("adamezo_kernels._native", sources=[])],

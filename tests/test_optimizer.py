@@ -19,15 +19,19 @@ import torch
 from conftest import needs_native
 from torch import nn
 
-import adamezo.optimizer
+import adamezo.methods.adamezo
+import adamezo.perturbation
 from adamezo import AdaMeZO
-from adamezo.history import coefficients
+from adamezo.methods.history import coefficients
 from adamezo_kernels import PhiloxState, sample_
 from adamezo_kernels.backends import native
 
 SEED = 0x243F6A8885A308D3
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """The largest relative error of one store to the type."""
+
+OPERATIONS = ((adamezo.perturbation, "perturb_"), (adamezo.methods.adamezo, "update_"))
+"""Where a step calls the kernels."""
 
 LR, ZO_EPS = 0.05, 1e-2
 """Large, so that a wrong term is far outside the bounds."""
@@ -860,6 +864,82 @@ def test_a_loss_that_is_not_finite_is_skipped(pair):
     assert (parameter != before).any()
 
 
+def test_too_many_skipped_steps_in_a_row_are_an_error():
+    (parameter,) = weights(50)
+    optimizer = AdaMeZO([parameter], lr=LR, zo_eps=ZO_EPS, seed=SEED, max_skipped=3)
+    nan = [(math.nan, 1.0)]
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        take_steps(optimizer, nan * 2 + loss_pairs(1) + nan * 2)
+    with pytest.raises(FloatingPointError, match="skipped, as were the 2 before it"):
+        take_steps(optimizer, nan)
+    assert optimizer.skipped == 5
+    take_steps(optimizer, loss_pairs(1))
+    assert parameter.isfinite().all()
+    assert optimizer.param_groups[0]["directions"] == [6, 2]
+
+
+def test_a_non_finite_loss_can_be_an_error():
+    (parameter,) = weights(50)
+    start = parameter.detach().clone()
+    optimizer = AdaMeZO([parameter], lr=LR, zo_eps=ZO_EPS, seed=SEED, nonfinite="raise")
+    with pytest.raises(FloatingPointError, match="losses of a step were"):
+        take_steps(optimizer, [(math.inf, 1.0)])
+    bound = restored_bound(start, direction(50, 0, 0))
+    assert ((parameter.detach().double() - start.double()).abs() <= bound).all()
+    assert history(optimizer)[0]["projected_grads"] == []
+
+
+def test_every_step_that_touched_the_weights_is_recorded():
+    def fails():
+        raise OSError("no data")
+
+    one_loss = iter((1.0,))
+    optimizer = AdaMeZO(
+        [{"params": [p]} for p in weights(5, 6)], lr=LR, zo_eps=ZO_EPS, seed=SEED, max_skipped=9
+    )
+    records = []
+    optimizer.recorder = records.append
+    pairs = loss_pairs(2)
+    take_steps(optimizer, pairs[:1])
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        take_steps(optimizer, [(math.nan, 1.0)])
+    with pytest.raises(OSError, match="no data"):
+        optimizer.step(fails)
+    with pytest.raises(StopIteration):
+        optimizer.step(lambda: next(one_loss))
+    optimizer.param_groups[1]["lr"] = 0.5
+    take_steps(optimizer, pairs[1:])
+    assert [record.outcome for record in records] == [
+        "updated",
+        "skipped",
+        "failed",
+        "failed",
+        "updated",
+    ]
+    assert [record.displacements for record in records] == [2, 2, 1, 2, 2]
+    assert [record.direction for record in records] == [0, 1, 2, 2, 2]
+    measured = [record.measured for record in records if record.outcome == "updated"]
+    assert measured == [(p,) for p in projected(pairs)]
+    assert [record.lrs for record in records][::4] == [(LR, LR), (LR, 0.5)]
+
+
+def test_an_operation_that_fails_half_way_is_recorded_as_such(monkeypatch):
+    calls = iter(range(100))
+
+    def perturb_once(*arguments, real=adamezo.perturbation.perturb_, **options):
+        if next(calls) == 1:
+            raise RuntimeError("the device is gone")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(adamezo.perturbation, "perturb_", perturb_once)
+    optimizer = AdaMeZO([{"params": [p]} for p in weights(5, 6)], seed=SEED)
+    records = []
+    optimizer.recorder = records.append
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        take_steps(optimizer, loss_pairs(1))
+    assert [record.outcome for record in records] == ["broken"]
+
+
 def test_a_projected_gradient_whose_square_overflows_is_skipped():
     (parameter,) = weights(50)
     optimizer = AdaMeZO([parameter], lr=LR, zo_eps=ZO_EPS, seed=SEED)
@@ -889,8 +969,8 @@ def test_ctrl_c_during_a_kernel(call, monkeypatch):
     options = {"lr": LR, "zo_eps": ZO_EPS, "seed": SEED}
     take_steps(AdaMeZO([{"params": [p]} for p in finished], **options), loss_pairs(1))
     optimizer = AdaMeZO([{"params": [p]} for p in parameters], **options)
-    for name in ("perturb_", "update_"):
-        monkeypatch.setattr(adamezo.optimizer, name, interrupted(getattr(adamezo.optimizer, name)))
+    for module, name in OPERATIONS:
+        monkeypatch.setattr(module, name, interrupted(getattr(module, name)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -1258,13 +1338,13 @@ def test_fused_where_the_kernels_went_away(monkeypatch):
 @pytest.mark.parametrize(("fused", "name"), [(None, "native"), (False, "reference")])
 def test_fused_chooses_the_backend(fused, name, monkeypatch):
     used = []
-    for operation in ("perturb_", "update_"):
-        real = getattr(adamezo.optimizer, operation)
+    for module, operation in OPERATIONS:
+        real = getattr(module, operation)
 
         def record(*arguments, real=real, **options):
             used.append(options["backend"])
             real(*arguments, **options)
 
-        monkeypatch.setattr(adamezo.optimizer, operation, record)
+        monkeypatch.setattr(module, operation, record)
     take_steps(AdaMeZO(weights(3), fused=fused), loss_pairs(1))
     assert used == [name] * 3

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from adamezo.integrations import transformers as language_models
 from adamezo.measure import PeakMemory, now
-from adamezo.optimizer import AdaMeZO
+from adamezo.methods import AdaMeZO
 
 
 class Example(NamedTuple):

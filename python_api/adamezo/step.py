@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from .optimizer import AdaMeZO, Closure
+from .methods import AdaMeZO
+from .optimizer import Closure
 
 optimizers: WeakKeyDictionary[nn.Module, AdaMeZO] = WeakKeyDictionary()
 """The optimizer of each model that :func:`fused_adamezo_step` has stepped. It goes with the model.

@@ -1,0 +1,190 @@
+"""AdaMeZO as a torch optimizer: Adam-style steps from forward passes, with no stored moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adamezo_kernels import PhiloxState, Plan, update_
+
+from ..optimizer import Probe, ZerothOrder
+from .history import NORMALIZATIONS, coefficients
+
+
+class AdaMeZO(ZerothOrder):
+    r"""Zeroth-order fine-tuning with Adam's moments, truncated and regenerated (arXiv 2605.00650).
+
+    A step evaluates the closure twice, at :math:`\theta + \mu z` and :math:`\theta - \mu z`, for a
+    random direction z. With the projected gradient
+    :math:`p = (L_+ - L_-) / (2 \mu)` it keeps one float and one direction index; the moments over
+    the last ``horizon`` steps are summed up again from regenerated directions while the weights
+    are restored and updated, in one pass and without a temporary::
+
+        theta <- theta (1 - lr weight_decay) - lr m / (sqrt(v) + eps)
+
+    where m and v are the sums of :mod:`adamezo.methods.history`. MeZO is
+    ``AdaMeZO(params, lr, betas=(0.0, 0.0))``; MeZO with momentum has ``betas=(beta1, 0.0)``.
+
+    Args:
+        params: parameters, groups of them, or ``model.named_parameters()`` (whose names then
+            appear in messages). Those with ``requires_grad=False`` are left alone; tied weights are
+            one parameter.
+        lr: step size, by group.
+        betas: (beta1, beta2) in [0, 1), by group; ``beta2 = 0`` means v = 1.
+        eps: added to sqrt(v), by group. The authors' released code has 1e-5 beside its
+            ``"official"`` normalization.
+        zo_eps: the perturbation scale mu.
+        horizon: how many directions the moments reach back over, by group.
+        weight_decay: decoupled, by group.
+        normalization: ``"paper"``, ``"bias_corrected"`` or ``"official"``, by group.
+        warmup_lr: None uses the truncated moments from the first step on; a number makes the first
+            ``horizon + 1`` steps plain MeZO steps ``theta <- theta - warmup_lr p z``, whatever
+            ``lr`` and its scheduler say, by group.
+        distribution: of z: ``"exact"`` normals, with the same bits on every device; ``"fast"``
+            ones, on CUDA devices only; ``"rademacher"`` signs.
+        rounding: of 16-bit weights as a step leaves them, by group: ``"stochastic"``, so that steps
+            far below a weight's last place move it now and then, or ``"nearest"``, where they never
+            do. Displaced weights are always rounded to nearest.
+        nonfinite: what a non-finite loss does: ``"skip"`` the step, or ``"raise"`` a
+            FloatingPointError. Either way the weights are restored and the history stays as it was.
+        max_skipped: how many steps in a row may be skipped before a FloatingPointError says that
+            the run is lost.
+        maximize: ascend instead of descend (a reward, an accuracy), by group.
+        fused: None uses the compiled kernels where there are some; True is an error without them;
+            False uses the reference backend, which is plain torch and slow.
+        seed: 64-bit key of all directions; None draws one from torch's default generator.
+        differentiable: refused; a forward-only step has no graph.
+
+    Both evaluations see the same random numbers (dropout masks included), and leave torch's
+    generators where one evaluation would have: directions are not drawn from them.
+
+    If the closure raises, the weights are restored (up to rounding, as they were perturbed in
+    place) and nothing else has happened. If a loss is not finite the weights are restored, the
+    step is left out of the history and counted in ``skipped``.
+
+    Attributes:
+        projected_grad (float): p of the last step.
+        losses (tuple[float, float]): the losses of the last step, at +mu and -mu.
+        skipped (int): steps left out because of a non-finite loss, since this object was made or
+            a state was loaded into it.
+        recorder (Callable[[StepRecord], None] | None): called at the end of every step, and of
+            failed ones that have touched the weights.
+    """
+
+    history = {"directions": [], "projected_grads": []}  # the newest first
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-5,
+        betas: tuple[float, float] = (0.7, 0.9),
+        eps: float = 1e-8,
+        *,
+        zo_eps: float = 1e-3,
+        horizon: int = 10,
+        weight_decay: float = 0.0,
+        normalization: str = "paper",
+        warmup_lr: float | None = None,
+        distribution: str = "exact",
+        rounding: str = "stochastic",
+        nonfinite: str = "skip",
+        max_skipped: int = 20,
+        maximize: bool = False,
+        fused: bool | None = None,
+        seed: int | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                zo_eps=zo_eps,
+                horizon=horizon,
+                weight_decay=weight_decay,
+                normalization=normalization,
+                warmup_lr=warmup_lr,
+                distribution=distribution,
+                rounding=rounding,
+                nonfinite=nonfinite,
+                max_skipped=max_skipped,
+                maximize=maximize,
+                fused=fused,
+                seed=seed,
+            ),
+            differentiable,
+        )
+
+    @property
+    def projected_grad(self) -> float:
+        """p of the last step; NaN before the first."""
+        return self._measure(self.losses, self.param_groups[0])[0] if self.losses else math.nan
+
+    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
+        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
+
+    def _measure(self, losses: Sequence[float], options: dict[str, Any]) -> tuple[float, ...]:
+        loss_plus, loss_minus = losses
+        return ((loss_plus - loss_minus) / (2 * options["zo_eps"]),)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        plan: Plan,
+        first: PhiloxState,
+        measured: tuple[float, ...],
+        restore: float,
+        backend: str,
+    ) -> None:
+        horizon = group["horizon"]
+        grads = [*measured, *group["projected_grads"]][:horizon]
+        counters = [first.counter, *group["directions"]][:horizon]
+        m: Sequence[float]
+        if group["warmup_lr"] is not None and group["steps"] <= horizon:
+            lr, m, v = group["warmup_lr"], grads[:1], None
+        else:
+            lr = float(group["lr"])
+            m, v = coefficients(grads, group["betas"], group["normalization"])
+        update_(
+            plan,
+            [first._replace(counter=counter) for counter in counters[: len(m)]],
+            [-value for value in m] if group["maximize"] else m,
+            v,
+            lr=lr,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            restore=restore,
+            distribution=group["distribution"],
+            rounding=group["rounding"],
+            backend=backend,
+        )
+        group["projected_grads"], group["directions"] = grads, counters
+        group["steps"] += 1
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        betas = options["betas"]
+        if len(betas) != 2:
+            raise ValueError(f"Invalid betas: expected (beta1, beta2), got {betas}")
+        for i, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        # Not 0: a z that is exactly 0 would give 0 / 0.
+        if not 0.0 < options["eps"] < math.inf:
+            raise ValueError(f"Invalid epsilon value: {options['eps']}")
+        horizon = options["horizon"]
+        if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
+            raise ValueError(f"Invalid horizon value: {horizon}, expected an integer of at least 1")
+        if options["normalization"] not in NORMALIZATIONS:
+            raise ValueError(
+                f"Invalid normalization: {options['normalization']!r}, expected one of "
+                f"{NORMALIZATIONS}"
+            )
+        warmup_lr = options["warmup_lr"]
+        if warmup_lr is not None and not 0.0 <= warmup_lr < math.inf:
+            raise ValueError(f"Invalid warmup_lr value: {warmup_lr}")

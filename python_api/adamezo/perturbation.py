@@ -1,0 +1,114 @@
+"""How a step's two evaluations come to see displaced weights."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from adamezo_kernels import PhiloxState, Plan, perturb_
+
+PERTURBATIONS = ("inplace", "exact")
+
+
+class Displacement(Protocol):
+    """Of all weights along a direction z, for the length of one step."""
+
+    displacements: int
+    """How many the weights went through. None where they themselves are never written."""
+    broken: bool
+    """Whether one of them failed half-way."""
+
+    def displace(self, direction: PhiloxState, to: float) -> None:
+        """Evaluations from now on see ``theta + to z``."""
+
+    def in_weights(self, group: int) -> float:
+        """What is to be taken back from the weights of a group, in units of the last z."""
+
+    def updated(self, group: int) -> None:
+        """An update has taken it back."""
+
+    def restore(self) -> None:
+        """Takes back what is left, whatever has happened. Evaluations then see theta."""
+
+
+class InPlace:
+    """The weights themselves are displaced: no memory, and in 16 bits not without a trace.
+
+    Args:
+        plans: the weights of each parameter group.
+        roundings: for each group, how weights that are put back are rounded. Displaced ones are
+            rounded to nearest.
+        distribution, backend: see :func:`adamezo_kernels.perturb_`.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], roundings: Sequence[str], distribution: str, backend: str
+    ) -> None:
+        self.displacements = 0
+        self.broken = False
+        self._plans = plans
+        self._roundings = roundings
+        self._distribution = distribution
+        self._backend = backend
+        self._direction: PhiloxState | None = None
+        self._displaced = [0.0] * len(plans)
+
+    def displace(self, direction: PhiloxState, to: float) -> None:
+        if direction != self._direction:
+            self.restore()
+            self._direction = direction
+        with interrupts_later():
+            self._move(to)
+            self.displacements += 1
+
+    def _move(self, to: float) -> None:
+        self.broken = True
+        for i, plan in enumerate(self._plans):
+            if self._displaced[i] != to and self._direction is not None:
+                perturb_(
+                    plan,
+                    self._direction,
+                    to - self._displaced[i],
+                    distribution=self._distribution,
+                    rounding="nearest" if to else self._roundings[i],
+                    backend=self._backend,
+                )
+                self._displaced[i] = to
+        self.broken = False
+        # Inside torch.autocast a closure would else read casts of the weights as they were.
+        torch.clear_autocast_cache()
+
+    def in_weights(self, group: int) -> float:
+        return self._displaced[group]
+
+    def updated(self, group: int) -> None:
+        self._displaced[group] = 0.0
+
+    def restore(self) -> None:
+        half_way = self.broken
+        with interrupts_later():
+            self._move(0.0)
+        self.broken = half_way
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """A Ctrl-C inside takes effect on leaving: what the kernels did to the weights is then known,
+    and so can be undone."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # there is no handler of Python's, or none that would run in this thread
+        return
+    interrupts = []
+    signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
