@@ -210,7 +210,7 @@ class ZerothOrder(torch.optim.Optimizer):
         weights: Displacement = InPlace(
             plans, [group["rounding"] for group in groups], options["distribution"], backend
         )
-        losses: list[float] = []
+        results: list[Tensor | float] = []
         self.measured = ()
         outcome = "failed"
         try:
@@ -219,8 +219,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 with ExitStack() as stack:
                     if i < len(probes) - 1:  # all see the random numbers that the last one leaves
                         stack.enter_context(_forked_generators())
-                    result = closure()
-                    losses.append(_loss_value(result))
+                    results.append(_checked_loss(closure()))
+            losses = _numbers(results)
             self.losses = tuple(losses)
             self.measured = self._measure(losses, options)
             for group in groups:
@@ -247,7 +247,8 @@ class ZerothOrder(torch.optim.Optimizer):
                     self.recorder(StepRecord(outcome, first.counter, made, self.measured, lrs))
         if outcome == "skipped":
             self._skip(options["nonfinite"], options["max_skipped"])
-        like = result if isinstance(result, Tensor) and result.is_floating_point() else None
+        last = results[-1]
+        like = last if isinstance(last, Tensor) and last.is_floating_point() else None
         return torch.tensor(
             sum(losses) / len(losses),
             dtype=None if like is None else like.dtype,
@@ -349,17 +350,27 @@ def _forked_generators() -> Iterator[None]:
         yield
 
 
-def _loss_value(loss: Any) -> float:
+def _checked_loss(loss: Any) -> Tensor | float:
+    """What a closure returned, if it is one real number."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(
                 f"the closure must return one real number, got a tensor of shape "
                 f"{tuple(loss.shape)} and dtype {loss.dtype}: reduce it, for example by `mean()`"
             )
-        return float(loss)
+        # Of its own memory: a closure may return the same tensor again, with another value.
+        return loss.detach().clone()
     if isinstance(loss, (int, float)):
         return float(loss)
     raise TypeError(
         f"the closure must return the loss as a scalar tensor or a number, got "
         f"{type(loss).__name__}" + (": does it lack a `return`?" if loss is None else "")
     )
+
+
+def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
+    """All losses as numbers. Those on a GPU are waited for and copied once, and not one by one."""
+    tensors = [loss.double().reshape(()) for loss in losses if isinstance(loss, Tensor)]
+    if len(tensors) == len(losses) and len({t.device for t in tensors}) == 1:
+        return torch.stack(tensors).tolist()
+    return [float(loss) for loss in losses]
