@@ -6,7 +6,13 @@ class Table:
     def __init__(self, address: int, segments: int, elements: int, type: int) -> None: ...
 
 def sample(
-    isa: str, threads: int, table: Table, seed: int, offset: int, direction: int
+    isa: str,
+    threads: int,
+    table: Table,
+    seed: int,
+    offset: int,
+    distribution: int,
+    direction: int,
 ) -> None: ...
 def perturb(
     isa: str,
@@ -14,6 +20,7 @@ def perturb(
     table: Table,
     seed: int,
     offset: int,
+    distribution: int,
     direction: int,
     scale: float,
     rounding: int,
@@ -24,6 +31,7 @@ def update(
     table: Table,
     seed: int,
     offset: int,
+    distribution: int,
     directions: Sequence[int],
     first: Sequence[float],
     second: Sequence[float] | None,
@@ -39,6 +47,7 @@ def moment(
     table: Table,
     seed: int,
     offset: int,
+    distribution: int,
     directions: Sequence[int],
     coefficients: Sequence[float],
     squared: bool,

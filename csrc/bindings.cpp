@@ -20,7 +20,7 @@ namespace py = pybind11;
 namespace adamezo {
 namespace {
 
-// A table of segments in host memory: rows of eight int64, as in adamezo/segment.h.
+// A table of segments in host memory: rows of ten int64, as in adamezo/segment.h.
 struct Table {
   uint64_t address;
   int64_t segments;
@@ -51,19 +51,20 @@ std::vector<float> narrow(const std::vector<double>& values) {
 }
 
 void sample(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
-            uint32_t direction) {
+            int distribution, uint32_t direction) {
   const std::vector<uint32_t> directions{direction};
-  run(kernels_named(isa).sample, job_over(table, seed, offset, directions), threads);
+  const Kernels& kernels = kernels_of(isa, Distribution(distribution));
+  run(kernels.sample, job_over(table, seed, offset, directions), threads);
 }
 
 void perturb(const std::string& isa, int threads, const Table& table, uint64_t seed,
-             uint64_t offset, uint32_t direction, double scale, int rounding) {
+             uint64_t offset, int distribution, uint32_t direction, double scale, int rounding) {
   const DefaultFloatingPoint guard;
   const std::vector<uint32_t> directions{direction};
   Job job = job_over(table, seed, offset, directions);
   job.scale = float(scale);
   job.rounding = Rounding(rounding);
-  run(kernels_named(isa).perturb, job, threads);
+  run(kernels_of(isa, Distribution(distribution)).perturb, job, threads);
 }
 
 void check_length(const char* name, size_t got, size_t expected) {
@@ -73,9 +74,9 @@ void check_length(const char* name, size_t got, size_t expected) {
 }
 
 void update(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
-            const std::vector<uint32_t>& directions, const std::vector<double>& first,
-            const std::optional<std::vector<double>>& second, double restore, double minus_lr,
-            double eps, double decay, int rounding) {
+            int distribution, const std::vector<uint32_t>& directions,
+            const std::vector<double>& first, const std::optional<std::vector<double>>& second,
+            double restore, double minus_lr, double eps, double decay, int rounding) {
   if (directions.empty()) throw std::invalid_argument("an update needs at least one direction");
   check_length("first", first.size(), directions.size());
   if (second) check_length("second", second->size(), directions.size());
@@ -90,19 +91,19 @@ void update(const std::string& isa, int threads, const Table& table, uint64_t se
   job.eps = float(eps);
   job.decay = float(decay);
   job.rounding = Rounding(rounding);
-  run(kernels_named(isa).update, job, threads);
+  run(kernels_of(isa, Distribution(distribution)).update, job, threads);
 }
 
 void moment(const std::string& isa, int threads, const Table& table, uint64_t seed, uint64_t offset,
-            const std::vector<uint32_t>& directions, const std::vector<double>& coefficients,
-            bool squared) {
+            int distribution, const std::vector<uint32_t>& directions,
+            const std::vector<double>& coefficients, bool squared) {
   check_length("coefficients", coefficients.size(), directions.size());
   const DefaultFloatingPoint guard;
   const auto narrowed = narrow(coefficients);
   Job job = job_over(table, seed, offset, directions);
   job.first = narrowed.data();
   job.second = squared ? narrowed.data() : nullptr;
-  run(kernels_named(isa).moment, job, threads);
+  run(kernels_of(isa, Distribution(distribution)).moment, job, threads);
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, uint64_t seed, int rounds) {
@@ -191,13 +192,15 @@ PYBIND11_MODULE(_native, m) {
   const auto table = py::arg("table");
   const auto seed = py::arg("seed");
   const auto offset = py::arg("offset");
-  m.def("sample", &sample, isa, threads, table, seed, offset, py::arg("direction"), unlocked);
-  m.def("perturb", &perturb, isa, threads, table, seed, offset, py::arg("direction"),
+  const auto distribution = py::arg("distribution");
+  m.def("sample", &sample, isa, threads, table, seed, offset, distribution, py::arg("direction"),
+        unlocked);
+  m.def("perturb", &perturb, isa, threads, table, seed, offset, distribution, py::arg("direction"),
         py::arg("scale"), py::arg("rounding"), unlocked);
-  m.def("update", &update, isa, threads, table, seed, offset, py::arg("directions"),
+  m.def("update", &update, isa, threads, table, seed, offset, distribution, py::arg("directions"),
         py::arg("first"), py::arg("second"), py::arg("restore"), py::arg("minus_lr"),
         py::arg("eps"), py::arg("decay"), py::arg("rounding"), unlocked);
-  m.def("moment", &moment, isa, threads, table, seed, offset, py::arg("directions"),
+  m.def("moment", &moment, isa, threads, table, seed, offset, distribution, py::arg("directions"),
         py::arg("coefficients"), py::arg("squared"), unlocked);
 
   m.def("philox", &philox, "Philox4x32 as published: the four output words.", py::arg("counter"),
@@ -208,8 +211,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_directions", &cuda_directions, py::arg("address"), py::arg("directions"),
         py::arg("first"), py::arg("second"));
   py::class_<CudaJob>(m, "CudaJob")
-      .def(py::init(&cuda_job), py::kw_only(), py::arg("operation"), py::arg("distribution"), table,
-           seed, offset, py::arg("directions"), py::arg("horizon"), py::arg("with_second"),
+      .def(py::init(&cuda_job), py::kw_only(), py::arg("operation"), distribution, table, seed,
+           offset, py::arg("directions"), py::arg("horizon"), py::arg("with_second"),
            py::arg("scale"), py::arg("minus_lr"), py::arg("eps"), py::arg("decay"),
            py::arg("rounding"), py::arg("highs"));
   m.def(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -17,9 +18,10 @@ from adamezo_kernels import PhiloxState, sample_
 from adamezo_kernels.backends import reference
 
 KEYS = (0, 0x0123456789ABCDEF, 2**64 - 1)
-SIZES = (0, 1, 3, 4, 5, 63, 64, 65, 4097)
-# A block is 4 elements, so the low word of the block index wraps at element 2**34.
-OFFSETS = (0, 1, 2, 3, 2**31 - 2, 2**32 + 3, 2**34 - 7, 2**34 + 5, 2**62 + 2)
+SIZES = (0, 1, 3, 4, 5, 63, 64, 65, 127, 128, 129, 4097)
+# A block is 4 elements, so the low word of the block index wraps at element 2**34; one of
+# `rademacher` is 128, so that it wraps at 2**39.
+OFFSETS = (0, 1, 2, 3, 2**31 - 2, 2**32 + 3, 2**34 - 7, 2**34 + 5, 2**39 - 131, 2**62 + 2)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -304,30 +306,59 @@ def test_reference_is_the_definition_element_by_element(offset):
 # --- the same bits everywhere -----------------------------------------------------------------
 
 
-def draw(size, backend, *, key=1, direction=2, parameter=3, offset=0, dtype=torch.float32):
+def draw(
+    size,
+    backend,
+    *,
+    key=1,
+    direction=2,
+    parameter=3,
+    offset=0,
+    dtype=torch.float32,
+    distribution="exact",
+):
     out = torch.full((size,), math.nan, dtype=dtype)
     state = PhiloxState(key, direction, offset)
-    return sample_(out, state, parameter=parameter, backend=backend)
+    return sample_(out, state, parameter=parameter, distribution=distribution, backend=backend)
 
 
+OF_THE_REFERENCE = {
+    "exact": reference.exact_direction,
+    "rademacher": reference.rademacher_direction,
+}
+
+
+@pytest.mark.parametrize("distribution", OF_THE_REFERENCE)
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_native_gives_the_bits_of_the_reference(isa, guarded, offset):
+def test_native_gives_the_bits_of_the_reference(isa, guarded, offset, distribution):
     for number, size in enumerate(SIZES):
         key, direction = KEYS[number % 3], (0, 1, 2**32 - 1)[number % 3]
         for parameter in (0, 2**24 - 1):
-            expected = reference.exact_direction(
+            expected = OF_THE_REFERENCE[distribution](
                 offset, 0, 1, size, key=key, direction=direction, parameter=parameter
             )
             out = guarded(size, torch.float32, offset=number % 7)
-            sample_(out, PhiloxState(key, direction, offset), parameter=parameter, backend="native")
+            sample_(
+                out,
+                PhiloxState(key, direction, offset),
+                parameter=parameter,
+                distribution=distribution,
+                backend="native",
+            )
             assert torch.equal(bits(out), bits(expected[0])), (size, parameter)
 
 
-def test_native_gives_the_bits_of_the_reference_on_a_long_tensor(isa):
+@functools.cache
+def long_draw(distribution):
+    return draw(2**21, "reference", offset=2**34 - 2**20 - 1, distribution=distribution)
+
+
+@pytest.mark.parametrize("distribution", OF_THE_REFERENCE)
+def test_native_gives_the_bits_of_the_reference_on_a_long_tensor(isa, distribution):
     """2**21 elements: enough to meet rare words, and several threads' and chunks' seams."""
-    expected = draw(2**21, "reference", offset=2**34 - 2**20 - 1)
     torch.set_num_threads(2)
-    assert torch.equal(bits(draw(2**21, "native", offset=2**34 - 2**20 - 1)), bits(expected))
+    got = draw(2**21, "native", offset=2**34 - 2**20 - 1, distribution=distribution)
+    assert torch.equal(bits(got), bits(long_draw(distribution)))
 
 
 # Bits of stream version 1: eight elements of a direction, by (key, direction, parameter, first
@@ -357,27 +388,47 @@ def test_the_stream_is_version_1(where):
     assert patterns == VERSION_1[where].split()
 
 
+@pytest.mark.parametrize(
+    ("distribution", "start"), [("exact", 2**34 - 2500), ("rademacher", 2**39 - 2500)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_sampled_in_pieces_is_the_tensor_sampled_whole(backend):
-    size, start = 5000, 2**34 - 2500
-    whole = draw(size, backend, offset=start)
+def test_a_tensor_sampled_in_pieces_is_the_tensor_sampled_whole(backend, distribution, start):
+    size = 5000
+    whole = draw(size, backend, offset=start, distribution=distribution)
     rng = random.Random(4)
     for cuts in ([1], [2, 3], sorted(rng.sample(range(size), 40))):
         edges = [0, *cuts, size]
         pieces = [
-            draw(stop - begin, backend, offset=start + begin)
+            draw(stop - begin, backend, offset=start + begin, distribution=distribution)
             for begin, stop in itertools.pairwise(edges)
         ]
         assert torch.equal(bits(torch.cat(pieces)), bits(whole))
 
 
+@pytest.mark.parametrize("of", [*OF_THE_REFERENCE.values(), reference.rounding_words])
 @pytest.mark.parametrize("index_stride", [0, 1, 4, 7, 10, 2**33 + 1])
-def test_rows_of_the_reference_are_slices_of_the_direction(index_stride):
+def test_rows_of_the_reference_are_slices_of_the_whole(index_stride, of):
     where = {"key": 5, "direction": 6, "parameter": 7}
-    rows = reference.exact_direction(9, index_stride, 6, 10, **where)
+    rows = of(9, index_stride, 6, 10, **where)
     for r in range(6):
-        row = reference.exact_direction(9 + r * index_stride, 0, 1, 10, **where)[0]
-        assert torch.equal(bits(rows[r]), bits(row))
+        assert torch.equal(rows[r], of(9 + r * index_stride, 0, 1, 10, **where)[0])
+
+
+@pytest.mark.parametrize("offset", [0, 3, 125, 2**34 - 9, 2**39 - 9, 2**62 + 2])
+def test_signs_and_rounding_words_are_those_of_their_calls(offset):
+    key, direction, parameter = 0x9E3779B97F4A7C15, 0x80000001, 0xABCDEF
+    where = {"key": key, "direction": direction, "parameter": parameter}
+    signs = reference.rademacher_direction(offset, 0, 1, 300, **where)[0].tolist()
+    words = reference.rounding_words(offset, 0, 1, 300, **where)[0].tolist()
+
+    def call(block, purpose):
+        last = parameter + purpose * 2**24
+        return reference.philox4x32(block % 2**32, block >> 32, direction, last, key)
+
+    for i, index in enumerate(range(offset, offset + 300)):
+        word = call(index // 128, 0)[index // 32 % 4]
+        assert signs[i] == (-1.0 if word >> index % 32 & 1 else 1.0)
+        assert words[i] == call(index // 4, 1)[index % 4]
 
 
 def test_chunks_of_the_reference_leave_no_seam(monkeypatch):

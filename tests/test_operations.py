@@ -4,6 +4,7 @@ argument that is refused."""
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
 import time
@@ -14,8 +15,14 @@ from conftest import BACKENDS, INSTRUCTION_SETS, needs_native
 
 from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
 from adamezo_kernels.backends import choose, native, reference
+from adamezo_kernels.stream import ROUNDINGS
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+DISTRIBUTIONS = native.DISTRIBUTIONS
+# Of an operation that stores: distribution and rounding.
+KINDS = [
+    pytest.param(kind, id="-".join(kind)) for kind in itertools.product(DISTRIBUTIONS, ROUNDINGS)
+]
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -46,9 +53,10 @@ def weights(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 def zoo(dtype: torch.dtype, guarded) -> tuple[list[torch.Tensor], dict]:
     """Tensors of one type and the rest of the arguments of their Plan.
 
-    Sizes 0, 1, 3 and 4097, odd addresses, row-strided views (two of them interleaved in one
-    buffer), 0 and 3 dimensions, and shards of parameters with more than 2**32 elements, one of
-    which crosses the element where the low word of the block index wraps.
+    Sizes 0, 1, 3, 127 to 129 and 4097, odd addresses, row-strided views (two of them interleaved
+    in one buffer), 0 and 3 dimensions, and shards of parameters with more than 2**32 elements, two
+    of which cross the elements where the low word of the block index wraps, of four elements a
+    block and of 128.
     """
     members = [
         (guarded(0, dtype), None),
@@ -56,6 +64,8 @@ def zoo(dtype: torch.dtype, guarded) -> tuple[list[torch.Tensor], dict]:
         (guarded(3, dtype, 3), None),
         (guarded(4097, dtype, 5), None),
         (guarded(4097, dtype, 2), Shard(offset=2**34 - 2001)),
+        (guarded(3000, dtype, 6), Shard(offset=2**39 - 1001)),
+        *((guarded(size, dtype, size % 7), Shard(offset=size - 61)) for size in (127, 128, 129)),
         (guarded(1, dtype, 7)[0], None),
         (guarded(105, dtype).view(3, 5, 7), Shard(offset=2**62 + 1)),
         (guarded(10 * 33, dtype, 9), Shard(offset=5, rows=10, stride=2**33 + 1)),
@@ -89,35 +99,86 @@ def coefficients(count: int, with_second: bool) -> tuple[list[float], list[float
     return first, second if with_second else None
 
 
-OPERATIONS = {
-    "sample": lambda plan, tensors, backend: [
-        sample_(t, PhiloxState(KEY, 9, 2**34 - 50 + i), parameter=i, backend=backend)
-        for i, t in enumerate(tensors)
-    ],
-    "perturb": lambda plan, tensors, backend: perturb_(
-        plan, PhiloxState(KEY, 9, OFFSET), -1.7e-3, backend=backend
-    ),
-}
+def run_perturb(plan: Plan, kind: tuple[str, str], backend: str) -> None:
+    distribution, rounding = kind
+    state = PhiloxState(KEY, 9, OFFSET)
+    perturb_(plan, state, -1.7e-3, distribution=distribution, rounding=rounding, backend=backend)
 
 
 @functools.cache
-def reference_results(operation: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    tensors, arguments = zoo(dtype, unguarded)
-    OPERATIONS[operation](Plan(tensors, **arguments), tensors, "reference")
-    return tensors
+def reference_samples(dtype: torch.dtype, distribution: str) -> list[torch.Tensor]:
+    tensors, _ = zoo(dtype, unguarded)
+    return samples(tensors, distribution, "reference")
+
+
+def samples(tensors: list[torch.Tensor], distribution: str, backend: str) -> list[torch.Tensor]:
+    edge = {"exact": 2**34, "rademacher": 2**39}[distribution]
+    return [
+        sample_(
+            tensor,
+            PhiloxState(KEY, 9, edge - 50 + i),
+            parameter=i,
+            distribution=distribution,
+            backend=backend,
+        )
+        for i, tensor in enumerate(tensors)
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_sample_and_perturb_have_the_bits_of_the_reference(isa, guarded, operation, dtype, threads):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sample_has_the_bits_of_the_reference(isa, guarded, distribution, dtype, threads):
+    tensors, _ = zoo(dtype, guarded)
+    torch.set_num_threads(threads)
+    samples(tensors, distribution, "native")
+    expected = reference_samples(dtype, distribution)
+    for i in range(len(tensors)):
+        assert_same_bits(tensors[i], expected[i], i)
+
+
+@functools.cache
+def reference_perturb(dtype: torch.dtype, kind: tuple[str, str]) -> list[torch.Tensor]:
+    tensors, arguments = zoo(dtype, unguarded)
+    run_perturb(Plan(tensors, **arguments), kind, "reference")
+    return tensors
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_perturb_has_the_bits_of_the_reference(isa, guarded, dtype, kind, threads):
     tensors, arguments = zoo(dtype, guarded)
     torch.set_num_threads(threads)
-    OPERATIONS[operation](Plan(tensors, **arguments), tensors, "native")
-    for i, (got, expected) in enumerate(
-        zip(tensors, reference_results(operation, dtype), strict=True)
-    ):
+    run_perturb(Plan(tensors, **arguments), kind, "native")
+    for i, (got, expected) in enumerate(zip(tensors, reference_perturb(dtype, kind), strict=True)):
         assert_same_bits(got, expected, i)
+
+
+def check_out_of_place(dtype: torch.dtype, kind: tuple[str, str], guarded, backend: str) -> None:
+    tensors, arguments = zoo(dtype, guarded)
+    before = [tensor.clone() for tensor in tensors]
+    outputs = [guarded(t.numel(), dtype, i % 8).view(t.shape) for i, t in enumerate(tensors)]
+    run_perturb(Plan(tensors, **arguments).into(outputs), kind, backend)
+    for i, expected in enumerate(reference_perturb(dtype, kind)):
+        assert_same_bits(outputs[i], expected, i)
+        integers = INTEGERS[dtype]
+        assert torch.equal(tensors[i].view(integers), before[i].view(integers)), "source changed"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_perturb_out_of_place_is_in_place_on_a_copy(isa, guarded, dtype, kind, threads):
+    """The sources at odd addresses and in rows, the outputs at other addresses."""
+    torch.set_num_threads(threads)
+    check_out_of_place(dtype, kind, guarded, "native")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_reference_out_of_place_is_in_place_on_a_copy(guarded, dtype, kind):
+    check_out_of_place(dtype, kind, guarded, "reference")
 
 
 # (directions, second given, restore, weight decay)
@@ -131,8 +192,11 @@ UPDATES = [
 ]
 
 
-def run_update(plan: Plan, case: tuple, backend: str) -> None:
+def run_update(
+    plan: Plan, case: tuple, backend: str, kind: tuple[str, str] = ("exact", "nearest")
+) -> None:
     count, with_second, restore, weight_decay = case
+    distribution, rounding = kind
     update_(
         plan,
         states(count),
@@ -141,41 +205,56 @@ def run_update(plan: Plan, case: tuple, backend: str) -> None:
         eps=1e-8,
         weight_decay=weight_decay,
         restore=restore,
+        distribution=distribution,
+        rounding=rounding,
         backend=backend,
     )
 
 
 @functools.cache
-def reference_update(dtype: torch.dtype, case: tuple) -> list[torch.Tensor]:
+def reference_update(dtype: torch.dtype, case: tuple, kind: tuple) -> list[torch.Tensor]:
     tensors, arguments = zoo(dtype, unguarded)
-    run_update(Plan(tensors, **arguments), case, "reference")
+    run_update(Plan(tensors, **arguments), case, "reference", kind)
     return tensors
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("case", UPDATES, ids=str)
-def test_update_has_the_bits_of_the_reference(isa, guarded, case, dtype):
+def test_update_has_the_bits_of_the_reference(isa, guarded, case, dtype, kind):
     tensors, arguments = zoo(dtype, guarded)
-    run_update(Plan(tensors, **arguments), case, "native")
-    for i, (got, expected) in enumerate(zip(tensors, reference_update(dtype, case), strict=True)):
+    run_update(Plan(tensors, **arguments), case, "native", kind)
+    for i, (got, expected) in enumerate(
+        zip(tensors, reference_update(dtype, case, kind), strict=True)
+    ):
         assert_same_bits(got, expected, i)
 
 
+def run_moments(plan: Plan, count: int, with_second: bool, distribution: str, backend: str):
+    return moments(
+        plan,
+        states(count),
+        *coefficients(count, with_second),
+        distribution=distribution,
+        backend=backend,
+    )
+
+
 @functools.cache
-def reference_moments(count: int, with_second: bool) -> tuple[list, list]:
+def reference_moments(count: int, with_second: bool, distribution: str) -> tuple[list, list]:
     tensors, arguments = zoo(torch.bfloat16, unguarded)
-    plan = Plan(tensors, **arguments)
-    return moments(plan, states(count), *coefficients(count, with_second), backend="reference")
+    return run_moments(Plan(tensors, **arguments), count, with_second, distribution, "reference")
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("with_second", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 10, 33])
-def test_moments_have_the_bits_of_the_reference(isa, guarded, count, with_second):
+def test_moments_have_the_bits_of_the_reference(isa, guarded, count, with_second, distribution):
     tensors, arguments = zoo(torch.bfloat16, guarded)
     before = [tensor.clone() for tensor in tensors]
     plan = Plan(tensors, **arguments)
-    got = moments(plan, states(count), *coefficients(count, with_second), backend="native")
-    expected = reference_moments(count, with_second)
+    got = run_moments(plan, count, with_second, distribution, "native")
+    expected = reference_moments(count, with_second, distribution)
     for i in range(len(tensors)):
         assert got[0][i].shape == tensors[i].shape
         assert_same_bits(got[0][i], expected[0][i], i)
@@ -186,8 +265,9 @@ def test_moments_have_the_bits_of_the_reference(isa, guarded, count, with_second
 
 
 @needs_native
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_number_of_threads_does_not_matter(dtype):
+def test_the_number_of_threads_does_not_matter(dtype, kind):
     """On sizes that are split over threads: many small tensors, long ones, and long rows-strided
     ones, whose rows a split cuts."""
     results = []
@@ -199,8 +279,8 @@ def test_the_number_of_threads_does_not_matter(dtype):
         parameters = [*range(len(tensors) - 1), len(tensors) - 2]
         plan = Plan(tensors, parameters=parameters)
         for case in ((3, True, 1e-3, 0.1), (1, False, 0.0, 0.0)):
-            run_update(plan, case, "native")
-        perturb_(plan, PhiloxState(1, 2, 3), 0.01, backend="native")
+            run_update(plan, case, "native", kind)
+        run_perturb(plan, kind, "native")
         assert_same_bits(tensors[-1], tensors[-2], "strided and contiguous")
         results.append(tensors)
     for other in results[1:]:
@@ -208,11 +288,12 @@ def test_the_number_of_threads_does_not_matter(dtype):
             assert_same_bits(got, expected)
 
 
-def test_a_long_horizon(isa, guarded):
+@pytest.mark.parametrize(("distribution", "count"), [("exact", 400), ("rademacher", 1500)])
+def test_a_long_horizon(isa, guarded, distribution, count):
     got, expected = guarded(65, torch.float32, 1), weights(65, torch.float32, 2)
     got.copy_(expected)
     for tensor, backend in ((got, "native"), (expected, "reference")):
-        run_update(Plan([tensor]), (400, True, 1e-3, 0.1), backend)
+        run_update(Plan([tensor]), (count, True, 1e-3, 0.1), backend, (distribution, "nearest"))
     assert_same_bits(got, expected)
 
 
@@ -226,21 +307,23 @@ def test_types_mix_in_one_plan(backend):
         assert_same_bits(together[i], tensor, i)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_shard_gets_its_part_of_the_whole(backend):
+def test_a_shard_gets_its_part_of_the_whole(backend, kind):
     """A parameter split along either dimension is updated as it is when whole."""
-    whole = weights(48 * 40, torch.float32, 6).view(48, 40)
+    dtype = torch.bfloat16 if kind[1] == "stochastic" else torch.float32
+    whole = weights(48 * 40, dtype, 6).view(48, 40)
     top, bottom = whole[:17].clone(), whole[17:].clone()
     left, right = whole[:, :13].clone(), whole[:, 13:].clone()
     case = (3, True, 1e-3, 0.1)
-    run_update(Plan([whole], parameters=[4]), case, backend)
+    run_update(Plan([whole], parameters=[4]), case, backend, kind)
     for piece, shard, expected in (
         (top, Shard(), whole[:17]),
         (bottom, Shard(offset=17 * 40), whole[17:]),
         (left, Shard(rows=48, stride=40), whole[:, :13]),
         (right, Shard(offset=13, rows=48, stride=40), whole[:, 13:]),
     ):
-        run_update(Plan([piece], parameters=[4], shards=[shard]), case, backend)
+        run_update(Plan([piece], parameters=[4], shards=[shard]), case, backend, kind)
         assert_same_bits(piece, expected, shard)
 
 
@@ -278,10 +361,11 @@ def rule_in_float64(theta, z, first, second, lr, eps, weight_decay, restore):
     return result, 1.01 * (error + UNIT * result.abs())
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", UPDATES, ids=str)
-def test_update_is_the_rule_in_float64(case, backend, dtype):
+def test_update_is_the_rule_in_float64(case, backend, dtype, distribution):
     count, with_second, restore, weight_decay = case
     lr, eps, n = 0.5, 1e-3, 1000  # large, so that a wrong term is far outside the bound
     theta = torch.randn(n, generator=torch.Generator().manual_seed(8)).to(dtype)
@@ -289,7 +373,13 @@ def test_update_is_the_rule_in_float64(case, backend, dtype):
     first, second = coefficients(count, with_second)
     z = torch.stack(
         [
-            sample_(torch.empty(n), state, parameter=7, backend="reference")
+            sample_(
+                torch.empty(n),
+                state,
+                parameter=7,
+                distribution=distribution,
+                backend="reference",
+            )
             for state in states(count)
         ]
     ).double()
@@ -302,6 +392,7 @@ def test_update_is_the_rule_in_float64(case, backend, dtype):
         eps=eps,
         weight_decay=weight_decay,
         restore=restore,
+        distribution=distribution,
         backend=backend,
     )
     expected, bound = rule_in_float64(before, z, first, second, lr, eps, weight_decay, restore)
@@ -353,6 +444,212 @@ def test_apply_update_takes_published_directions():
     )
     run_update(Plan([theta]), (count, True, 1e-3, 0.1), "reference")
     assert_same_bits(theta, expected)
+
+
+# --- stochastic stores --------------------------------------------------------------------------
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def cut(value: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(whole, fraction, unit) in float64, all exact: abs(value) = (whole + fraction) unit, where
+    ``unit`` is the last place that ``dtype`` keeps of a number of that size; of ``fraction`` the
+    digits beyond 31 count as 0."""
+    kept, lowest = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}[dtype]
+    exponent = torch.frexp(value.double().abs()).exponent - 1
+    one = torch.ones(value.shape, dtype=torch.float64)
+    unit = torch.ldexp(one, exponent.clamp(min=lowest) - kept)
+    steps = value.double().abs() / unit
+    return steps.floor(), ((steps - steps.floor()) * 2**31).floor() / 2**31, unit
+
+
+def stored(value: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The definition: up where fraction + words / 2**32 >= 1, in float64."""
+    whole, fraction, unit = cut(value, dtype)
+    up = fraction + words.double() / 2**32 >= 1
+    result = torch.copysign((whole + up) * unit, value.double())
+    return torch.where(value.isfinite(), result, value.double()).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_reference_rounds_stochastically_as_defined(dtype):
+    """Random bit patterns, with random words and with those just on either side of a step up."""
+    generator = torch.Generator().manual_seed(12)
+    bits = torch.randint(-(2**31), 2**31, (2**19,), generator=generator)
+    # Half of them where float16 ends, at either end.
+    bits[::4] = torch.randint(0x2F800000, 0x39000000, (2**17,), generator=generator)
+    bits[1::4] = -(2**31) + torch.randint(0x47700000, 0x47900000, (2**17,), generator=generator)
+    value = bits.to(torch.int32).view(torch.float32)
+    top = torch.finfo(dtype).max
+    corners = (0.0, -0.0, 1e-45, 2.0**-126, 2.0**-24, 2.0**-14, math.inf, -math.inf, math.nan)
+    value[: len(corners)] = torch.tensor(corners)
+    value[20:30] = top * torch.linspace(1, 1 + 2.0**-8, 10)
+    _, fraction, _ = cut(value, dtype)
+    step = ((1 - fraction) * 2**32).nan_to_num().long()
+    for words in (
+        torch.randint(2**32, value.shape, generator=generator),
+        step.clamp(max=2**32 - 1),
+        (step - 1).clamp(min=0),
+        torch.zeros_like(step),
+        torch.full_like(step, 2**32 - 1),
+    ):
+        got = reference.round_stochastically(value, words, dtype)
+        assert_same_bits(got, stored(value, words, dtype))
+    assert (step < 2**32).sum() > 2**17, "few values lie between two of the type"
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-9, 3e-8, 3e-6, 1e-3, 30.0, 1e38])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sums_with_every_weight_are_stored_as_by_the_reference(isa, dtype, scale, distribution):
+    """All 2**16 bit patterns of the type, NaN and infinities among them."""
+    theta = torch.arange(2**16).to(torch.int16).view(dtype)
+    results = []
+    for backend in ("native", "reference"):
+        results.append(theta.clone())
+        perturb_(
+            Plan(results[-1:]),
+            PhiloxState(KEY, 4),
+            scale,
+            distribution=distribution,
+            rounding="stochastic",
+            backend=backend,
+        )
+    assert_same_bits(*results)
+
+
+def place_of(words: list[int]) -> tuple[PhiloxState, int]:
+    """A state and a parameter whose first four elements are stored with these random words: Philox
+    run backwards, with one key after the other until the counter it gives is one that can be."""
+    inverses = [pow(multiplier, -1, 2**32) for multiplier in reference.PHILOX_MULTIPLIERS]
+    for key in itertools.count():
+        x = words
+        for number in reversed(range(10)):
+            round_key = [
+                ((key >> shift) + number * step) % 2**32
+                for shift, step in zip((0, 32), reference.PHILOX_KEY_STEPS, strict=True)
+            ]
+            c0, c2 = x[3] * inverses[0] % 2**32, x[1] * inverses[1] % 2**32
+            high0 = c0 * reference.PHILOX_MULTIPLIERS[0] >> 32
+            high1 = c2 * reference.PHILOX_MULTIPLIERS[1] >> 32
+            x = [c0, x[0] ^ high1 ^ round_key[0], c2, x[2] ^ high0 ^ round_key[1]]
+        if x[3] >> 24 == reference.PURPOSE_ROUNDING and x[1] < 2**29:
+            return PhiloxState(key, x[2], 4 * (x[0] | x[1] << 32)), x[3] % 2**24
+
+
+@pytest.mark.parametrize("words", [[2**32 - 1, 0, 2**31, 2**31 - 1], [1, 2**32 - 2, 2**16, 2**19]])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rare_words_round_as_defined(isa, dtype, words):
+    """Words that no test would meet by chance, with numbers of every size: +v and -v are the sums
+    of 0 and v times a sign."""
+    state, parameter = place_of(words)
+    z = sample_(torch.empty(4), state, parameter=parameter, distribution="rademacher")
+    ups = 0
+    for exponent in range(-149, 128):
+        for significand in (1.0, 1.5, 1 + 2.0**-10, 2 - 2.0**-23):
+            scale = reference.to_float32(math.ldexp(significand, exponent))
+            theta = torch.zeros(4, dtype=dtype)
+            perturb_(
+                Plan([theta], parameters=[parameter]),
+                state,
+                scale,
+                distribution="rademacher",
+                rounding="stochastic",
+                backend="native",
+            )
+            expected = stored(scale * z, torch.tensor(words), dtype)
+            assert_same_bits(theta, expected, (exponent, significand))
+            ups += (theta.double().abs() > scale).sum().item()
+    assert ups > 100
+
+
+# A weight and what is added to it or taken from it: (theta, step). The sums lie between two
+# numbers of the type, some of them subnormal, and not half-way.
+BETWEEN = {
+    torch.bfloat16: [
+        (0.0, 1e-41),
+        (1e-40, 4e-41),
+        (2.0**-126, 2e-41),
+        (-0.02, 1e-5),
+        (1.0, 1e-3),
+        (-100.0, 0.06),
+        (3e38, 3e35),
+    ],
+    torch.float16: [
+        (0.0, 1.5e-9),
+        (0.0, 4e-8),
+        (2e-6, 1.7e-8),
+        (-(2.0**-14), 1e-8),
+        (-0.02, 1e-6),
+        (1.0, 1e-4),
+        (65408.0, 3.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_stores_have_the_right_mean(backend, dtype):
+    """100,000 draws of each sum, in 100 directions.
+
+    A store is off by some e in [-fraction, 1 - fraction] units, and of mean 0 if it goes up with
+    probability `fraction`. Times the sign of the step, so that a rule that always does the same
+    with a number does not cancel, it stays so. By Hoeffding's inequality the mean of n independent
+    ones exceeds t units with probability at most 2 exp(-2 n t^2): 1e-9 for the t used here, 0.0104.
+    To nearest, e has a mean of min(fraction, 1 - fraction), twice as much at least.
+    """
+    directions, copies = 100, 1000
+    limit = math.sqrt(math.log(2 / 1e-9) / (2 * directions * copies))
+    count = len(BETWEEN[dtype])
+    theta = [torch.full((copies,), start, dtype=dtype) for start, _ in BETWEEN[dtype]]
+    outs = [torch.empty_like(t) for t in theta]
+    plans = [
+        Plan([t], parameters=[i]).into([out])
+        for i, (t, out) in enumerate(zip(theta, outs, strict=True))
+    ]
+    errors, least, seen = [0.0] * count, [1.0] * count, [set() for _ in range(count)]
+    for direction in range(directions):
+        state = PhiloxState(KEY, direction)
+        for i, (_, step) in enumerate(BETWEEN[dtype]):
+            z = sample_(
+                torch.empty(copies),
+                state,
+                parameter=i,
+                distribution="rademacher",
+                backend=backend,
+            )
+            perturb_(
+                plans[i],
+                state,
+                step,
+                distribution="rademacher",
+                rounding="stochastic",
+                backend=backend,
+            )
+            value = reference.apply_perturbation(theta[i], z, step)
+            _, fraction, unit = cut(value, dtype)
+            error = (outs[i].double() - value.double()) / unit
+            assert ((error > -1) & (error < 1)).all()
+            errors[i] += (error * z).sum().item() / (directions * copies)
+            least[i] = min(least[i], fraction.min().item(), (1 - fraction).min().item())
+            seen[i] |= set(outs[i].tolist())
+    for i, case in enumerate(BETWEEN[dtype]):
+        assert least[i] > 2 * limit, (case, "too near to a number of the type to tell")
+        assert len(seen[i]) >= 3, case
+        assert abs(errors[i]) < limit, case
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_stores_can_be_repeated_and_float32_has_none(backend):
+    for dtype in TYPES:
+        results = []
+        for rounding in ("stochastic", "stochastic", "nearest"):
+            results.append(weights(1000, dtype, 13))
+            run_update(Plan(results[-1:]), (2, True, 1e-3, 0.1), backend, ("exact", rounding))
+        again, nearest = results[1:]
+        assert_same_bits(results[0], again)
+        different = (results[0] != nearest) & ~nearest.isnan()
+        assert different.any() == (dtype != torch.float32)
 
 
 # --- the process around a call ------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor  # before _native: both then share torch's OpenMP runtime
 
 from ..plan import ELEMENT_TYPES, Launch, Plan
+from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
 from ..stream import ROUNDINGS, PhiloxState
 
 try:
@@ -26,7 +27,7 @@ NAME = "native"
 compiled: Any = _native
 """The compiled module, for the backend that shares it; None where it is not there."""
 
-DISTRIBUTIONS = ("exact",)
+DISTRIBUTIONS = ("exact", "rademacher")
 
 _forced_instruction_set: str | None = None
 
@@ -91,7 +92,9 @@ def use_isa(name: str) -> Iterator[None]:
         _forced_instruction_set = before
 
 
-def _call(launch: Launch, operation: str, state: PhiloxState, **arguments: Any) -> None:
+def _call(
+    launch: Launch, operation: str, state: PhiloxState, distribution: str, **arguments: Any
+) -> None:
     table = _native.Table(
         launch.table.data_ptr(),
         len(launch.segments),
@@ -104,6 +107,7 @@ def _call(launch: Launch, operation: str, state: PhiloxState, **arguments: Any) 
         table,
         state.key,
         state.offset,
+        distribution=ALL_DISTRIBUTIONS.index(distribution),
         **arguments,
     )
     mark_written(launch)
@@ -117,7 +121,7 @@ def mark_written(launch: Launch) -> None:
 
 def sample(plan: Plan, state: PhiloxState, distribution: str) -> None:
     for launch in plan.launches:
-        _call(launch, "sample", state, direction=state.counter)
+        _call(launch, "sample", state, distribution, direction=state.counter)
 
 
 def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str, rounding: str) -> None:
@@ -126,6 +130,7 @@ def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str, rou
             launch,
             "perturb",
             state,
+            distribution,
             direction=state.counter,
             scale=scale,
             rounding=ROUNDINGS.index(rounding),
@@ -149,6 +154,7 @@ def update(
             launch,
             "update",
             states[0],
+            distribution,
             directions=[state.counter for state in states],
             first=first,
             second=second,
@@ -179,6 +185,7 @@ def moments(
                 launch,
                 "moment",
                 states[0],
+                distribution,
                 directions=[state.counter for state in states],
                 coefficients=coefficients,
                 squared=squared,

@@ -5,6 +5,8 @@
 //   I, F      one integer or float32 of each block
 //   group_blocks   which block of a group each lane works on: chosen so that `natural` is cheap
 //   natural   from "output j of every block" to the order in memory
+//   flip_signs     of the elements, in memory order, whose bit in the low kWidth bits is set
+//   store     to nearest, or with a random word for each element stochastically (rounding.h)
 // Every operation rounds as IEEE 754 says; nothing is contracted.
 #pragma once
 
@@ -40,6 +42,7 @@ struct ScalarLanes {
 
   static ADAMEZO_HD F f(float value) { return value; }
   static ADAMEZO_HD F flip_sign(F a, I sign) { return from_bits(bits(a) ^ (sign & 0x80000000u)); }
+  static ADAMEZO_HD F flip_signs(F a, uint32_t bits) { return flip_sign(a, bits << 31); }
 #if defined(__CUDA_ARCH__)
   static ADAMEZO_HD F add(F a, F b) { return __fadd_rn(a, b); }
   static ADAMEZO_HD F mul(F a, F b) { return __fmul_rn(a, b); }
@@ -66,6 +69,11 @@ struct ScalarLanes {
   static ADAMEZO_HD void store(F value, T* to) {
     from_float32(value, *to);
   }
+  template <class T>
+  static ADAMEZO_HD void store(F value, I random, T* to) {
+    from_float32(value, random, *to);
+  }
+  static ADAMEZO_HD void store_words(I value, uint32_t* to) { *to = value; }
 };
 
 }  // namespace adamezo

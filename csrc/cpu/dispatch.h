@@ -26,8 +26,9 @@ class DefaultFloatingPoint {
 // Names of the instruction sets that this machine can run, the fastest first.
 std::vector<std::string> instruction_sets();
 
-// Throws std::invalid_argument for a name that is not among instruction_sets().
-const Kernels& kernels_named(const std::string& instruction_set);
+// Throws std::invalid_argument for a name that is not among instruction_sets(), and for `fast`
+// directions, which only a GPU has.
+const Kernels& kernels_of(const std::string& instruction_set, Distribution distribution);
 
 // Runs `kernel` over the whole job on at most `threads` threads.
 void run(Kernel kernel, const Job& job, int threads);

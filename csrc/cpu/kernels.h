@@ -5,19 +5,29 @@
 
 namespace adamezo {
 
-// Does `worker`'s share of `job`; `streams` is room for job.horizon + 1 entries of the worker's
-// own. The result does not depend on the number of workers.
-using Kernel = void (*)(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers);
+// Room of a worker's own, to be written before it is read.
+struct Room {
+  PhiloxStream* streams;  // job.horizon + 1
+  uint32_t* signs;        // kSignWords for each direction; only `rademacher` kernels need them
+};
+constexpr int64_t kSignWords = 64;  // four words of each of the sixteen blocks of the widest lanes
+
+// Does `worker`'s share of `job`. The result does not depend on the number of workers.
+using Kernel = void (*)(const Job& job, const Room& room, int64_t worker, int64_t workers);
 
 struct Kernels {
-  const char* instruction_set;
   Kernel sample, perturb, update, moment;
 };
 
-const Kernels& portable_kernels();
+struct InstructionSet {
+  const char* name;
+  Kernels exact, rademacher;
+};
+
+const InstructionSet& portable_kernels();
 #if defined(__x86_64__)
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
+const InstructionSet& avx2_kernels();
+const InstructionSet& avx512_kernels();
 #endif
 
 }  // namespace adamezo

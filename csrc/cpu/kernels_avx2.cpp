@@ -2,8 +2,8 @@
 #include "cpu/loops.h"
 
 namespace adamezo {
-const Kernels& avx2_kernels() {
-  static const Kernels kernels = kernels_over<Avx2Lanes>("avx2");
-  return kernels;
+const InstructionSet& avx2_kernels() {
+  static const InstructionSet set = instruction_set_over<Avx2Lanes>("avx2");
+  return set;
 }
 }  // namespace adamezo

@@ -6,8 +6,8 @@
 #include "cpu/loops.h"
 
 namespace adamezo {
-const Kernels& avx512_kernels() {
-  static const Kernels kernels = kernels_over<Avx512Lanes>("avx512");
-  return kernels;
+const InstructionSet& avx512_kernels() {
+  static const InstructionSet set = instruction_set_over<Avx512Lanes>("avx512");
+  return set;
 }
 }  // namespace adamezo

@@ -2,8 +2,8 @@
 #include "cpu/loops.h"
 
 namespace adamezo {
-const Kernels& portable_kernels() {
-  static const Kernels kernels = kernels_over<ScalarLanes>("portable");
-  return kernels;
+const InstructionSet& portable_kernels() {
+  static const InstructionSet set = instruction_set_over<ScalarLanes>("portable");
+  return set;
 }
 }  // namespace adamezo

@@ -56,6 +56,10 @@ struct Avx2Lanes {
   static ADAMEZO_HD F flip_sign(F a, I sign) {
     return from_bits(_mm256_xor_si256(bits(a), _mm256_and_si256(sign, i(0x80000000u))));
   }
+  static ADAMEZO_HD F flip_signs(F a, uint32_t bits) {
+    return flip_sign(a,
+                     _mm256_sllv_epi32(i(bits), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24)));
+  }
   static ADAMEZO_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
   static ADAMEZO_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static ADAMEZO_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
@@ -82,6 +86,11 @@ struct Avx2Lanes {
   static ADAMEZO_HD void store16(__m128i value, void* to) {
     _mm_storeu_si128(static_cast<__m128i*>(to), value);
   }
+  // The low 16 bits of each lane; the high ones are 0.
+  static ADAMEZO_HD void store_halves(I halves, void* to) {
+    const I packed = _mm256_packus_epi32(halves, halves);
+    store16(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)), to);
+  }
   static ADAMEZO_HD F load(const float* from) { return _mm256_loadu_ps(from); }
   static ADAMEZO_HD F load(const bfloat16* from) {
     return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(from)), 16));
@@ -93,12 +102,39 @@ struct Avx2Lanes {
     const I odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), i(1));
     const I rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, i(0x7fff)), odd), 16);
     const I is_nan = bits(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    const I halves = _mm256_blendv_epi8(rounded, i(0x7fc0), is_nan);
-    const I packed = _mm256_packus_epi32(halves, halves);
-    store16(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)), to);
+    store_halves(_mm256_blendv_epi8(rounded, i(0x7fc0), is_nan), to);
   }
   static ADAMEZO_HD void store(F value, float16* to) {
     store16(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), to);
+  }
+
+  // Stochastic, as from_float32 of rounding.h.
+  static ADAMEZO_HD void store(F value, I, float* to) { store(value, to); }
+  static ADAMEZO_HD void store(F value, I random, bfloat16* to) {
+    const I raised = _mm256_add_epi32(bits(value), _mm256_srli_epi32(random, 16));
+    const I is_nan = bits(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    store_halves(_mm256_blendv_epi8(_mm256_srli_epi32(raised, 16), i(0x7fc0), is_nan), to);
+  }
+  static ADAMEZO_HD void store(F value, I random, float16* to) {
+    const I magnitude = bit_and(bits(value), 0x7fffffffu);
+    const I is_normal = _mm256_cmpgt_epi32(magnitude, i(0x387fffffu));
+    // Subnormal: what lies beyond the 31 digits goes first, all of it below 2^-126.
+    const I digits = _mm256_sub_epi32(i(126), _mm256_srli_epi32(magnitude, 23));
+    const I at_most_31 = _mm256_min_epu32(digits, i(31));
+    const I significand = and_or(magnitude, 0x7fffffu, 0x800000u);
+    const I subnormal = _mm256_srlv_epi32(significand, _mm256_sub_epi32(digits, at_most_31));
+    const I kept = _mm256_blendv_epi8(subnormal, subtract(magnitude, 112u << 23), is_normal);
+    const I shift = _mm256_blendv_epi8(at_most_31, i(13), is_normal);
+    const I addend = _mm256_srlv_epi32(random, _mm256_sub_epi32(i(32), shift));
+    I half = _mm256_srlv_epi32(_mm256_add_epi32(kept, addend), shift);
+    const I is_large = _mm256_cmpgt_epi32(magnitude, i(0x477fffffu));
+    half = _mm256_blendv_epi8(half, i(0x7c00), is_large);
+    half = _mm256_blendv_epi8(half, i(0x7e00), bits(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
+    const I sign = bit_and(_mm256_srli_epi32(bits(value), 16), 0x8000u);
+    store_halves(_mm256_or_si256(half, sign), to);
+  }
+  static ADAMEZO_HD void store_words(I value, uint32_t* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
   }
 };
 

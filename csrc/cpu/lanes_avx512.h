@@ -62,6 +62,9 @@ struct Avx512Lanes {
   static ADAMEZO_HD F flip_sign(F a, I sign) {
     return from_bits(_mm512_ternarylogic_epi32(bits(a), sign, i(0x80000000u), 0x78));
   }
+  static ADAMEZO_HD F flip_signs(F a, uint32_t bits) {
+    return _mm512_mask_xor_ps(a, __mmask16(bits), a, f(-0.0f));
+  }
   static ADAMEZO_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
   static ADAMEZO_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static ADAMEZO_HD F div(F a, F b) { return _mm512_div_ps(a, b); }
@@ -107,6 +110,33 @@ struct Avx512Lanes {
   static ADAMEZO_HD void store(F value, float16* to) {
     store16(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), to);
   }
+
+  // Stochastic, as from_float32 of rounding.h.
+  static ADAMEZO_HD void store(F value, I, float* to) { store(value, to); }
+  static ADAMEZO_HD void store(F value, I random, bfloat16* to) {
+    const I raised = _mm512_add_epi32(bits(value), _mm512_srli_epi32(random, 16));
+    const __mmask16 is_number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    store16(_mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(i(0x7fc0), is_number, raised, 16)), to);
+  }
+  static ADAMEZO_HD void store(F value, I random, float16* to) {
+    const I magnitude = bit_and(bits(value), 0x7fffffffu);
+    const __mmask16 is_normal = _mm512_cmpge_epu32_mask(magnitude, i(0x38800000u));
+    // Subnormal: what lies beyond the 31 digits goes first, all of it below 2^-126.
+    const I digits = _mm512_sub_epi32(i(126), _mm512_srli_epi32(magnitude, 23));
+    const I at_most_31 = _mm512_min_epu32(digits, i(31));
+    const I significand = and_or(magnitude, 0x7fffffu, 0x800000u);
+    const I subnormal = _mm512_srlv_epi32(significand, _mm512_sub_epi32(digits, at_most_31));
+    const I kept = _mm512_mask_sub_epi32(subnormal, is_normal, magnitude, i(112u << 23));
+    const I shift = _mm512_mask_mov_epi32(at_most_31, is_normal, i(13));
+    const I addend = _mm512_srlv_epi32(random, _mm512_sub_epi32(i(32), shift));
+    I half = _mm512_srlv_epi32(_mm512_add_epi32(kept, addend), shift);
+    const __mmask16 is_large = _mm512_cmpge_epu32_mask(magnitude, i(0x47800000u));
+    half = _mm512_mask_mov_epi32(half, is_large, i(0x7c00));
+    half = _mm512_mask_mov_epi32(half, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), i(0x7e00));
+    const I sign = bit_and(_mm512_srli_epi32(bits(value), 16), 0x8000u);
+    store16(_mm512_cvtepi32_epi16(_mm512_or_si512(half, sign)), to);
+  }
+  static ADAMEZO_HD void store_words(I value, uint32_t* to) { _mm512_storeu_si512(to, value); }
 };
 
 }  // namespace

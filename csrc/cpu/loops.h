@@ -4,6 +4,7 @@
 
 #include "adamezo/normal.h"
 #include "adamezo/philox.h"
+#include "adamezo/rademacher.h"
 #include "adamezo/rule.h"
 #include "cpu/kernels.h"
 
@@ -13,220 +14,393 @@ namespace {
 template <class L>
 constexpr int kGroup = 4 * L::kWidth;  // elements that a set of lanes works on at once
 
-// From the words of a finished call to its normals, output j of every block in z[j], while `call`
-// (the next one) goes through its rounds: the two are independent, and either alone is a chain of
-// dependent operations that keeps few units busy.
-template <class L>
-ADAMEZO_HD void normals_beside(PhiloxCall<L>& call, PhiloxKey key, const typename L::I x[4],
-                               typename L::F z[4]) {
-  static_assert(kNormalStages == kPhiloxRounds - kPhiloxFirstRound, "a round for each stage");
-  normals<L>(x, z, [&](int stage) ADAMEZO_INLINE_LAMBDA {
-    philox_round<L>(call, key, kPhiloxFirstRound + stage);
-  });
-}
+// Consecutive elements, all under the same high block words.
+template <class T>
+struct Span {
+  const T* from;  // where they are read; `to` where in place
+  T* to;
+  uint64_t index;
+  int64_t count;
+  uint32_t parameter;
+  PhiloxStream rounding;
+};
 
-// A run's consecutive elements as groups: calls visit(elements, block), where `elements` are the
-// kGroup<L> weights of the group in memory order and `block` is its first block. Groups are
-// aligned in the parameter, not in memory, so that none straddles two high block words. A group
-// that is only partly in the run is staged: its elements see the same arithmetic as all others.
+// The kGroup<L> elements of a group in memory order.
+template <class T>
+struct Group {
+  const T* from;
+  T* to;
+  uint64_t block;  // the first one, where a block is four elements
+};
+
+// A span's elements as groups: calls visit(group). Groups are aligned in the parameter, not in
+// memory, so that none straddles two high block words. A group that is only partly in the span is
+// staged: its elements see the same arithmetic as all others.
 template <class L, class T, class Visit>
-ADAMEZO_HD void for_each_group(T* data, uint64_t index, int64_t count, Visit visit) {
+ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   constexpr int kSize = kGroup<L>;
-  uint64_t block = index / kSize * L::kWidth;
-  // `first` is where the group begins, counted from the run's first element.
-  for (int64_t first = -int64_t(index % kSize); first < count; first += kSize) {
+  uint64_t block = span.index / kSize * L::kWidth;
+  // `first` is where the group begins, counted from the span's first element.
+  for (int64_t first = -int64_t(span.index % kSize); first < span.count; first += kSize) {
     const int64_t low = first < 0 ? 0 : first;
-    const int64_t high = first + kSize < count ? first + kSize : count;
+    const int64_t high = first + kSize < span.count ? first + kSize : span.count;
     if (high - low == kSize) {
-      visit(data + first, block);
+      visit(Group<T>{span.from + first, span.to + first, block});
     } else {
       T staged[kSize] = {};
-      std::memcpy(staged + (low - first), data + low, size_t(high - low) * sizeof(T));
-      visit(staged, block);
-      std::memcpy(data + low, staged + (low - first), size_t(high - low) * sizeof(T));
+      std::memcpy(staged + (low - first), span.from + low, size_t(high - low) * sizeof(T));
+      visit(Group<T>{staged, staged, block});
+      std::memcpy(span.to + low, staged + (low - first), size_t(high - low) * sizeof(T));
     }
     block += L::kWidth;
   }
 }
 
-// The runs of a worker's share. Calls visit(data, index, count, parameter) for each, where
-// `parameter` is the last counter word; `streams` are then right for the run's high block word.
-template <class L, class T, class Visit>
-ADAMEZO_HD void for_each_share(const Job& job, PhiloxStream* streams, int64_t worker,
-                               int64_t workers, Visit visit) {
+// A worker's share as spans: calls visit(span). The room's streams are then right for the span's
+// high block word; D is a kind of directions, see below.
+template <class D, class T, class Visit>
+ADAMEZO_HD void for_each_span(const Job& job, const Room& room, int64_t worker, int64_t workers,
+                              Visit visit) {
   const int64_t share = job.elements / workers, rest = job.elements % workers;
   const int64_t begin = share * worker + (worker < rest ? worker : rest);
   const int64_t end = begin + share + (worker < rest ? 1 : 0);
-  constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;  // 2^32 blocks
+  // 2^32 blocks of rounding words; the high word of a direction's blocks changes no more often.
+  constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;
   uint64_t high = ~uint64_t(0);
+  PhiloxStream rounding{};
   for_each_run(job.segments, job.segment_count, begin, end, [&](const Run& run) {
     const Segment& segment = job.segments[run.segment];
-    T* data = reinterpret_cast<T*>(segment.address) + run.memory;
-    const uint32_t parameter = uint32_t(segment.parameter) | uint32_t(Purpose::kDirection) << 24;
+    const T* from = reinterpret_cast<const T*>(segment.source) + run.source;
+    T* to = reinterpret_cast<T*>(segment.address) + run.memory;
     uint64_t index = run.index + job.offset;
     for (int64_t left = run.count; left > 0;) {
       if (index / kElementsPerHigh != high) {
         high = index / kElementsPerHigh;
         for (int64_t k = 0; k <= job.horizon; ++k)
-          streams[k] = philox_stream(job.key, job.directions[k % job.horizon], uint32_t(high));
+          room.streams[k] = philox_stream(job.key, job.directions[k % job.horizon],
+                                          uint32_t(index >> (32 + D::kLogElements)));
+        rounding = philox_stream(job.key, job.directions[0], uint32_t(high));
       }
-      const uint64_t room = kElementsPerHigh - index % kElementsPerHigh;
-      const int64_t count = uint64_t(left) < room ? left : int64_t(room);
-      visit(data, index, count, parameter);
-      data += count, index += uint64_t(count), left -= count;
+      const uint64_t space = kElementsPerHigh - index % kElementsPerHigh;
+      const int64_t count = uint64_t(left) < space ? left : int64_t(space);
+      visit(Span<T>{from, to, index, count, uint32_t(segment.parameter), rounding});
+      from += count, to += count, index += uint64_t(count), left -= count;
     }
   });
 }
 
-// One direction over a worker's share: calls use(elements, z) with z in memory order. The next
-// group's words go through their rounds beside each group's normals.
-template <class L, class T, class Use>
-ADAMEZO_HD void along_direction(const Job& job, PhiloxStream* streams, int64_t worker,
-                                int64_t workers, Use use) {
-  for_each_share<L, T>(
-      job, streams, worker, workers,
-      [&](T* data, uint64_t index, int64_t count, uint32_t parameter) {
-        const PhiloxStream stream = streams[0];
-        const auto begin = [&](uint64_t block) ADAMEZO_INLINE_LAMBDA {
-          return philox_begin<L>(
-              philox_group<L>(job.key, L::group_blocks(uint32_t(block)), parameter), stream);
-        };
-        auto call = begin(index / kGroup<L> * L::kWidth);
-        philox_finish<L>(call, job.key);
-        for_each_group<L, T>(data, index, count, [&](T* elements, uint64_t block) {
-          typename L::I x[4];
-          typename L::F z[4];
-          call_words<L>(call, x);
-          call = begin(block + L::kWidth);
-          normals_beside<L>(call, job.key, x, z);
-          L::natural(z);
-          use(elements, z);
-        });
-      });
+template <class L>
+ADAMEZO_HD PhiloxGroup<L> group_for(Purpose purpose, const Job& job, uint64_t first_block,
+                                    uint32_t parameter) {
+  return philox_group<L>(job.key, L::group_blocks(uint32_t(first_block)),
+                         parameter | uint32_t(purpose) << 24);
 }
 
-// out = z
+// A call's words, of every block, in the order of the blocks and of a block's four.
 template <class L>
+ADAMEZO_HD void words_in_order(PhiloxCall<L> call, PhiloxKey key, typename L::I words[4]) {
+  philox_finish<L>(call, key);
+  call_words<L>(call, words);
+  typename L::F carried[4];
+  for (int t = 0; t < 4; ++t) carried[t] = L::from_bits(words[t]);
+  L::natural(carried);
+  for (int t = 0; t < 4; ++t) words[t] = L::bits(carried[t]);
+}
+
+template <class L, bool kStochastic, class T>
+ADAMEZO_HD void store_group(const Job& job, const Span<T>& span, const Group<T>& group,
+                            const typename L::F values[4]) {
+  if constexpr (kStochastic) {
+    typename L::I random[4];
+    const auto blocks = group_for<L>(Purpose::kRounding, job, group.block, span.parameter);
+    words_in_order<L>(philox_begin<L>(blocks, span.rounding), job.key, random);
+    for (int t = 0; t < 4; ++t) L::store(values[t], random[t], group.to + t * L::kWidth);
+  } else {
+    for (int t = 0; t < 4; ++t) L::store(values[t], group.to + t * L::kWidth);
+  }
+}
+
+// A kind of directions D has
+//   kLogElements       2^kLogElements elements share a Philox call
+//   along_direction    one direction over a worker's share: calls use(span, group, z) with z in
+//                      memory order
+//   along_directions   all of them, the newest first: for each group calls newest(group, z) with
+//                      z_0 in memory order, then all(span, group, moments)
+//   natural            from the order of those moments to the order in memory
+
+template <class L>
+struct Exact {
+  static constexpr int kLogElements = 2;
+
+  static ADAMEZO_HD void natural(typename L::F values[4]) { L::natural(values); }
+
+  // From the words of a finished call to its normals, output j of every block in z[j], while `call`
+  // (the next one) goes through its rounds: the two are independent, and either alone is a chain of
+  // dependent operations that keeps few units busy.
+  static ADAMEZO_HD void normals_beside(PhiloxCall<L>& call, PhiloxKey key,
+                                        const typename L::I x[4], typename L::F z[4]) {
+    static_assert(kNormalStages == kPhiloxRounds - kPhiloxFirstRound, "a round for each stage");
+    normals<L>(x, z, [&](int stage) ADAMEZO_INLINE_LAMBDA {
+      philox_round<L>(call, key, kPhiloxFirstRound + stage);
+    });
+  }
+
+  // The next group's words go through their rounds beside each group's normals.
+  template <class T, class Use>
+  static ADAMEZO_HD void along_direction(const Job& job, const Room& room, int64_t worker,
+                                         int64_t workers, Use use) {
+    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
+      const PhiloxStream stream = room.streams[0];
+      const uint32_t parameter = span.parameter;
+      const auto begin = [&](uint64_t block) ADAMEZO_INLINE_LAMBDA {
+        return philox_begin<L>(group_for<L>(Purpose::kDirection, job, block, parameter), stream);
+      };
+      auto call = begin(span.index / kGroup<L> * L::kWidth);
+      philox_finish<L>(call, job.key);
+      for_each_group<L, T>(span, [&](const Group<T>& group) {
+        typename L::I x[4];
+        typename L::F z[4];
+        call_words<L>(call, x);
+        call = begin(group.block + L::kWidth);
+        normals_beside(call, job.key, x, z);
+        L::natural(z);
+        use(span, group, z);
+      });
+    });
+  }
+
+  template <class T, bool kSecond, class Newest, class All>
+  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
+                                          int64_t workers, Newest newest, All all) {
+    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
+      for_each_group<L, T>(span, [&](const Group<T>& group) {
+        const auto blocks = group_for<L>(Purpose::kDirection, job, group.block, span.parameter);
+        auto moments = zero_moments<L>();
+        auto call = philox_begin<L>(blocks, room.streams[0]);
+        philox_finish<L>(call, job.key);
+        typename L::F z[4];
+        const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
+          typename L::I x[4];
+          call_words<L>(call, x);
+          call = philox_begin<L>(blocks, room.streams[k + 1]);  // after the last: unused
+          normals_beside(call, job.key, x, z);
+          accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
+        };
+        add_direction(0);
+        L::natural(z);
+        newest(group, z);
+        for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
+        all(span, group, moments);
+      });
+    });
+  }
+};
+
+// A set of lanes makes kWidth calls at once, which give the signs of a page of 32 groups.
+template <class L>
+struct Rademacher {
+  static constexpr int kLogElements = 7;
+  static_assert(1 << kLogElements == kSignsPerCall, "");
+  static constexpr uint64_t kPageBlocks = kSignsPerCall / 4 * L::kWidth;
+  static constexpr int kPageWords = 4 * L::kWidth;
+  static_assert(kPageWords <= kSignWords, "the room that run() makes");
+
+  static ADAMEZO_HD void natural(typename L::F[4]) {}
+
+  // Writes the words of a page, in the order of its elements, for `count` directions.
+  static ADAMEZO_HD void fill(const Job& job, const Room& room, uint64_t page, uint32_t parameter,
+                              int64_t count) {
+    const auto blocks = group_for<L>(Purpose::kDirection, job, page * L::kWidth, parameter);
+    for (int64_t k = 0; k < count; ++k) {
+      typename L::I words[4];
+      words_in_order<L>(philox_begin<L>(blocks, room.streams[k]), job.key, words);
+      for (int t = 0; t < 4; ++t)
+        L::store_words(words[t], room.signs + k * kPageWords + t * L::kWidth);
+    }
+  }
+
+  // The signs of the group whose first block is `block`, in memory order.
+  static ADAMEZO_HD void signs(const uint32_t* page, uint64_t block, typename L::F z[4]) {
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t at = uint32_t(block % kPageBlocks) * 4 + uint32_t(t * L::kWidth);
+      z[t] = L::flip_signs(L::f(1.0f), page[at / 32] >> (at % 32));
+    }
+  }
+
+  // Calls visit(span, group) for the groups of a worker's share, with the words of the first
+  // `count` directions in the room.
+  template <class T, class Visit>
+  static ADAMEZO_HD void for_each_signed_group(const Job& job, const Room& room, int64_t worker,
+                                               int64_t workers, int64_t count, Visit visit) {
+    for_each_span<Rademacher, T>(job, room, worker, workers, [&](const Span<T>& span) {
+      uint64_t filled = ~uint64_t(0);
+      for_each_group<L, T>(span, [&](const Group<T>& group) {
+        const uint64_t page = group.block / kPageBlocks;
+        if (page != filled) {
+          fill(job, room, page, span.parameter, count);
+          filled = page;
+        }
+        visit(span, group);
+      });
+    });
+  }
+
+  template <class T, class Use>
+  static ADAMEZO_HD void along_direction(const Job& job, const Room& room, int64_t worker,
+                                         int64_t workers, Use use) {
+    for_each_signed_group<T>(job, room, worker, workers, 1,
+                             [&](const Span<T>& span, const Group<T>& group) {
+                               typename L::F z[4];
+                               signs(room.signs, group.block, z);
+                               use(span, group, z);
+                             });
+  }
+
+  template <class T, bool kSecond, class Newest, class All>
+  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
+                                          int64_t workers, Newest newest, All all) {
+    // All z^2 are 1, so that S2 is the same for every element.
+    float s2 = 0.0f;
+    for (int64_t k = 0; kSecond && k < job.horizon; ++k) s2 += job.second[k];
+    for_each_signed_group<T>(job, room, worker, workers, job.horizon,
+                             [&](const Span<T>& span, const Group<T>& group) {
+                               auto moments = zero_moments<L>();
+                               typename L::F z[4];
+                               const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
+                                 signs(room.signs + k * kPageWords, group.block, z);
+                                 accumulate<L, false>(moments, z, job.first[k], 0.0f);
+                               };
+                               add_direction(0);
+                               newest(group, z);
+                               for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
+                               for (int j = 0; j < 4; ++j) moments.s2[j] = L::f(s2);
+                               all(span, group, moments);
+                             });
+  }
+};
+
+// out = z
+template <class L, class D>
 struct Sample {
   template <class T>
-  static void run(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers) {
-    along_direction<L, T>(job, streams, worker, workers, [&](T* out, const typename L::F z[4]) {
-      for (int t = 0; t < 4; ++t) L::store(z[t], out + t * L::kWidth);
-    });
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+    D::template along_direction<T>(
+        job, room, worker, workers,
+        [&](const Span<T>& span, const Group<T>& out, const typename L::F z[4]) {
+          store_group<L, false>(job, span, out, z);
+        });
   }
 };
 
 // theta = theta + scale z
-template <class L>
+template <class L, class D, bool kStochastic>
 struct Perturb {
   template <class T>
-  static void run(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers) {
-    along_direction<L, T>(job, streams, worker, workers, [&](T* theta, const typename L::F z[4]) {
-      for (int t = 0; t < 4; ++t) {
-        T* at = theta + t * L::kWidth;
-        L::store(L::fma(L::f(job.scale), z[t], L::load(at)), at);
-      }
-    });
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+    D::template along_direction<T>(
+        job, room, worker, workers,
+        [&](const Span<T>& span, const Group<T>& theta, const typename L::F z[4]) {
+          typename L::F moved[4];
+          for (int t = 0; t < 4; ++t)
+            moved[t] = L::fma(L::f(job.scale), z[t], L::load(theta.from + t * L::kWidth));
+          store_group<L, kStochastic>(job, span, theta, moved);
+        });
   }
 };
 
-// All directions over a worker's share, the newest first: for each group calls
-// newest(elements, z) with z_0 in memory order, then all(elements, moments).
-template <class L, class T, bool kSecond, class Newest, class All>
-ADAMEZO_HD void along_directions(const Job& job, PhiloxStream* streams, int64_t worker,
-                                 int64_t workers, Newest newest, All all) {
-  for_each_share<L, T>(
-      job, streams, worker, workers,
-      [&](T* data, uint64_t index, int64_t count, uint32_t parameter) {
-        for_each_group<L, T>(data, index, count, [&](T* elements, uint64_t block) {
-          const auto group = philox_group<L>(job.key, L::group_blocks(uint32_t(block)), parameter);
-          auto moments = zero_moments<L>();
-          auto call = philox_begin<L>(group, streams[0]);
-          philox_finish<L>(call, job.key);
-          typename L::F z[4];
-          const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
-            typename L::I x[4];
-            call_words<L>(call, x);
-            call = philox_begin<L>(group, streams[k + 1]);  // after the last: unused
-            normals_beside<L>(call, job.key, x, z);
-            accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
-          };
-          add_direction(0);
-          L::natural(z);
-          newest(elements, z);
-          for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
-          all(elements, moments);
-        });
-      });
-}
-
 // Restore, moments and update in one pass: each weight is read once and written once.
-template <class L, bool kSecond>
+template <class L, class D, bool kSecond, bool kStochastic>
 struct Update {
   template <class T>
-  static void run(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers) {
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
     using F = typename L::F;
     float restored[kGroup<L>];  // in memory: the loop over directions wants the registers
-    along_directions<L, T, kSecond>(
-        job, streams, worker, workers,
-        [&](const T* theta, const F z[4]) {
+    D::template along_directions<T, kSecond>(
+        job, room, worker, workers,
+        [&](const Group<T>& theta, const F z[4]) {
           for (int t = 0; t < 4; ++t) {
-            F value = L::load(theta + t * L::kWidth);
+            F value = L::load(theta.from + t * L::kWidth);
             if (job.scale != 0.0f) value = L::fma(L::f(job.scale), z[t], value);
             L::store(value, restored + t * L::kWidth);
           }
         },
-        [&](T* theta, const Moments<L>& moments) {
+        [&](const Span<T>& span, const Group<T>& theta, const Moments<L>& moments) {
           F step[4];
           for (int j = 0; j < 4; ++j)
             step[j] = preconditioned<L, kSecond>(moments.s1[j], moments.s2[j], job.eps);
-          L::natural(step);
+          D::natural(step);
           for (int t = 0; t < 4; ++t) {
             const F value = L::load(restored + t * L::kWidth);
-            L::store(descend<L>(value, step[t], job.minus_lr, job.decay), theta + t * L::kWidth);
+            step[t] = descend<L>(value, step[t], job.minus_lr, job.decay);
           }
+          store_group<L, kStochastic>(job, span, theta, step);
         });
   }
 };
 
 // out = S2 where the job has second coefficients, else S1: a look inside an update.
-template <class L, bool kSecond>
+template <class L, class D, bool kSecond>
 struct Moment {
   template <class T>
-  static void run(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers) {
-    along_directions<L, T, kSecond>(
-        job, streams, worker, workers, [](const T*, const typename L::F*) {},
-        [&](T* out, const Moments<L>& moments) {
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+    D::template along_directions<T, kSecond>(
+        job, room, worker, workers, [](const Group<T>&, const typename L::F*) {},
+        [&](const Span<T>& span, const Group<T>& out, const Moments<L>& moments) {
           typename L::F sum[4];
           for (int j = 0; j < 4; ++j) sum[j] = kSecond ? moments.s2[j] : moments.s1[j];
-          L::natural(sum);
-          for (int t = 0; t < 4; ++t) L::store(sum[t], out + t * L::kWidth);
+          D::natural(sum);
+          store_group<L, false>(job, span, out, sum);
         });
   }
 };
 
 template <class Operation>
-void by_type(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers) {
+void by_type(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   switch (job.type) {
     case ElementType::kFloat32:
-      return Operation::template run<float>(job, streams, worker, workers);
+      return Operation::template run<float>(job, room, worker, workers);
     case ElementType::kBFloat16:
-      return Operation::template run<bfloat16>(job, streams, worker, workers);
+      return Operation::template run<bfloat16>(job, room, worker, workers);
     case ElementType::kFloat16:
-      return Operation::template run<float16>(job, streams, worker, workers);
+      return Operation::template run<float16>(job, room, worker, workers);
   }
 }
 
-template <template <class, bool> class Operation, class L>
-void by_second(const Job& job, PhiloxStream* streams, int64_t worker, int64_t workers) {
-  const auto kernel = job.second ? by_type<Operation<L, true>> : by_type<Operation<L, false>>;
-  kernel(job, streams, worker, workers);
+template <class L, class D>
+void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+  const bool stochastic = job.rounding == Rounding::kStochastic;
+  const auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
+  kernel(job, room, worker, workers);
+}
+
+template <class L, class D, bool kStochastic>
+void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+  const auto kernel = job.second ? by_type<Update<L, D, true, kStochastic>>
+                                 : by_type<Update<L, D, false, kStochastic>>;
+  kernel(job, room, worker, workers);
+}
+
+template <class L, class D>
+void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+  const bool stochastic = job.rounding == Rounding::kStochastic;
+  const auto kernel = stochastic ? update<L, D, true> : update<L, D, false>;
+  kernel(job, room, worker, workers);
+}
+
+template <class L, class D>
+void moment(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+  const auto kernel = job.second ? by_type<Moment<L, D, true>> : by_type<Moment<L, D, false>>;
+  kernel(job, room, worker, workers);
+}
+
+template <class L, class D>
+Kernels kernels_over() {
+  return {by_type<Sample<L, D>>, perturb<L, D>, update<L, D>, moment<L, D>};
 }
 
 template <class L>
-Kernels kernels_over(const char* instruction_set) {
-  return {instruction_set, by_type<Sample<L>>, by_type<Perturb<L>>, by_second<Update, L>,
-          by_second<Moment, L>};
+InstructionSet instruction_set_over(const char* name) {
+  return {name, kernels_over<L, Exact<L>>(), kernels_over<L, Rademacher<L>>()};
 }
 
 }  // namespace
