@@ -26,7 +26,8 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90")
 DISTRIBUTIONS = {"exact": "Exact", "fast": "Fast", "rademacher": "Rademacher"}
-OPERATIONS = {"perturb": "Perturb<{}>", "update": "Update<{}, true>"}
+ROUNDINGS = {"nearest": "Rounding::kNearest", "stochastic": "Rounding::kStochastic"}
+OPERATIONS = {"perturb": "Perturb<{}, {}>", "update": "Update<{}, true, {}>"}
 ELEMENTS_PER_THREAD = 16
 
 # An H100: what a prediction assumes. Each multiprocessor has four schedulers; a scheduler issues
@@ -72,6 +73,7 @@ class Budget:
     architecture: str
     operation: str
     distribution: str
+    rounding: str
     registers: int
     spilled_bytes: int
     direction: Counter[str]
@@ -79,10 +81,23 @@ class Budget:
     window: Counter[str]
     """By pipe, once for a thread's sixteen elements, on the way where all of them are whole chunks
     and no quotient or root needs the slow path."""
+    wide_accesses: Counter[str]
+    """Loads (LDG) and stores (STG) of sixteen bytes in the code."""
+
+    @property
+    def variant(self) -> str:
+        nearest = self.rounding == "nearest"
+        return self.distribution if nearest else f"{self.distribution}, {self.rounding}"
 
     @property
     def slots_per_normal(self) -> float:
+        """Of a direction, without what is done once."""
         return self.direction.total() / ELEMENTS_PER_THREAD
+
+    @property
+    def slots_once(self) -> float:
+        """Of what is done once for each weight."""
+        return self.window.total() / ELEMENTS_PER_THREAD
 
     def seconds(self, horizon: int, elements: int = WEIGHTS) -> float:
         """The prediction for an H100: the slowest of issue, special functions and memory."""
@@ -136,18 +151,20 @@ def run(*command: str) -> str:
 
 @functools.cache
 def budgets(architecture: str) -> tuple[Budget, ...]:
-    """Compiles every kernel of OPERATIONS and DISTRIBUTIONS, and counts where cuobjdump is."""
+    """Compiles every kernel of OPERATIONS, DISTRIBUTIONS and ROUNDINGS, and counts where cuobjdump
+    is."""
     kernels = {
-        (operation, distribution): f"Instance<{body.format(name)}, bfloat16>"
+        (operation, distribution, rounding): f"Instance<{body.format(name, mode)}, bfloat16>"
         for operation, body in OPERATIONS.items()
         for distribution, name in DISTRIBUTIONS.items()
+        for rounding, mode in ROUNDINGS.items()
     }
     compiler, dumper = nvcc(), cuobjdump()
     if compiler is None:
         raise RuntimeError(missing())
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for (operation, distribution), body in kernels.items():
+        for kind, body in kernels.items():
             source, binary = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
             source.write_text(
                 '#include "cuda/kernels.cuh"\nnamespace adamezo::cuda {\n'
@@ -159,18 +176,20 @@ def budgets(architecture: str) -> tuple[Budget, ...]:
             )
             registers = re.search(r"Used (\d+) registers", report)
             assert registers, report
-            direction, window = Counter[str](), Counter[str]()
+            direction, window, wide = Counter[str](), Counter[str](), Counter[str]()
             if dumper:
-                direction, window = count(list(instructions(run(dumper, "-sass", str(binary)))))
+                code = list(instructions(run(dumper, "-sass", str(binary))))
+                direction, window = count(code)
+                wide.update(i.name[:3] for i in code if re.fullmatch(r"(LD|ST)G\.E\.128", i.name))
             found.append(
                 Budget(
                     architecture,
-                    operation,
-                    distribution,
+                    *kind,
                     int(registers.group(1)),
                     sum(map(int, re.findall(r"(\d+) bytes spill", report))),
                     direction,
                     window,
+                    wide,
                 )
             )
     return tuple(found)
@@ -271,7 +290,7 @@ def rows(found: Sequence[Budget], horizons: Sequence[int] = (1, 10, 20)) -> list
                 Row(
                     benchmark="cuda_budget",
                     what=budget.operation,
-                    variant=budget.distribution,
+                    variant=budget.variant,
                     type="bfloat16",
                     elements=WEIGHTS,
                     horizon=horizon,
@@ -301,14 +320,15 @@ def main() -> None:
         by_pipe = ", ".join(
             f"{pipe} {n / ELEMENTS_PER_THREAD:.2f}" for pipe, n in b.direction.most_common()
         )
-        once = b.window.total() / ELEMENTS_PER_THREAD
+        both = f", {b.slots_per_normal + b.slots_once / 10:.2f} a normal at H = 10"
         times = ", ".join(
             f"H={h} {1e3 * b.seconds(h):.1f} ms" for h in ((1, 10, 20) if b.direction else (1,))
         )
         print(
-            f"{b.architecture} {b.operation:<8}{b.distribution:<11} {b.registers} registers, "
+            f"{b.architecture} {b.operation:<8}{b.variant:<23} {b.registers} registers, "
             f"{b.spilled_bytes} B spilled; {b.slots_per_normal:.2f} a normal ({by_pipe}); "
-            f"{once:.1f} once" + (f"; an H100 at best {times}" if b.architecture == "sm_90" else "")
+            f"{b.slots_once:.1f} once{both if b.direction else ''}"
+            + (f"; an H100 at best {times}" if b.architecture == "sm_90" else "")
         )
     made = rows([b for b in found if b.architecture == "sm_90"])
     write_rows(arguments.output, made)

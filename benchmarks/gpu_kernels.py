@@ -21,7 +21,7 @@ import torch
 
 from adamezo_kernels import ops
 from adamezo_kernels.plan import Plan
-from adamezo_kernels.stream import PhiloxState
+from adamezo_kernels.stream import ROUNDINGS, PhiloxState
 from benchmarks.cuda_budget import CLOCK_HZ, LANES, SCHEDULERS
 from benchmarks.kernels import HORIZONS, SEED, TYPES, coefficients
 from benchmarks.rows import RESULTS, Row, conditions, timing, write_rows
@@ -41,22 +41,26 @@ class Timed:
 
 def device_gate() -> None:
     """Raises where `exact` on the device differs from the CPU in a bit of what is timed."""
-    for dtype in TYPES.values():
+    for dtype, rounding in itertools.product(TYPES.values(), ROUNDINGS):
         results = []
+        options = {"rounding": rounding}
         for device, backend in (("cpu", "native"), ("cuda", "cuda")):
             generator = torch.Generator().manual_seed(0)
             made = [(0.02 * torch.randn(n, generator=generator)).to(dtype) for n in (4099, 1, 37)]
             plan = Plan([w.to(device) for w in made])
             states = [PhiloxState(SEED, k) for k in range(10)]
-            ops.perturb_(plan, states[0], 1e-3, backend=backend)
-            ops.update_(plan, states, *coefficients(10), lr=1e-2, restore=-1e-3, backend=backend)
-            results.append([s.tensor.cpu() for s in plan])
+            options["backend"] = backend
+            ops.perturb_(plan, states[0], 1e-3, **options)
+            ops.update_(plan, states, *coefficients(10), lr=1e-2, restore=-1e-3, **options)
+            out = plan.into([torch.empty_like(s.tensor) for s in plan])
+            ops.perturb_(out, states[1], 1e-3, **options)
+            results.append([s.tensor.cpu() for p in (plan, out) for s in p])
         for got, expected in zip(*results, strict=True):
             wrong = int((got != expected).sum())
             if wrong:
                 raise SystemExit(
-                    f"{wrong} weights in {dtype} differ from the CPU's bits, expected none. No "
-                    "speed is measured: run `make gpu-check` first"
+                    f"{wrong} weights in {dtype}, stored {rounding}, differ from the CPU's bits, "
+                    "expected none. No speed is measured: run `make gpu-check` first"
                 )
 
 
@@ -97,19 +101,23 @@ def variants(
     first, second = coefficients(horizon)
     lr = scale = 1e-9
     plan = Plan(tensors)
-    made = []
+    made: list[Timed] = []
     calls = TorchCalls(tensors)
+
+    def ours(name: str, plans: Sequence[Plan], distribution: str, rounding: str) -> None:
+        run = functools.partial(_run, what, plans, states, distribution, rounding, scale, lr)
+        made.append(Timed(name, run))
+
     for distribution in ("exact", "fast", "rademacher"):
-        plans = {distribution: [plan]}
-        if apart and distribution == "exact":
-            plans["exact, a launch a tensor"] = [Plan([t]) for t in tensors]
-        for name, some in plans.items():
-            made.append(
-                Timed(name, functools.partial(_run, what, some, states, distribution, scale, lr))
-            )
+        ours(distribution, [plan], distribution, "nearest")
+        if tensors[0].dtype != torch.float32:
+            ours(f"{distribution}, stochastic", [plan], distribution, "stochastic")
+    if apart:
+        ours("exact, a launch a tensor", [Plan([t]) for t in tensors], "exact", "nearest")
     if what == "perturb":
-        made.append(Timed("torch", functools.partial(calls.perturb_, SEED, scale)))
         copies = [torch.empty_like(t) for t in tensors]
+        ours("exact, out of place", [plan.into(copies)], "exact", "nearest")
+        made.append(Timed("torch", functools.partial(calls.perturb_, SEED, scale)))
         made.append(Timed("copy", lambda: torch._foreach_copy_(copies, tensors)))
     else:
         made.append(Timed("torch", functools.partial(calls.update_, first, second, lr)))
@@ -121,10 +129,11 @@ def _run(
     plans: Sequence[Plan],
     states: Sequence[PhiloxState],
     distribution: str,
+    rounding: str,
     scale: float,
     lr: float,
 ) -> None:
-    options = {"distribution": distribution, "backend": "cuda"}
+    options = {"distribution": distribution, "rounding": rounding, "backend": "cuda"}
     for plan in plans:
         if what == "perturb":
             ops.perturb_(plan, states[0], scale, **options)

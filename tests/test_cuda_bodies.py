@@ -3,6 +3,7 @@ kernels, whatever the shape of the launch. What is left for a GPU is in test_cud
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -23,6 +24,7 @@ from test_operations import (
 
 from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
 from adamezo_kernels.backends import BACKENDS, choose, cuda, native, reference
+from adamezo_kernels.stream import ROUNDINGS
 
 pytestmark = needs_native
 
@@ -64,38 +66,188 @@ def on_host(monkeypatch):
     return use
 
 
-def on_both(operation, dtype, guarded, expected_by="native"):
+def on_both(operation, dtype, guarded):
     """``operation(plan, tensors, backend)`` by the bodies and by the CPU, bit by bit."""
     tensors, arguments = zoo(dtype, guarded)
     operation(Plan(tensors, **arguments), tensors, "cuda")
     expected, arguments = zoo(dtype, unguarded)
-    operation(Plan(expected, **arguments), expected, expected_by)
+    operation(Plan(expected, **arguments), expected, "native")
     for i in range(len(tensors)):
         assert_same_bits(tensors[i], expected[i], i)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_perturb(on_host, guarded, dtype, shape):
-    on_host(shape)
-    on_both(
-        lambda plan, _, backend: perturb_(
-            plan, PhiloxState(KEY, 9, OFFSET), -1.7e-3, backend=backend
-        ),
-        dtype,
-        guarded,
+# --- everything that a kernel is compiled for, against the reference -----------------------------
+
+
+def perturb(plan, tensors, make, **options):
+    perturb_(plan, PhiloxState(KEY, 9, OFFSET), -1.7e-3, **options)
+    return tensors
+
+
+def perturb_into(plan, tensors, make, **options):
+    """To addresses aligned in other ways than those that are read."""
+    before = [tensor.clone() for tensor in tensors]
+    out = [make(t.numel(), t.dtype, i % 9).view(t.shape) for i, t in enumerate(tensors)]
+    perturb_(plan.into(out), PhiloxState(KEY, 9, OFFSET), -1.7e-3, **options)
+    for i, tensor in enumerate(tensors):
+        assert_same_bits(tensor, before[i], f"source {i}")
+    return out
+
+
+def update(plan, tensors, make, with_second=True, **options):
+    update_(
+        plan,
+        states(3),
+        *coefficients(3, with_second),
+        lr=3e-3,
+        weight_decay=0.1,
+        restore=1e-3,
+        **options,
+    )
+    return tensors
+
+
+def momentum(plan, tensors, make, **options):
+    return update(plan, tensors, make, with_second=False, **options)
+
+
+def sample(plan, tensors, make, rounding, **options):
+    for i, tensor in enumerate(tensors):
+        sample_(tensor, PhiloxState(KEY, 9, 2**34 - 50 + i), parameter=i, **options)
+    return tensors
+
+
+def both_moments(plan, tensors, make, rounding, **options):
+    m, v = moments(plan, states(3), *coefficients(3, True), **options)
+    return m + v
+
+
+def fast_direction(index_offset, index_stride, rows, row_length, *, key, direction, parameter, **_):
+    """For the reference, which has no `fast` normals: the bodies' own, which are held to be near
+    the exact ones below."""
+    return torch.stack(
+        [
+            sample_(
+                torch.empty(row_length),
+                PhiloxState(key, direction, index_offset + row * index_stride),
+                parameter=parameter,
+                distribution="fast",
+                backend="cuda",
+            )
+            for row in range(rows)
+        ]
     )
 
 
+@pytest.fixture
+def with_fast(monkeypatch):
+    """The reference takes ``fast`` directions too."""
+    monkeypatch.setitem(reference._DIRECTIONS, "fast", fast_direction)
+    monkeypatch.setattr(reference, "DISTRIBUTIONS", cuda.DISTRIBUTIONS)
+
+
+@functools.cache
+def expected_of(operation, dtype, distribution, rounding):
+    tensors, arguments = zoo(dtype, unguarded)
+    return operation(
+        Plan(tensors, **arguments),
+        tensors,
+        unguarded,
+        distribution=distribution,
+        rounding=rounding,
+        backend="reference",
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("distribution", cuda.DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_sample(on_host, guarded, dtype):
-    on_host((2, 96))
+@pytest.mark.parametrize("operation", [perturb, perturb_into, update, momentum])
+def test_the_bits_of_the_reference(
+    on_host, with_fast, guarded, operation, dtype, distribution, rounding, shape
+):
+    expected = expected_of(operation, dtype, distribution, rounding)
+    on_host(shape)
+    tensors, arguments = zoo(dtype, guarded)
+    got = operation(
+        Plan(tensors, **arguments),
+        tensors,
+        guarded,
+        distribution=distribution,
+        rounding=rounding,
+        backend="cuda",
+    )
+    for i in range(len(got)):
+        assert_same_bits(got[i], expected[i], i)
+    if rounding == "stochastic":
+        nearest = expected_of(operation, dtype, distribution, "nearest")
+        differs = any(
+            not torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(got, nearest, strict=True)
+        )
+        assert differs == (dtype != torch.float32)
 
-    def sample(plan, tensors, backend):
-        for i, tensor in enumerate(tensors):
-            sample_(tensor, PhiloxState(KEY, 9, 2**34 - 50 + i), parameter=i, backend=backend)
 
-    on_both(sample, dtype, guarded)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("distribution", cuda.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("operation", [sample, both_moments])
+def test_the_bits_of_the_reference_where_nothing_is_chosen_to_round(
+    on_host, with_fast, guarded, operation, dtype, distribution, shape
+):
+    expected = expected_of(operation, dtype, distribution, "nearest")
+    on_host(shape)
+    tensors, arguments = zoo(dtype, guarded)
+    got = operation(
+        Plan(tensors, **arguments),
+        tensors,
+        guarded,
+        distribution=distribution,
+        rounding="nearest",
+        backend="cuda",
+    )
+    for i in range(len(got)):
+        assert_same_bits(got[i], expected[i], i)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_stochastic_stores_of_numbers_of_every_size(on_host, guarded, dtype):
+    """From far below the type's least number to beyond its largest."""
+    on_host((2, 64))
+    for exponent in range(-149, 128, 3):
+        results = []
+        for backend in ("cuda", "reference"):
+            w = guarded(1030, dtype).zero_()
+            state = PhiloxState(KEY, exponent % 2**32)
+            perturb_(Plan([w]), state, 2.0**exponent, rounding="stochastic", backend=backend)
+            results.append(w)
+        assert_same_bits(*results, exponent)
+
+
+@pytest.mark.parametrize("distribution", reference.DISTRIBUTIONS)
+@pytest.mark.parametrize("offset", [2**34 - 700, 2**34, 2**39 - 700, 2**41 + 129])
+def test_random_words_beyond_one_high_word(on_host, guarded, distribution, offset):
+    """A call of stochastic stores is shared by four elements, also where one of signs by 128."""
+    on_host((2, 64))
+    results = []
+    for backend in ("cuda", "reference"):
+        w = guarded(1500, torch.bfloat16, 3)
+        w.copy_(weights(1500, torch.bfloat16, 0))
+        update_(
+            Plan([w]),
+            [PhiloxState(KEY, k, offset) for k in (7, 5)],
+            *coefficients(2, True),
+            lr=3e-3,
+            distribution=distribution,
+            rounding="stochastic",
+            backend=backend,
+        )
+        results.append(w)
+    assert_same_bits(*results)
+
+
+# --- against the kernels of the CPU --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -162,39 +314,6 @@ def test_sizes_about_a_window(on_host, guarded, numel, offset, dtype):
         assert_same_bits(w, sample_(torch.empty_like(w), state, backend="native"), shift)
 
 
-def test_rademacher(on_host, guarded):
-    """Against the reference, which takes bit by bit from its own Philox."""
-    for shape in SHAPES:
-        on_host(shape)
-        for dtype in TYPES:
-            on_both(
-                lambda plan, _, backend: perturb_(
-                    plan,
-                    PhiloxState(KEY, 9, OFFSET),
-                    -1.7e-3,
-                    distribution="rademacher",
-                    backend=backend,
-                ),
-                dtype,
-                guarded,
-                "reference",
-            )
-    on_both(
-        lambda plan, _, backend: update_(
-            plan,
-            states(3),
-            *coefficients(3, True),
-            lr=3e-3,
-            restore=1e-3,
-            distribution="rademacher",
-            backend=backend,
-        ),
-        torch.bfloat16,
-        guarded,
-        "reference",
-    )
-
-
 def test_rademacher_signs_are_the_bits_of_a_call():
     key, direction, parameter, block = KEY, 77, 5, 3
     words = reference.philox4x32(block, 0, direction, parameter, key)
@@ -242,14 +361,13 @@ def test_fast_normals_are_near_the_exact_ones(on_host):
 
 
 def test_high_words():
-    def highs(shard, rows_length, offset=0, distribution="exact"):
+    def highs(shard, rows_length, offset=0):
         plan = Plan([torch.empty(rows_length)], shards=[shard])
-        return cuda.high_words(plan.launches[0], offset, distribution)
+        return cuda.high_words(plan.launches[0], offset)
 
     assert highs(None, 100) == [0]
     assert highs(Shard(offset=2**34 - 50), 100) == [0, 1]
     assert highs(Shard(offset=2**34 - 50), 50) == [0]
-    assert highs(Shard(offset=2**34 - 50), 100, distribution="rademacher") == [0]
     assert highs(None, 100, offset=5 * 2**34) == [5]
     assert highs(Shard(offset=0, rows=4, stride=2**34), 100) == [0, 1, 2, 3]
     assert highs(Shard(offset=2**34 - 10, rows=2, stride=2**62), 40) == [0, 1, 2**28, 2**28 + 1]

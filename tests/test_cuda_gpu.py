@@ -21,7 +21,8 @@ from test_operations import (
 )
 
 from adamezo_kernels import PhiloxState, Plan, moments, perturb_, sample_, update_
-from adamezo_kernels.backends import cuda, native
+from adamezo_kernels.backends import cuda, native, reference
+from adamezo_kernels.stream import ROUNDINGS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +56,7 @@ def pair():
         assert buffer[start + numel :].isnan().all(), "a kernel wrote behind its tensor"
 
 
-def update(plan: Plan, count: int, with_second: bool, backend: str, distribution: str = "exact"):
+def update(plan: Plan, count: int, with_second: bool, backend: str, **options: str):
     update_(
         plan,
         states(count),
@@ -63,8 +64,8 @@ def update(plan: Plan, count: int, with_second: bool, backend: str, distribution
         lr=3e-3,
         weight_decay=0.1,
         restore=1e-3,
-        distribution=distribution,
         backend=backend,
+        **options,
     )
 
 
@@ -92,19 +93,97 @@ def test_exact_has_the_bits_of_the_cpu(pair, dtype, numel, shift):
     assert_same_bits(device.cpu(), host, "sample")
 
 
+@pytest.mark.parametrize("shift", ALIGNMENTS)
+@pytest.mark.parametrize("numel", [*SIZES[:-1], 70001])
+@pytest.mark.parametrize("distribution", reference.DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_rows_many_tensors_and_far_offsets(dtype):
+def test_stochastic_stores_have_the_bits_of_the_reference(pair, dtype, distribution, numel, shift):
+    host, device = pair(numel, dtype, shift)
+    options = {"distribution": distribution, "rounding": "stochastic"}
+    state = PhiloxState(KEY, 9, OFFSET)
+    for tensor, backend in ((host, "reference"), (device, "cuda")):
+        perturb_(Plan([tensor]), state, -1.7e-3, backend=backend, **options)
+    assert_same_bits(device.cpu(), host, "perturb")
+    for with_second in (True, False):
+        update(Plan([host]), 3, with_second, "reference", **options)
+        update(Plan([device]), 3, with_second, "cuda", **options)
+        assert_same_bits(device.cpu(), host, with_second)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_stochastic_stores_along_fast_directions(dtype):
+    """Their bits are the device's own; what is made of them is not."""
+    host = weights(70001, dtype, 0)
+    scale, fast = reference.to_float32(-1.7e-3), {"distribution": "fast", "backend": "cuda"}
+    where = {"parameter": 0, "key": KEY, "direction": 9}
+    z = sample_(torch.empty(70001, device="cuda"), PhiloxState(KEY, 9, OFFSET), **fast).cpu()
+    words = reference.rounding_words(OFFSET, 0, 1, 70001, **where).view(-1)
+    value = reference.apply_perturbation(host, z, scale)
+    expected = reference.round_stochastically(value, words, dtype)
+    device = host.cuda()
+    perturb_(Plan([device]), PhiloxState(KEY, 9, OFFSET), scale, rounding="stochastic", **fast)
+    assert_same_bits(device.cpu(), expected)
+
+
+@pytest.mark.parametrize("distribution", cuda.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_stochastic_stores_are_unbiased(dtype, distribution):
+    """1 + scale z lies between 1 and a neighbour of it, above or below, and comes out as each of
+    them. The mean of what comes out is that of what was stored: off by up to 5 standard deviations
+    of a mean of as many numbers, each off by at most a unit of the last place."""
+    n, unit = 1 << 24, torch.finfo(dtype).eps
+    scale = unit / 16  # |z| is below 6.6
+    options = {"distribution": distribution, "backend": "cuda"}
+    state = PhiloxState(KEY, 3)
+    z = sample_(torch.empty(n, device="cuda"), state, **options).double()
+    ones = [torch.ones(n, dtype=dtype, device="cuda") for _ in ROUNDINGS]
+    for out, rounding in zip(ones, ROUNDINGS, strict=True):
+        perturb_(Plan([out]), state, scale, rounding=rounding, **options)
+    nearest, stochastic = (out.double() - 1 for out in ones)
+    for chosen in (z > 0, z < 0):
+        mean = (scale * z[chosen]).mean()
+        bound = 5 * unit / chosen.sum().sqrt()
+        assert bound < 0.1 * mean.abs()
+        assert (stochastic[chosen].mean() - mean).abs() <= bound
+        # While to nearest nothing moves, or in normals only what is far out.
+        assert (nearest[chosen].mean() - mean).abs() > bound
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("shifts", [(0, 0), (0, 3), (5, 0), (1, 1), (4, 8)], ids=str)
+@pytest.mark.parametrize("numel", [*SIZES[:-1], 70001])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_out_of_place_reads_one_and_writes_the_other(pair, dtype, numel, shifts, rounding):
+    host, device = pair(numel, dtype, shifts[0])
+    expected, out = pair(numel, dtype, shifts[1])
+    for source, target, backend in ((host, expected, "reference"), (device, out, "cuda")):
+        target.fill_(float("nan"))
+        plan = Plan([source], parameters=[7]).into([target])
+        perturb_(plan, PhiloxState(KEY, 9, OFFSET), -1.7e-3, rounding=rounding, backend=backend)
+    assert_same_bits(out.cpu(), expected, "written")
+    assert_same_bits(device.cpu(), host, "read")
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rows_many_tensors_and_far_offsets(dtype, rounding):
     sizes = (*range(1, 1200, 37), 70001)
     host = [weights(n, dtype, n) for n in sizes]
     host.append(weights(300 * 517, dtype, 0).view(300, 517)[:, 5:505])
     device = [t.cuda() for t in host[:-1]]
     device.append(torch.zeros(300, 517, dtype=dtype, device="cuda")[:, 5:505])
     device[-1].copy_(host[-1])
+    outs = [[torch.empty_like(t).contiguous() for t in tensors] for tensors in (host, device)]
+    by = {"nearest": "native", "stochastic": "reference"}[rounding]
     for offset in (0, 2**32 + 3, 2**34 - 700):
         state = PhiloxState(KEY, 4, offset)
-        perturb_(Plan(host), state, 1e-2, backend="native")
-        perturb_(Plan(device), state, 1e-2, backend="cuda")
+        perturb_(Plan(host), state, 1e-2, rounding=rounding, backend=by)
+        perturb_(Plan(device), state, 1e-2, rounding=rounding, backend="cuda")
         for got, expected in zip(device, host, strict=True):
+            assert_same_bits(got.cpu(), expected, offset)
+        perturb_(Plan(host).into(outs[0]), state, 1.0, rounding=rounding, backend="reference")
+        perturb_(Plan(device).into(outs[1]), state, 1.0, rounding=rounding, backend="cuda")
+        for got, expected in zip(outs[1], outs[0], strict=True):
             assert_same_bits(got.cpu(), expected, offset)
 
 
@@ -131,8 +210,8 @@ def test_more_elements_than_int32_counts():
 
 def test_rademacher_has_the_bits_of_the_reference(pair):
     host, device = pair(70001, torch.bfloat16, 3)
-    update(Plan([host]), 5, True, "reference", "rademacher")
-    update(Plan([device]), 5, True, "cuda", "rademacher")
+    update(Plan([host]), 5, True, "reference", distribution="rademacher")
+    update(Plan([device]), 5, True, "cuda", distribution="rademacher")
     assert_same_bits(device.cpu(), host)
 
 
@@ -218,15 +297,24 @@ def test_compute_sanitizer_finds_nothing(tool):
     )
     if sanitizer is None:
         pytest.skip("no compute-sanitizer on PATH or in /usr/local/cuda")
-    code = (
-        "import torch\n"
-        "from adamezo_kernels import PhiloxState, Plan, perturb_, update_\n"
-        "w = [torch.ones(n, device='cuda', dtype=torch.bfloat16)[1:] for n in (5, 700, 4099)]\n"
-        "s = [PhiloxState(1, k) for k in range(3)]\n"
-        "perturb_(Plan(w), s[0], 1e-3, backend='cuda')\n"
-        "update_(Plan(w), s, [1., 2., 3.], [1., 2., 3.], lr=1e-3, backend='cuda')\n"
-        "torch.cuda.synchronize()\n"
-    )
+    code = """
+import itertools, torch
+from adamezo_kernels import PhiloxState, Plan, moments, perturb_, sample_, update_
+s = [PhiloxState(1, k) for k in range(3)]
+types = (torch.float32, torch.bfloat16, torch.float16)
+kinds = itertools.product(types, ("exact", "fast", "rademacher"), ("nearest", "stochastic"))
+for dtype, distribution, rounding in kinds:
+    options = dict(distribution=distribution, backend="cuda")
+    w = [torch.ones(n, device="cuda", dtype=dtype)[1:] for n in (5, 700, 4099)]
+    other = [torch.empty(n, device="cuda", dtype=dtype)[2:] for n in (6, 701, 4100)]
+    perturb_(Plan(w), s[0], 1e-3, rounding=rounding, **options)
+    perturb_(Plan(w).into(other), s[0], 1e-3, rounding=rounding, **options)
+    update_(Plan(w), s, [1., 2., 3.], [1., 2., 3.], lr=1e-3, rounding=rounding, **options)
+    update_(Plan(other), s[:1], [1.], None, lr=1e-3, rounding=rounding, **options)
+    moments(Plan(w), s, [1., 2., 3.], [1., 2., 3.], **options)
+    sample_(w[2], s[1], **options)
+torch.cuda.synchronize()
+"""
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
         capture_output=True,

@@ -34,8 +34,8 @@ DISTRIBUTIONS = ("exact", "fast", "rademacher")
 OPERATIONS = ("sample", "perturb", "update", "moment")
 """Their place here is their number in csrc/adamezo/job.h."""
 
-# Elements of one high word of the Philox block index: 2**32 calls of 4 elements, or of 128 signs.
-_LOG_ELEMENTS_PER_HIGH = {"exact": 34, "fast": 34, "rademacher": 39}
+# A launch does elements whose indices agree above these bits: 2**32 Philox calls of 4 elements.
+_LOG_ELEMENTS_PER_HIGH = 34
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def _call(
                     eps=eps,
                     decay=decay,
                     rounding=ROUNDINGS.index(rounding),
-                    highs=high_words(launch, states[0].offset, distribution),
+                    highs=high_words(launch, states[0].offset),
                 )
             )
     except RuntimeError as error:
@@ -162,9 +162,9 @@ def _call(
     native.mark_written(launch)
 
 
-def high_words(launch: Launch, offset: int, distribution: str) -> list[int]:
-    """The high words of the Philox blocks of the launch's elements."""
-    log = _LOG_ELEMENTS_PER_HIGH[distribution]
+def high_words(launch: Launch, offset: int) -> list[int]:
+    """``index // 2**34`` of the launch's elements."""
+    log = _LOG_ELEMENTS_PER_HIGH
     if (offset + launch.last_index) >> log == 0:
         return [0]
     highs: set[int] = set()

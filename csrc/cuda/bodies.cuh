@@ -9,28 +9,34 @@
 #include "adamezo/job.h"
 #include "adamezo/rule.h"
 #include "cuda/directions.cuh"
+#include "cuda/stores.cuh"
 
 namespace adamezo {
 namespace cuda {
 
-// A launch's job: the elements whose high block word is `high`, which are nearly always all.
+// A launch's job: the elements whose index has the high bits `high`, which are nearly always all.
 struct DeviceJob : Job {
   DeviceJob(const Job& job, uint32_t high) : Job(job), round_keys(job.key), high(high) {}
   PhiloxRoundKeys round_keys;
   uint32_t high;
 };
 
-// What the threads of a block share, and room of a thread's own.
+// What the threads of a block share, and room of a thread's own in steps of `stride`, for what the
+// loop over directions, which needs all registers, is not to carry along.
 struct Workspace {
-  const Direction* table;  // [horizon]
-  float* newest;           // kThreadElements floats, `stride` apart: z_0
+  const Direction* table;   // [horizon]
+  float* newest;            // kThreadElements of them: z_0
+  volatile uint32_t* kept;  // kKeptWords of them, volatile as a register would not do
   int stride;
 };
+constexpr int kKeptWords = 2;
 
 // The part of filling a block's table that falls to one of its threads.
+template <class D>
 ADAMEZO_HD void fill_table(const DeviceJob& job, Direction* table, int thread, int threads) {
+  const uint32_t block_hi = job.high >> (D::kLogElements - (kLogElementsPerHigh - 32));
   for (int64_t k = thread; k < job.horizon; k += threads)
-    table[k] = {philox_stream(job.round_keys, job.directions[k], job.high), kFastOnes, job.first[k],
+    table[k] = {philox_stream(job.round_keys, job.directions[k], block_hi), kFastOnes, job.first[k],
                 job.second ? job.second[k] : 0.0f};
 }
 
@@ -39,59 +45,112 @@ struct alignas(16) Words16 {
   uint32_t words[4];
 };
 
-// A thread's sixteen elements of a window, of which a run holds all or some.
+// `named`: by the instruction's name. The compiler does not see that the address of a thread's
+// first chunk is aligned, and would store it in four pieces.
+template <class T>
+ADAMEZO_HD void store_words(const Words16& from, T* to, [[maybe_unused]] bool named) {
+#if defined(__CUDA_ARCH__)
+  if (named) {
+    const uint32_t* w = from.words;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(to)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Words16*>(to) = from;
+}
+
+// A thread's sixteen elements of a window, of which a run holds all or some. A body pays for those
+// of the members that it uses.
 template <class T>
 struct Elements {
-  T* window;      // where the window's first element is, or would be
-  int low, high;  // the run's elements in the window
+  T* window;           // where the window's first element is, or would be
+  const T* source;     // where it is read by an operation that may write elsewhere
+  uint64_t index;      // its index in the parameter
+  uint32_t parameter;  //
+  int low, high;       // the run's elements in the window
   int lane;
 
-  ADAMEZO_HD T* chunk(int c) const { return window + chunk_in_window<T>(lane, c); }
   ADAMEZO_HD bool inside(int c, int i) const {
     const int at = chunk_in_window<T>(lane, c) + i;
     return at >= low && at < high;
   }
-  ADAMEZO_HD bool whole(int c) const {
+  // Whether a chunk of a window that begins at `from` can be one access.
+  ADAMEZO_HD bool whole(const T* from, int c) const {
     return inside(c, 0) && inside(c, kChunk<T> - 1) &&
-           reinterpret_cast<uint64_t>(window) % sizeof(Words16) == 0;
+           reinterpret_cast<uint64_t>(from) % sizeof(Words16) == 0;
   }
 
-  // The elements outside the run become 0.
-  ADAMEZO_HD void load(float values[kThreadElements]) const {
+  // From `window` or `source`; the elements outside the run become 0.
+  ADAMEZO_HD void load(const T* from, float values[kThreadElements]) const {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(from));
+#endif
     ADAMEZO_UNROLL
     for (int c = 0; c < kChunks<T>; ++c) {
+      const T* const chunk = from + chunk_in_window<T>(lane, c);
       T elements[kChunk<T>] = {};
-      if (whole(c)) {
-        const Words16 words = *reinterpret_cast<const Words16*>(chunk(c));
+      if (whole(from, c)) {
+        const Words16 words = *reinterpret_cast<const Words16*>(chunk);
         std::memcpy(elements, &words, sizeof words);
       } else {
         ADAMEZO_UNROLL
         for (int i = 0; i < kChunk<T>; ++i)
-          if (inside(c, i)) elements[i] = chunk(c)[i];
+          if (inside(c, i)) elements[i] = chunk[i];
       }
       ADAMEZO_UNROLL
       for (int i = 0; i < kChunk<T>; ++i) values[c * kChunk<T> + i] = to_float32(elements[i]);
     }
   }
 
-  ADAMEZO_HD void store(const float values[kThreadElements]) const {
+  // round(i, elements) makes a chunk of the thread's elements from the i-th on.
+  template <class Round>
+  ADAMEZO_HD void store(const Round& round) const {
     ADAMEZO_UNROLL
     for (int c = 0; c < kChunks<T>; ++c) {
+      T* const chunk = window + chunk_in_window<T>(lane, c);
       T elements[kChunk<T>];
-      ADAMEZO_UNROLL
-      for (int i = 0; i < kChunk<T>; ++i) from_float32(values[c * kChunk<T> + i], elements[i]);
-      if (whole(c)) {
+      round(c * kChunk<T>, elements);
+      if (whole(window, c)) {
         Words16 words;
         std::memcpy(&words, elements, sizeof words);
-        *reinterpret_cast<Words16*>(chunk(c)) = words;
+        store_words(words, chunk, c == 0);
       } else {
         ADAMEZO_UNROLL
         for (int i = 0; i < kChunk<T>; ++i)
-          if (inside(c, i)) chunk(c)[i] = elements[i];
+          if (inside(c, i)) chunk[i] = elements[i];
       }
     }
   }
 };
+
+template <class T>
+ADAMEZO_HD void store_nearest(const Elements<T>& to, const float values[kThreadElements]) {
+  to.store([&](int first, T elements[kChunk<T>]) {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kChunk<T>; ++i) from_float32(values[first + i], elements[i]);
+  });
+}
+
+// Four elements share a call, whatever the distribution: the calls lie as those of normals do.
+// `window` and `parameter` are the members of `to`, or these after the loop over directions.
+template <class T>
+ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Elements<T>& to, uint64_t window,
+                                 uint32_t parameter, const float values[kThreadElements]) {
+  const auto place = Exact::place<T>(job.round_keys, window, to.lane,
+                                     parameter | uint32_t(Purpose::kRounding) << 24);
+  const PhiloxStream stream = philox_stream(job.round_keys, job.directions[0], job.high);
+  to.store([&](int first, T elements[kChunk<T>]) {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kChunk<T>; i += 4) {
+      uint32_t random[4];
+      Exact::words<T>(job.round_keys, place, (first + i) / 4, stream, random);
+      round_stochastically(values + first + i, random, elements + i);
+    }
+  });
+}
 
 // The windows of a worker's share: calls visit(elements, place) for each. Shares are whole windows
 // of the concatenated segments, so that a large tensor is cut where its windows begin. Windows are
@@ -120,23 +179,27 @@ ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t wo
     const uint64_t index = run.index + job.offset;
     const int low = int(index % kWindow);
     const int high = run.count < kWindow - low ? low + int(run.count) : kWindow;
-    const uint32_t parameter = uint32_t(segment.parameter) | uint32_t(Purpose::kDirection) << 24;
+    const uint32_t parameter = uint32_t(segment.parameter);
     const int lane = int(worker % kWarp);
     position += high - low;
     left -= high - low;
-    if (uint32_t(index >> (32 + D::kLogElements)) != job.high) continue;
+    if (uint32_t(index >> kLogElementsPerHigh) != job.high) continue;
     T* const first = reinterpret_cast<T*>(segment.address) + run.memory - low;
+    const T* const source = reinterpret_cast<const T*>(segment.source) + run.source - low;
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(first));  // an address out of a table could be anywhere
 #endif
-    visit(Elements<T>{first, low, high, lane},
-          D::template place<T>(job.round_keys, index - low, lane, parameter));
+    visit(Elements<T>{first, source, index - low, parameter, low, high, lane},
+          D::template place<T>(job.round_keys, index - low, lane,
+                               parameter | uint32_t(Purpose::kDirection) << 24));
   }
 }
 
 // out = z
 template <class D>
 struct Sample {
+  using Directions = D;
+
   template <class T>
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
@@ -144,14 +207,16 @@ struct Sample {
                           [&](const Elements<T>& out, const typename D::template Place<T>& place) {
                             float z[kThreadElements];
                             D::template z<T>(job.round_keys, place, space.table[0], z);
-                            out.store(z);
+                            store_nearest(out, z);
                           });
   }
 };
 
-// theta = theta + scale z
-template <class D>
+// theta = theta + scale z, read where the source is
+template <class D, Rounding kRounding>
 struct Perturb {
+  using Directions = D;
+
   template <class T>
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
@@ -159,12 +224,15 @@ struct Perturb {
         job, worker, workers,
         [&](const Elements<T>& theta, const typename D::template Place<T>& place) {
           float values[kThreadElements], z[kThreadElements];
-          theta.load(values);
+          theta.load(theta.source, values);
           D::template z<T>(job.round_keys, place, space.table[0], z);
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i)
             values[i] = ScalarLanes::fma(job.scale, z[i], values[i]);
-          theta.store(values);
+          if constexpr (kRounding == Rounding::kStochastic)
+            store_stochastic(job, theta, theta.index, theta.parameter, values);
+          else
+            store_nearest(theta, values);
         });
   }
 };
@@ -196,18 +264,24 @@ ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
 }
 
 // Restore, moments and update in one pass.
-template <class D, bool kSecond>
+template <class D, bool kSecond, Rounding kRounding>
 struct Update {
+  using Directions = D;
+
   template <class T>
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
     for_each_window<D, T>(
         job, worker, workers,
         [&](const Elements<T>& theta, const typename D::template Place<T>& place) {
+          if constexpr (kRounding == Rounding::kStochastic) {
+            space.kept[0] = uint32_t(theta.index / kWindow);
+            space.kept[space.stride] = theta.parameter;
+          }
           ThreadMoments moments;
           sum_directions<D, T, kSecond>(job, space, place, moments);
           float values[kThreadElements];
-          theta.load(values);
+          theta.load(theta.window, values);
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i) {
             const auto& four = moments[i / 4];
@@ -217,7 +291,11 @@ struct Update {
                 preconditioned<ScalarLanes, kSecond>(four.s1[i % 4], four.s2[i % 4], job.eps);
             values[i] = descend<ScalarLanes>(values[i], step, job.minus_lr, job.decay);
           }
-          theta.store(values);
+          if constexpr (kRounding == Rounding::kStochastic)
+            store_stochastic(job, theta, uint64_t(space.kept[0]) * kWindow,
+                             space.kept[space.stride], values);
+          else
+            store_nearest(theta, values);
         });
   }
 };
@@ -225,6 +303,8 @@ struct Update {
 // out = S2 where the job has second coefficients, else S1: a look inside an update.
 template <class D, bool kSecond>
 struct Moment {
+  using Directions = D;
+
   template <class T>
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
@@ -237,7 +317,7 @@ struct Moment {
                             for (int i = 0; i < kThreadElements; ++i)
                               values[i] =
                                   kSecond ? moments[i / 4].s2[i % 4] : moments[i / 4].s1[i % 4];
-                            out.store(values);
+                            store_nearest(out, values);
                           });
   }
 };
@@ -245,6 +325,8 @@ struct Moment {
 // A body for one type of weights.
 template <class Body, class T>
 struct Instance {
+  using Directions = typename Body::Directions;
+
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
     Body::template run<T>(job, space, worker, workers);
@@ -263,17 +345,28 @@ void by_type(ElementType type, Use use) {
   }
 }
 
+// float32 is never rounded.
+template <class Nearest, class Stochastic, class Use>
+void by_rounding(const Job& job, Use use) {
+  if (job.rounding == Rounding::kNearest || job.type == ElementType::kFloat32)
+    return by_type<Nearest>(job.type, use);
+  if (job.type == ElementType::kBFloat16) return use(Instance<Stochastic, bfloat16>());
+  return use(Instance<Stochastic, float16>());
+}
+
 // Calls use(instance) with the body that does `operation` on the job.
 template <class D, class Use>
 void select(Operation operation, const Job& job, Use use) {
+  constexpr auto kNearest = Rounding::kNearest, kStochastic = Rounding::kStochastic;
   switch (operation) {
     case Operation::kSample:
       return by_type<Sample<D>>(job.type, use);
     case Operation::kPerturb:
-      return by_type<Perturb<D>>(job.type, use);
+      return by_rounding<Perturb<D, kNearest>, Perturb<D, kStochastic>>(job, use);
     case Operation::kUpdate:
-      return job.second ? by_type<Update<D, true>>(job.type, use)
-                        : by_type<Update<D, false>>(job.type, use);
+      return job.second
+                 ? by_rounding<Update<D, true, kNearest>, Update<D, true, kStochastic>>(job, use)
+                 : by_rounding<Update<D, false, kNearest>, Update<D, false, kStochastic>>(job, use);
     case Operation::kMoment:  // always float32
       return job.second ? use(Instance<Moment<D, true>, float>())
                         : use(Instance<Moment<D, false>, float>());

@@ -27,6 +27,10 @@ constexpr int kChunk = 16 / int(sizeof(T));  // elements
 template <class T>
 constexpr int kChunks = kThreadElements / kChunk<T>;
 
+// The bits of an element's index above these go into a launch: four elements share a call of what
+// has most calls.
+constexpr int kLogElementsPerHigh = 34;
+
 // Where a lane's chunk begins in a window.
 template <class T>
 ADAMEZO_HD int chunk_in_window(int lane, int chunk) {
@@ -72,15 +76,22 @@ struct Normals {
     return place;
   }
 
+  // The words of one call, which are the thread's elements 4 i to 4 i + 3.
+  template <class T>
+  static ADAMEZO_HD void words(const PhiloxRoundKeys& key, const Place<T>& place, int i,
+                               const PhiloxStream& stream, uint32_t x[4]) {
+    auto call = philox_begin<ScalarLanes>(place.group[i], stream);
+    philox_finish<ScalarLanes>(call, key);
+    call_words<ScalarLanes>(call, x);
+  }
+
   template <class T>
   static ADAMEZO_HD void z(const PhiloxRoundKeys& key, const Place<T>& place,
                            const Direction& direction, float z[kThreadElements]) {
     ADAMEZO_UNROLL
     for (int i = 0; i < kCalls; ++i) {
-      auto call = philox_begin<ScalarLanes>(place.group[i], direction.stream);
-      philox_finish<ScalarLanes>(call, key);
       uint32_t x[4];
-      call_words<ScalarLanes>(call, x);
+      words<T>(key, place, i, direction.stream, x);
       kNormals(x, direction.fast_ones, z + 4 * i);
     }
   }

@@ -7,8 +7,9 @@
 
 namespace adamezo {
 
-// The high words of the Philox blocks that a job's elements lie in: nearly always one, 0. A launch
-// does the elements of one of them, as that word is part of what a block of threads prepares.
+// What 2^34 divides out of the indices of a job's elements: nearly always 0 alone. A launch does
+// the elements of one of them, as the high words of Philox blocks are part of what a block of
+// threads prepares.
 using HighWords = std::vector<uint32_t>;
 
 // Queues the job on a stream (a cudaStream_t) of a device and returns. All pointers lead to memory
