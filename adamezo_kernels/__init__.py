@@ -3,20 +3,24 @@
 This package turns tensors into kernel calls. It knows no optimizer: see :mod:`adamezo`.
 """
 
-from .ops import moments, perturb_, sample_, update_
+from .ops import moments, perturb_, sample_, update_, update_terms_
 from .plan import Plan, Segment, Shard
 from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState
+from .terms import Direction, Terms
 
 __all__ = [
     "DISTRIBUTIONS",
     "ROUNDINGS",
     "STREAM_VERSION",
+    "Direction",
     "PhiloxState",
     "Plan",
     "Segment",
     "Shard",
+    "Terms",
     "moments",
     "perturb_",
     "sample_",
     "update_",
+    "update_terms_",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from .backends import choose
 from .plan import Plan
 from .stream import DISTRIBUTIONS, ROUNDINGS, PhiloxState, check_state
+from .terms import Direction, Terms
 
 _FLOAT32_MAX = 3.4028234663852886e38
 _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
@@ -42,14 +44,15 @@ def sample_(
         ``out``.
     """
     plan = Plan([out], parameters=[parameter], names=["out"])
-    _check_stream(plan, [state], distribution)
-    _backend(plan, backend, distribution).sample(plan, state, distribution)
+    terms = Terms.of([state])
+    _check_stream(plan, terms, distribution)
+    _run("sample", plan, terms, distribution, backend)
     return out
 
 
 def perturb_(
     plan: Plan,
-    state: PhiloxState,
+    state: Direction,
     scale: float,
     *,
     distribution: str = "exact",
@@ -61,15 +64,16 @@ def perturb_(
     Args:
         plan: the weights. If it is made by :meth:`Plan.into`, theta is read from one place and
             written to another.
-        state: the direction z.
+        state: the direction z; of Terms, the first one.
         scale: a finite number; in zeroth-order steps ``zo_eps``, ``-2 zo_eps`` and so on.
         rounding: of the store; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
     """
-    _check_stream(plan, [state], distribution)
-    scale = _number("scale", scale)
+    terms = state if isinstance(state, Terms) else Terms.of([state])
+    _check_stream(plan, terms, distribution)
     _check_rounding(rounding)
-    _backend(plan, backend, distribution).perturb(plan, state, scale, distribution, rounding)
+    scale = _number("scale", scale)
+    _run("perturb", plan, terms.newest, distribution, backend, scale=scale, rounding=rounding)
 
 
 def update_(
@@ -110,19 +114,42 @@ def update_(
         rounding: of the store; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
     """
-    states, first, second = _check_sums(plan, states, first, second, distribution)
+    first, second = _check_sums(states, first, second)
     lr = _number("lr", lr)
-    eps = _number("eps", eps)
-    restore = _number("restore", restore)
-    weight_decay = _number("weight_decay", weight_decay)
-    decay = _number("1 - lr * weight_decay", 1.0 - lr * weight_decay)
-    if second is not None and eps <= _FLOAT32_HALF_MIN:
-        raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
-    _check_rounding(rounding)
-    _check_in_place(plan)
-    _backend(plan, backend, distribution).update(
-        plan, states, first, second, lr, eps, decay, restore, distribution, rounding
+    decay = _number("1 - lr * weight_decay", 1.0 - lr * _number("weight_decay", weight_decay))
+    update_terms_(
+        plan,
+        Terms.of(states, first, second, minus_lr=-lr, decay=decay),
+        eps=eps,
+        restore=restore,
+        distribution=distribution,
+        rounding=rounding,
+        backend=backend,
     )
+
+
+def update_terms_(
+    plan: Plan,
+    terms: Terms,
+    *,
+    eps: float = 1e-8,
+    restore: float = 0.0,
+    distribution: str = "exact",
+    rounding: str = "nearest",
+    backend: str | None = None,
+) -> None:
+    """:func:`update_` with its directions, coefficients and step size out of ``terms``.
+
+    What is in ``terms`` is not checked: where it is on a GPU, that would wait for the device.
+    """
+    _check_stream(plan, terms, distribution)
+    _check_in_place(plan)
+    _check_rounding(rounding)
+    eps = _number("eps", eps)
+    if terms.with_second and eps <= _FLOAT32_HALF_MIN:
+        raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
+    restore = _number("restore", restore)
+    _run("update", plan, terms, distribution, backend, scale=restore, eps=eps, rounding=rounding)
 
 
 def moments(
@@ -141,21 +168,36 @@ def moments(
     Returns:
         (m, v): a list of tensors each, one for each tensor of the plan.
     """
-    states, first, second = _check_sums(plan, states, first, second, distribution)
+    first, second = _check_sums(states, first, second)
     _check_in_place(plan)
-    m, v = (
-        [
+    sums = []
+    for squared in (False, True):
+        out = [
             torch.empty(segment.tensor.shape, dtype=torch.float32, device=segment.tensor.device)
             for segment in plan
         ]
-        for _ in range(2)
-    )
-    _backend(plan, backend, distribution).moments(plan, states, first, second, distribution, m, v)
+        sums.append(out)
+        if squared and second is None:
+            for ones in out:
+                ones.fill_(1.0)
+            continue
+        terms = Terms.of(states, first, second if squared else None)
+        _check_stream(plan, terms, distribution)
+        _run("moment", plan.like(out), terms, distribution, backend)
+    m, v = sums
     return m, v
 
 
-def _backend(plan: Plan, name: str | None, distribution: str):  # type: ignore[no-untyped-def]
-    return choose((segment.tensor.device for segment in plan), name, distribution)
+def _run(
+    operation: str,
+    plan: Plan,
+    terms: Terms,
+    distribution: str,
+    backend: str | None,
+    **numbers: Any,
+) -> None:
+    chosen = choose((segment.tensor.device for segment in plan), backend, distribution)
+    chosen.run(operation, plan, terms, distribution, **numbers)
 
 
 def _check_rounding(rounding: str) -> None:
@@ -171,32 +213,36 @@ def _check_in_place(plan: Plan) -> None:
         )
 
 
-def _check_stream(plan: Plan, states: Sequence[PhiloxState], distribution: str) -> None:
+def _check_stream(plan: Plan, terms: Terms, distribution: str) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be an adamezo_kernels.Plan, got {type(plan).__name__}")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
     last = max((segment.last_index for segment in plan), default=0)
-    for state in states:
-        check_state(state)
-        if state.offset + last >= 2**63:
+    if terms.offset + last >= 2**63:
+        raise ValueError(
+            f"PhiloxState.offset {terms.offset} leads to element indices beyond 2**63, as the "
+            f"plan's own reach {last}"
+        )
+    where = terms.words.device
+    if where.type != "cpu":
+        elsewhere = {str(s.tensor.device) for s in plan if s.tensor.device != where}
+        if elsewhere:
             raise ValueError(
-                f"PhiloxState.offset {state.offset} leads to element indices beyond 2**63, as the "
-                f"plan's own reach {last}"
+                f"the terms are on {where} and weights on {', '.join(sorted(elsewhere))}: expected "
+                "terms on the host, or on the device of all weights"
             )
 
 
 def _check_sums(
-    plan: Plan,
     states: Sequence[PhiloxState],
     first: Sequence[float],
     second: Sequence[float] | None,
-    distribution: str,
-) -> tuple[list[PhiloxState], list[float], list[float] | None]:
-    states = list(states)
-    _check_stream(plan, states, distribution)
+) -> tuple[list[float], list[float] | None]:
     if not states:
         raise ValueError("got no states, expected at least one direction")
+    for state in states:
+        check_state(state)
     if len({(state.key, state.offset) for state in states}) > 1:
         raise ValueError("the states of one call must share key and offset")
     first = [_number("first", value) for value in first]
@@ -207,7 +253,7 @@ def _check_sums(
     for name, values in (("first", first), ("second", second)):
         if values is not None and len(values) != len(states):
             raise ValueError(f"{name} has {len(values)} coefficients for {len(states)} states")
-    return states, first, second
+    return first, second
 
 
 def _number(name: str, value: float) -> float:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .stream import PhiloxState, check_state
 
+OPERATIONS = ("sample", "perturb", "update", "moment")
+"""What a backend does with terms. Their place here is their number in csrc/adamezo/job.h."""
+
 _LEAST_NORMAL = 2.0**-126
 
 
@@ -61,6 +64,8 @@ class Terms:
     ) -> Terms:
         """Numbers on the host, rounded to float32 here and once."""
         horizon = len(states)
+        for state in states:
+            check_state(state)
         terms = cls(states[0].key, states[0].offset, horizon, with_second=second is not None)
         zeros = [0.0] * horizon
         numbers = [*(first or zeros), *(second or zeros), minus_lr, decay]
@@ -92,12 +97,25 @@ class Terms:
         """float32 of shape (2,): -lr and 1 - lr * weight_decay."""
         return self.words[3 * self.horizon :].view(torch.float32)
 
+    @cached_property
+    def newest(self) -> Terms:
+        """The first direction alone, from the same words."""
+        if self.horizon == 1 and not self.with_second:
+            return self
+        terms = Terms(self.key, self.offset)
+        terms.words = self.words
+        return terms
+
     def states(self) -> list[PhiloxState]:
         """The directions, read from the words."""
         return [
             PhiloxState(self.key, counter & 0xFFFFFFFF, self.offset)
             for counter in self.counters.tolist()
         ]
+
+
+Direction = PhiloxState | Terms
+"""z: by its place in the stream, or as the first of some terms, read when a kernel runs."""
 
 
 def _subnormal_bits(number: float) -> int:

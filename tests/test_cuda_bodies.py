@@ -42,14 +42,14 @@ class OnHost:
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
 
-    def host_words(self, *shape: int) -> torch.Tensor:
-        return torch.full(shape, -1, dtype=torch.int32)
+    def capturing(self) -> bool:
+        return False
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
-    def run(self, job) -> None:
-        native.compiled.cuda_on_host(job, *self.shape)
+    def run(self, call, highs) -> None:
+        native.compiled.cuda_on_host(call, highs, *self.shape)
 
 
 @pytest.fixture
@@ -382,7 +382,7 @@ def test_the_table_of_a_plan_is_copied_once(on_host):
 
 
 def test_a_failed_launch_names_everything(on_host, monkeypatch):
-    def fail(self, job):
+    def fail(self, call, highs):
         raise RuntimeError("launching: cudaErrorNoKernelImageForDevice, no kernel image")
 
     monkeypatch.setattr(OnHost, "run", fail)

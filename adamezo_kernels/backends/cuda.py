@@ -3,13 +3,13 @@
 No call waits for the device. What a kernel reads besides the weights gets there in two tensors:
 
 - the table of segments, copied once for each plan and stream;
-- the directions and their coefficients, copied for each call. One small copy from pinned memory
-  serves any number of directions, where kernel parameters would end at 4 KB, and leaves these
-  numbers where a captured step could read fresh ones.
+- the numbers of adamezo_kernels.terms. Those on the host are copied for each call: one small copy
+  from pinned memory serves any number of directions, where kernel parameters would end at 4 KB.
+  Those on the device are read there, also by a captured call.
 
-Both are allocated under the current stream and used on no other, so torch's caching allocators keep
-them until that stream is done with them: the pinned side by the event that a non-blocking copy
-records, the device side by the order of the stream.
+What is copied is allocated under the current stream and used on no other, so torch's caching
+allocators keep it until that stream is done with it: the pinned side by the event that a
+non-blocking copy records, the device side by the order of the stream.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import ELEMENT_TYPES, Launch, Plan
-from ..stream import ROUNDINGS, PhiloxState
+from ..plan import Launch, Plan
+from ..terms import Terms
 from . import native
 from .native import compiled
 
 NAME = "cuda"
 
 DISTRIBUTIONS = ("exact", "fast", "rademacher")
-"""Their place here is their number in csrc/adamezo/job.h."""
-
-OPERATIONS = ("sample", "perturb", "update", "moment")
 """Their place here is their number in csrc/adamezo/job.h."""
 
 # A launch does elements whose indices agree above these bits: 2**32 Philox calls of 4 elements.
@@ -93,73 +90,79 @@ class Place:
         self.guard = torch.cuda.device(device)
         self.stream = torch.cuda.current_stream(device).cuda_stream
 
-    def host_words(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, pin_memory=True)
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy on the device, without waiting for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def run(self, job: Any) -> None:
-        compiled.cuda_launch(job, self.device.index, self.stream)
+    def run(self, call: Any, highs: Sequence[int]) -> None:
+        compiled.cuda_launch(call, highs, self.device.index, self.stream)
 
 
-def _call(
-    launch: Launch,
+def run(
     operation: str,
-    states: Sequence[PhiloxState],
+    plan: Plan,
+    terms: Terms,
     distribution: str,
-    first: Sequence[float] | None = None,
-    second: Sequence[float] | None = None,
     *,
     scale: float = 0.0,
-    minus_lr: float = 0.0,
     eps: float = 0.0,
-    decay: float = 1.0,
     rounding: str = "nearest",
 ) -> None:
-    if not launch.elements:
-        return
-    place = Place(launch.device)
-    try:
-        with place.guard:
-            table = launch.copies.get(place.stream)
-            if table is None:
-                table = launch.copies[place.stream] = place.copy(launch.table)
-            words = place.host_words(3, len(states))
-            counters = [state.counter for state in states]
-            compiled.cuda_directions(words.data_ptr(), counters, first, second)
-            directions = place.copy(words)
-            place.run(
-                compiled.CudaJob(
-                    operation=OPERATIONS.index(operation),
-                    distribution=DISTRIBUTIONS.index(distribution),
-                    table=compiled.Table(
-                        table.data_ptr(),
-                        len(launch.segments),
-                        launch.elements,
-                        ELEMENT_TYPES.index(launch.dtype),
-                    ),
-                    seed=states[0].key,
-                    offset=states[0].offset,
-                    directions=directions.data_ptr(),
-                    horizon=len(states),
-                    with_second=second is not None,
+    for launch in plan.launches:
+        if not launch.elements:
+            continue
+        place = Place(launch.device)
+        try:
+            with place.guard:
+                # Both are kept until the launch: their memory may then be given to another.
+                table, words = _table(launch, place), _words(terms, place)
+                call = native.call(
+                    launch,
+                    operation,
+                    terms,
+                    distribution,
+                    table=table,
+                    words=words,
                     scale=scale,
-                    minus_lr=minus_lr,
                     eps=eps,
-                    decay=decay,
-                    rounding=ROUNDINGS.index(rounding),
-                    highs=high_words(launch, states[0].offset),
+                    rounding=rounding,
                 )
-            )
-    except RuntimeError as error:
+                place.run(call, high_words(launch, terms.offset))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{operation} of {_shapes(launch)} on {launch.device} along {terms.horizon} "
+                f"{distribution} direction(s) failed: {error}. The module was built by "
+                f"{native.build_report()['cuda']}"
+            ) from error
+        native.mark_written(launch)
+
+
+def _table(launch: Launch, place: Place) -> Tensor:
+    """The launch's table on the device, copied once for each stream that it is used on."""
+    table = launch.copies.get(place.stream)
+    if table is None and place.capturing():
+        # A graph would copy it again at each replay, from memory that is long gone. Before a
+        # capture the device has come to rest, so that a copy made on any stream is there.
+        table = next(iter(launch.copies.values()), None)
+        if table is None:
+            raise RuntimeError("nothing can be prepared during a capture: do the same once before")
+    if table is None:
+        table = launch.copies[place.stream] = place.copy(launch.table)
+    return table
+
+
+def _words(terms: Terms, place: Place) -> Tensor:
+    if terms.words.device.type != "cpu":
+        return terms.words
+    if place.capturing():
         raise RuntimeError(
-            f"{operation} of {_shapes(launch)} on {launch.device} along {len(states)} "
-            f"{distribution} direction(s) failed: {error}. The module was built by "
-            f"{native.build_report()['cuda']}"
-        ) from error
-    native.mark_written(launch)
+            "numbers on the host would stay what they are at every replay of the capture: expected "
+            "Terms on the device (an optimizer with capturable=True)"
+        )
+    return place.copy(terms.words)
 
 
 def high_words(launch: Launch, offset: int) -> list[int]:
@@ -182,66 +185,3 @@ def _shapes(launch: Launch) -> str:
     shapes = [str(tuple(s.tensor.shape)) for s in launch.segments]
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     return f"{launch.dtype} tensors {', '.join(shapes[:3])}{more}"
-
-
-def sample(plan: Plan, state: PhiloxState, distribution: str) -> None:
-    for launch in plan.launches:
-        _call(launch, "sample", [state], distribution)
-
-
-def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str, rounding: str) -> None:
-    for launch in plan.launches:
-        _call(launch, "perturb", [state], distribution, scale=scale, rounding=rounding)
-
-
-def update(
-    plan: Plan,
-    states: Sequence[PhiloxState],
-    first: Sequence[float],
-    second: Sequence[float] | None,
-    lr: float,
-    eps: float,
-    decay: float,
-    restore: float,
-    distribution: str,
-    rounding: str,
-) -> None:
-    for launch in plan.launches:
-        _call(
-            launch,
-            "update",
-            states,
-            distribution,
-            first,
-            second,
-            scale=restore,
-            minus_lr=-lr,
-            eps=eps,
-            decay=decay,
-            rounding=rounding,
-        )
-
-
-def moments(
-    plan: Plan,
-    states: Sequence[PhiloxState],
-    first: Sequence[float],
-    second: Sequence[float] | None,
-    distribution: str,
-    out_m: Sequence[Tensor],
-    out_v: Sequence[Tensor],
-) -> None:
-    for outputs, coefficients, squared in ((out_m, first, False), (out_v, second, True)):
-        if coefficients is None:
-            for out in outputs:
-                out.fill_(1.0)
-            continue
-        for launch in plan.like(outputs).launches:
-            _call(
-                launch,
-                "moment",
-                states,
-                distribution,
-                coefficients,
-                coefficients if squared else None,
-            )

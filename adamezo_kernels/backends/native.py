@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor  # before _native: both then share torch's OpenMP runti
 
 from ..plan import ELEMENT_TYPES, Launch, Plan
 from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
-from ..stream import ROUNDINGS, PhiloxState
+from ..stream import ROUNDINGS
+from ..terms import OPERATIONS, Terms
 
 try:
     from .. import _native
@@ -92,101 +93,64 @@ def use_isa(name: str) -> Iterator[None]:
         _forced_instruction_set = before
 
 
-def _call(
-    launch: Launch, operation: str, state: PhiloxState, distribution: str, **arguments: Any
-) -> None:
-    table = _native.Table(
-        launch.table.data_ptr(),
-        len(launch.segments),
-        launch.elements,
-        ELEMENT_TYPES.index(launch.dtype),
-    )
-    getattr(_native, operation)(
-        instruction_set(),
-        torch.get_num_threads(),
-        table,
-        state.key,
-        state.offset,
+def call(
+    launch: Launch,
+    operation: str,
+    terms: Terms,
+    distribution: str,
+    *,
+    table: Tensor,
+    words: Tensor,
+    scale: float,
+    eps: float,
+    rounding: str,
+) -> Any:
+    """The compiled module's form of an operation; ``table`` and ``words`` are where it will run."""
+    return compiled.Call(
+        operation=OPERATIONS.index(operation),
         distribution=ALL_DISTRIBUTIONS.index(distribution),
-        **arguments,
+        table=table.data_ptr(),
+        segments=len(launch.segments),
+        elements=launch.elements,
+        type=ELEMENT_TYPES.index(launch.dtype),
+        seed=terms.key,
+        offset=terms.offset,
+        words=words.data_ptr(),
+        horizon=terms.horizon,
+        with_second=terms.with_second,
+        scale=scale,
+        eps=eps,
+        rounding=ROUNDINGS.index(rounding),
     )
-    mark_written(launch)
+
+
+def run(
+    operation: str,
+    plan: Plan,
+    terms: Terms,
+    distribution: str,
+    *,
+    scale: float = 0.0,
+    eps: float = 0.0,
+    rounding: str = "nearest",
+) -> None:
+    for launch in plan.launches:
+        work = call(
+            launch,
+            operation,
+            terms,
+            distribution,
+            table=launch.table,
+            words=terms.words,
+            scale=scale,
+            eps=eps,
+            rounding=rounding,
+        )
+        compiled.run(work, instruction_set(), torch.get_num_threads())
+        mark_written(launch)
 
 
 def mark_written(launch: Launch) -> None:
     """Lets autograd know of what was written behind its back."""
     written = [s.tensor for s in launch.segments if not s.tensor.is_inference()]
     torch.autograd.graph.increment_version(written)
-
-
-def sample(plan: Plan, state: PhiloxState, distribution: str) -> None:
-    for launch in plan.launches:
-        _call(launch, "sample", state, distribution, direction=state.counter)
-
-
-def perturb(plan: Plan, state: PhiloxState, scale: float, distribution: str, rounding: str) -> None:
-    for launch in plan.launches:
-        _call(
-            launch,
-            "perturb",
-            state,
-            distribution,
-            direction=state.counter,
-            scale=scale,
-            rounding=ROUNDINGS.index(rounding),
-        )
-
-
-def update(
-    plan: Plan,
-    states: Sequence[PhiloxState],
-    first: Sequence[float],
-    second: Sequence[float] | None,
-    lr: float,
-    eps: float,
-    decay: float,
-    restore: float,
-    distribution: str,
-    rounding: str,
-) -> None:
-    for launch in plan.launches:
-        _call(
-            launch,
-            "update",
-            states[0],
-            distribution,
-            directions=[state.counter for state in states],
-            first=first,
-            second=second,
-            restore=restore,
-            minus_lr=-lr,
-            eps=eps,
-            decay=decay,
-            rounding=ROUNDINGS.index(rounding),
-        )
-
-
-def moments(
-    plan: Plan,
-    states: Sequence[PhiloxState],
-    first: Sequence[float],
-    second: Sequence[float] | None,
-    distribution: str,
-    out_m: Sequence[Tensor],
-    out_v: Sequence[Tensor],
-) -> None:
-    for outputs, coefficients, squared in ((out_m, first, False), (out_v, second, True)):
-        if coefficients is None:
-            for out in outputs:
-                out.fill_(1.0)
-            continue
-        for launch in plan.like(outputs).launches:
-            _call(
-                launch,
-                "moment",
-                states[0],
-                distribution,
-                directions=[state.counter for state in states],
-                coefficients=coefficients,
-                squared=squared,
-            )

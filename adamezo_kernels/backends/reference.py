@@ -11,14 +11,17 @@ on unsigned 32-bit integers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from ..terms import OPERATIONS
+
 if TYPE_CHECKING:
     from ..plan import Segment
     from ..stream import PhiloxState
+    from ..terms import Terms
 
 NAME = "reference"
 
@@ -383,6 +386,10 @@ def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Te
 # --- operations -------------------------------------------------------------------------------
 
 
+Piece = tuple[tuple[slice, slice], Tensor]
+"""A rectangle of a segment, and float32 values for it before they are rounded."""
+
+
 def _chunks(segment: Segment) -> Iterator[tuple[slice, slice]]:
     """Rectangles of at most CHUNK elements that tile the segment."""
     length = min(segment.row_length, CHUNK)
@@ -407,20 +414,6 @@ def _source(segment: Segment) -> Tensor:
     return segment.source.detach().as_strided(
         (segment.rows, segment.row_length), (segment.source_stride, 1)
     )
-
-
-def _store(
-    out: Tensor,
-    value: Tensor,
-    segment: Segment,
-    state: PhiloxState,
-    chunk: tuple[slice, slice],
-    rounding: str,
-) -> None:
-    if rounding == "stochastic" and out.dtype != torch.float32:
-        words = _elements(rounding_words, segment, state, chunk)
-        value = round_stochastically(value, words, out.dtype)
-    out[chunk].copy_(value)
 
 
 def _direction(
@@ -510,76 +503,76 @@ def apply_update(
     return fma(-to_float32(lr), step, t * to_float32(decay))
 
 
-@torch.no_grad()
-def sample(segments: Iterable[Segment], state: PhiloxState, distribution: str) -> None:
-    for segment in segments:
-        out = _matrix(segment)
-        for chunk in _chunks(segment):
-            out[chunk].copy_(_direction(segment, state, chunk, distribution))
+def _sample(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
+    (state,) = terms.states()
+    for chunk in _chunks(segment):
+        yield chunk, _direction(segment, state, chunk, distribution)
 
 
-@torch.no_grad()
-def perturb(
-    segments: Iterable[Segment],
-    state: PhiloxState,
-    scale: float,
-    distribution: str,
-    rounding: str,
-) -> None:
-    for segment in segments:
-        source, out = _source(segment), _matrix(segment)
-        for chunk in _chunks(segment):
-            z = _direction(segment, state, chunk, distribution)
-            value = apply_perturbation(source[chunk], z, scale)
-            _store(out, value, segment, state, chunk, rounding)
+def _perturb(
+    segment: Segment, terms: Terms, distribution: str, scale: float, **_: Any
+) -> Iterator[Piece]:
+    (state,) = terms.states()
+    source = _source(segment)
+    for chunk in _chunks(segment):
+        z = _direction(segment, state, chunk, distribution)
+        yield chunk, apply_perturbation(source[chunk], z, scale)
 
 
-@torch.no_grad()
-def update(
-    segments: Iterable[Segment],
-    states: Sequence[PhiloxState],
-    first: Sequence[float],
-    second: Sequence[float] | None,
-    lr: float,
-    eps: float,
-    decay: float,
-    restore: float,
-    distribution: str,
-    rounding: str,
-) -> None:
-    for segment in segments:
-        weights = _matrix(segment)
-        for chunk in _chunks(segment):
-            directions = (_direction(segment, state, chunk, distribution) for state in states)
-            value = apply_update(
+def _update(
+    segment: Segment, terms: Terms, distribution: str, scale: float, eps: float
+) -> Iterator[Piece]:
+    states, first = terms.states(), terms.first.tolist()
+    second = terms.second.tolist() if terms.with_second else None
+    minus_lr, decay = terms.step.tolist()
+    weights = _matrix(segment)
+    for chunk in _chunks(segment):
+        directions = (_direction(segment, state, chunk, distribution) for state in states)
+        yield (
+            chunk,
+            apply_update(
                 weights[chunk],
                 directions,
                 first,
                 second,
-                lr=lr,
+                lr=-minus_lr,
                 eps=eps,
                 decay=decay,
-                restore=restore,
-            )
-            _store(weights, value, segment, states[0], chunk, rounding)
+                restore=scale,
+            ),
+        )
+
+
+def _moment(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
+    states, first = terms.states(), terms.first.tolist()
+    second = terms.second.tolist() if terms.with_second else None
+    for chunk in _chunks(segment):
+        directions = (_direction(segment, state, chunk, distribution) for state in states)
+        s1, s2 = sum_moments(directions, first, second)
+        yield chunk, s1 if s2 is None else s2
+
+
+_OPERATIONS: dict[str, Callable[..., Iterator[Piece]]] = dict(
+    zip(OPERATIONS, (_sample, _perturb, _update, _moment), strict=True)
+)
 
 
 @torch.no_grad()
-def moments(
+def run(
+    operation: str,
     segments: Iterable[Segment],
-    states: Sequence[PhiloxState],
-    first: Sequence[float],
-    second: Sequence[float] | None,
+    terms: Terms,
     distribution: str,
-    out_m: Sequence[Tensor],
-    out_v: Sequence[Tensor],
+    *,
+    scale: float = 0.0,
+    eps: float = 0.0,
+    rounding: str = "nearest",
 ) -> None:
-    """``out_m`` and ``out_v`` are contiguous float32 tensors, one for each segment."""
-    for segment, m, v in zip(segments, out_m, out_v, strict=True):
-        shape = (segment.rows, segment.row_length)
-        m, v = m.view(shape), v.view(shape)
-        for chunk in _chunks(segment):
-            directions = (_direction(segment, state, chunk, distribution) for state in states)
-            s1, s2 = sum_moments(directions, first, second)
-            m[chunk].copy_(s1)
-            v[chunk].copy_(torch.ones_like(s1) if s2 is None else s2)
+    for segment in segments:
+        out = _matrix(segment)
+        pieces = _OPERATIONS[operation](segment, terms, distribution, scale=scale, eps=eps)
+        for chunk, value in pieces:
+            if rounding == "stochastic" and out.dtype != torch.float32:
+                words = _elements(rounding_words, segment, terms.states()[0], chunk)
+                value = round_stochastically(value, words, out.dtype)
+            out[chunk].copy_(value)

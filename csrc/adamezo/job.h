@@ -24,10 +24,12 @@ struct Job {
   const uint32_t* directions;  // newest first
   int64_t horizon;             // number of directions
 
+  // What changes from step to step is in memory: a kernel that was captured reads it anew.
   const float* first;   // [horizon]
   const float* second;  // [horizon], or null where v = 1; moment: which of the two sums
+  const float* step;    // update: -lr, 1 - lr weight_decay
   float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
-  float minus_lr, eps, decay;
+  float eps;
 
   // Of perturb's and update's stores to 16 bits. Element i takes word i % 4 of the call of block
   // i / 4, counted by directions[0], for Purpose::kRounding, whatever the distribution.

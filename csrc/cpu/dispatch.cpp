@@ -37,12 +37,13 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-const Kernels& kernels_of(const std::string& instruction_set, Distribution distribution) {
+Kernel kernel_of(const std::string& instruction_set, Distribution distribution,
+                 Operation operation) {
   if (distribution == Distribution::kFast)
     throw std::invalid_argument("a CPU has no `fast` directions; expected exact or rademacher");
   for (const InstructionSet* set : available())
     if (set->name == instruction_set)
-      return distribution == Distribution::kExact ? set->exact : set->rademacher;
+      return (distribution == Distribution::kExact ? set->exact : set->rademacher)[operation];
   std::string message =
       "unknown or unsupported instruction set '" + instruction_set + "'; this machine can run:";
   for (const auto& name : instruction_sets()) message += " " + name;

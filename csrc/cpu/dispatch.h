@@ -28,7 +28,8 @@ std::vector<std::string> instruction_sets();
 
 // Throws std::invalid_argument for a name that is not among instruction_sets(), and for `fast`
 // directions, which only a GPU has.
-const Kernels& kernels_of(const std::string& instruction_set, Distribution distribution);
+Kernel kernel_of(const std::string& instruction_set, Distribution distribution,
+                 Operation operation);
 
 // Runs `kernel` over the whole job on at most `threads` threads.
 void run(Kernel kernel, const Job& job, int threads);

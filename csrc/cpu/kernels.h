@@ -17,6 +17,20 @@ using Kernel = void (*)(const Job& job, const Room& room, int64_t worker, int64_
 
 struct Kernels {
   Kernel sample, perturb, update, moment;
+
+  Kernel operator[](Operation operation) const {
+    switch (operation) {
+      case Operation::kSample:
+        return sample;
+      case Operation::kPerturb:
+        return perturb;
+      case Operation::kUpdate:
+        return update;
+      case Operation::kMoment:
+        return moment;
+    }
+    return nullptr;
+  }
 };
 
 struct InstructionSet {

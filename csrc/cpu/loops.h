@@ -314,6 +314,7 @@ struct Update {
   template <class T>
   static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
     using F = typename L::F;
+    const float minus_lr = job.step[0], decay = job.step[1];
     float restored[kGroup<L>];  // in memory: the loop over directions wants the registers
     D::template along_directions<T, kSecond>(
         job, room, worker, workers,
@@ -331,7 +332,7 @@ struct Update {
           D::natural(step);
           for (int t = 0; t < 4; ++t) {
             const F value = L::load(restored + t * L::kWidth);
-            step[t] = descend<L>(value, step[t], job.minus_lr, job.decay);
+            step[t] = descend<L>(value, step[t], minus_lr, decay);
           }
           store_group<L, kStochastic>(job, span, theta, step);
         });

@@ -282,6 +282,7 @@ struct Update {
           sum_directions<D, T, kSecond>(job, space, place, moments);
           float values[kThreadElements];
           theta.load(theta.window, values);
+          const float minus_lr = job.step[0], decay = job.step[1];
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i) {
             const auto& four = moments[i / 4];
@@ -289,7 +290,7 @@ struct Update {
             if (job.scale != 0.0f) values[i] = ScalarLanes::fma(job.scale, newest, values[i]);
             const float step =
                 preconditioned<ScalarLanes, kSecond>(four.s1[i % 4], four.s2[i % 4], job.eps);
-            values[i] = descend<ScalarLanes>(values[i], step, job.minus_lr, job.decay);
+            values[i] = descend<ScalarLanes>(values[i], step, minus_lr, decay);
           }
           if constexpr (kRounding == Rounding::kStochastic)
             store_stochastic(job, theta, uint64_t(space.kept[0]) * kWindow,
