@@ -25,7 +25,7 @@ FOLDERS = {
 }
 # What each part may import besides the standard library and itself; "*" is any third-party package.
 ALLOWED = {
-    "adamezo_kernels": {"torch"},
+    "adamezo_kernels": {"torch", "triton"},
     "adamezo": {"torch", "adamezo_kernels", "tqdm", "matplotlib"},
     "adamezo/integrations": {"torch", "adamezo", "adamezo_kernels", "*"},
     "examples": {"torch", "adamezo", "adamezo_kernels", "*"},
@@ -125,6 +125,23 @@ def test_only_one_module_imports_the_compiled_one():
         f.name for _, f in modules("adamezo_kernels") if "_native" in names_used(f.read_text())
     }
     assert importers == {"native.py"}
+
+
+def test_triton_is_imported_when_it_is_needed():
+    """By its backend alone: in functions, and by the module of the kernel, which they import."""
+    text = {f.name: (f.read_text(), package) for package, f in modules("adamezo_kernels")}
+    importers = {
+        name
+        for name, (source, package) in text.items()
+        if any(found.split(".")[0] == "triton" for found in imports(source, package))
+    }
+    assert importers == {"triton.py", "_triton_kernels.py"}
+    at_once = [
+        node for node in ast.parse(text["triton.py"][0]).body if isinstance(node, ast.Import)
+    ]
+    assert "triton" not in {alias.name for node in at_once for alias in node.names}
+    others = "".join(source for name, (source, _) in text.items() if name != "triton.py")
+    assert "import _triton_kernels" not in others
 
 
 # ---- csrc --------------------------------------------------------------------------------------

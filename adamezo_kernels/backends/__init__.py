@@ -1,8 +1,8 @@
 """What can run the operations, and which of them does.
 
 A backend is a module with ``availability() -> (bool, reason)``, ``supports(device) -> bool``,
-``DISTRIBUTIONS`` and the operations ``sample``, ``perturb``, ``update`` and ``moments`` on
-arguments that :mod:`adamezo_kernels.ops` has checked.
+``DISTRIBUTIONS`` and ``run``, which does one operation on arguments that
+:mod:`adamezo_kernels.ops` has checked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from types import ModuleType
 
 import torch
 
-from . import cuda, native, reference
+from . import cuda, native, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "cuda": cuda, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
 """By name, the preferred first."""
 
 

@@ -1,0 +1,272 @@
+"""The operations by Triton, which compiles them where they run: no nvcc, NVIDIA or AMD.
+
+One kernel (_triton_kernels.py), compiled anew for another operation, distribution, element type or
+rounding and for nothing else: every number of a call is given at run time. A launch is a program
+for each window of a plan's segments. What a program reads besides the weights gets there as in
+cuda.py: the table of segments, copied once for each plan and stream, and one small tensor with the
+call's directions, coefficients and scalars.
+
+Sizes are a rule, not a search: a trial run would change the weights.
+
+With TRITON_INTERPRET=1 in the environment of the process, Triton's interpreter runs the kernel on
+CPU tensors, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Launch, Plan
+from ..stream import PhiloxState
+from ..terms import Terms
+from .cuda import Place, _shapes
+from .native import mark_written
+
+NAME = "triton"
+
+
+def distributions(hip: str | None) -> tuple[str, ...]:
+    """With torch's version of HIP: ``fast`` is made of instructions of NVIDIA's, whose errors are
+    documented."""
+    return ("exact", "rademacher") if hip else ("exact", "fast", "rademacher")
+
+
+DISTRIBUTIONS = distributions(torch.version.hip)
+
+OLDEST = (3, 4)
+"""The oldest Triton that the kernel was compiled with."""
+
+THREADS = 128
+"""Of a program."""
+
+WINDOWS = {"sample": 2048, "perturb": 2048, "update": 1024, "moment": 1024}
+"""Elements of a program, by operation. The more a thread has, the less its share of what is done
+once; but the sums of an update are four registers an element, so that sixteen elements would save
+4 % of the instructions and leave 16 warps on a multiprocessor of an H100, where eight leave 28."""
+
+MOST_PROGRAMS = 2**23
+"""Of one launch: AMD counts a launch's threads in 32 bits."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_FIRST = 9  # the last column of the table
+
+
+# --- whether it can run ---------------------------------------------------------------------------
+
+
+@functools.cache
+def availability() -> tuple[bool, str]:
+    """Whether the kernel can run in this process with the bits that are promised, and one line on
+    why (not)."""
+    try:
+        import triton
+
+        found = f"Triton {triton.__version__}"
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+            return False, (
+                f"{found} is older than {'.'.join(map(str, OLDEST))}: install a newer torch, which "
+                "brings one"
+            )
+        kernels()
+    except Exception as error:  # a broken installation may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return False, f"there is no Triton here ({error}): `pip install triton`"
+        return False, (
+            f"Triton cannot be imported ({type(error).__name__}: {error}): install the one that "
+            "belongs to this torch again"
+        )
+    if INTERPRETED:
+        if not _interpreter_rounds_once():
+            return False, (
+                f"the interpreter of {found} rounds an fma twice, which changes bits: install "
+                "Triton 3.9 or later, or unset TRITON_INTERPRET"
+            )
+        return True, f"{found}, interpreted on the CPU as TRITON_INTERPRET is set; slow"
+    if not torch.cuda.is_available():
+        return False, f"{found}, but torch {torch.__version__} finds no GPU"
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+        fuses = can_fuse(target)
+    except Exception as error:
+        return False, f"{found} has no working driver ({type(error).__name__}: {error})"
+    if fuses:
+        return False, (
+            f"{found} fuses multiplications and additions for {target.backend} whatever it is "
+            "told, which changes bits: install another version"
+        )
+    return True, f"{found} for {target.backend}:{target.arch}"
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module of the kernel, which imports Triton."""
+    return importlib.import_module("._triton_kernels", __package__)
+
+
+def can_fuse(target: Any) -> bool:
+    """Whether the compiler for ``target`` would fuse although a launch says that it must not."""
+    from triton.compiler import make_backend
+
+    return bool(make_backend(target).parse_options({"enable_fp_fusion": False}).enable_fp_fusion)
+
+
+def _interpreter_rounds_once() -> bool:
+    # (1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, and 0 where the product is rounded first.
+    values = torch.tensor([1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 0.0])
+    kernels().fma[(1,)](values)
+    return values[3].item() == 2.0**-24
+
+
+def supports(device: torch.device) -> bool:
+    return device.type == ("cpu" if INTERPRETED else "cuda")
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+class Interpreter:
+    """Stands for a device where the kernel is interpreted: a Place of host memory."""
+
+    stream = 0
+    guard: AbstractContextManager[object] = nullcontext()
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def capturing(self) -> bool:
+        return False
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+
+def run(
+    operation: str,
+    plan: Plan,
+    terms: Terms,
+    distribution: str,
+    *,
+    scale: float = 0.0,
+    eps: float = 0.0,
+    rounding: str = "nearest",
+) -> None:
+    """One operation on all tensors of the plan. ``moment`` is S2 where the terms have second
+    coefficients, else S1."""
+    for launch in plan.launches:
+        if not launch.elements:
+            continue
+        place = (Interpreter if INTERPRETED else Place)(launch.device)
+        window = WINDOWS[operation]
+        try:
+            with place.guard:
+                # Both are kept until the launch: their memory may then be given to another.
+                (table, windows), words = _table(launch, place, window), _words(terms, place)
+                for begin in range(0, windows, MOST_PROGRAMS):
+                    start(
+                        (min(windows - begin, MOST_PROGRAMS),),
+                        table,
+                        words,
+                        len(launch.segments),
+                        terms.horizon,
+                        terms.offset,
+                        begin,
+                        *key_words(terms.key),
+                        *float_bits(scale, eps),
+                        OPERATION=operation,
+                        DISTRIBUTION=distribution,
+                        TYPE=_TYPES[launch.dtype],
+                        SECOND=terms.with_second,
+                        STOCHASTIC=rounding == "stochastic",
+                        WINDOW=window,
+                        ON=_on(),
+                        **options(_warp(launch.device)),
+                    )
+        except Exception as error:
+            raise RuntimeError(
+                f"{operation} of {_shapes(launch)} on {launch.device} along {terms.horizon} "
+                f"{distribution} direction(s) failed: {type(error).__name__}: {error}. "
+                f"{availability()[1]}"
+            ) from error
+        mark_written(launch)
+
+
+def table_of(launch: Launch, window: int) -> tuple[Tensor, int]:
+    """The kernel's table of segments on the host, and how many windows of that size they have.
+
+    It is the launch's own but for the last column, which counts windows instead of elements. Where
+    a window begins depends on the call's offset, so a row counts as many as its length can take at
+    the worst; the program of one that is not there ends at once.
+    """
+    table = launch.table.clone()
+    windows = 0
+    for row, s in zip(table, launch.segments, strict=True):
+        row[_FIRST] = windows
+        if s.elements:
+            windows += s.rows * ((s.row_length + 2 * window - 2) // window)
+    return table, windows
+
+
+def _table(launch: Launch, place: Any, window: int) -> tuple[Tensor, int]:
+    """The same on the device, copied once for each stream that it is used on."""
+    # Where a Launch, which is frozen, keeps its cached properties.
+    tables: dict[tuple[int, int], tuple[Tensor, int]]
+    tables = vars(launch).setdefault("triton_tables", {})
+    found = tables.get((window, place.stream))
+    if found is None and place.capturing():
+        # As in cuda.py: a graph would copy it again at each replay.
+        found = next((t for (size, _), t in tables.items() if size == window), None)
+        if found is None:
+            raise RuntimeError("nothing can be prepared during a capture: do the same once before")
+    if found is None:
+        table, windows = table_of(launch, window)
+        found = tables[window, place.stream] = (place.copy(table), windows)
+    return found
+
+
+def _words(terms: Terms, place: Any) -> Tensor:
+    if terms.words.device.type != "cpu" or INTERPRETED:
+        return terms.words
+    if place.capturing():
+        raise RuntimeError(
+            "numbers on the host would stay what they are at every replay of the capture: expected "
+            "Terms on the device (an optimizer with capturable=True)"
+        )
+    return place.copy(terms.words)
+
+
+def key_words(key: int) -> tuple[int, int]:
+    """The low and the high word, as the signed integers that Triton takes."""
+    low, high = ((key >> shift & 0xFFFFFFFF ^ 2**31) - 2**31 for shift in (0, 32))
+    return low, high
+
+
+def float_bits(a: float, b: float) -> list[int]:
+    """The bits of two numbers rounded to float32, as signed integers."""
+    return Terms.of([PhiloxState(0, 0)], [a], [b]).words[1:3].tolist()
+
+
+def options(warp: int) -> dict[str, Any]:
+    """How the kernel is compiled, for warps of so many threads."""
+    return {"num_warps": THREADS // warp, "enable_fp_fusion": False}
+
+
+def start(grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+    kernels().run[grid](*arguments, **constants)
+
+
+def _on() -> str:
+    return "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
+
+
+@functools.cache
+def _warp(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if torch.version.hip else 32
