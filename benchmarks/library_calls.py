@@ -9,7 +9,8 @@ Written from the formulas (MeZO, arXiv 2305.17333; AdaMeZO, arXiv 2605.00650), t
 - `AsReleased`: as the released codes go about it, `param.data = param.data + scale * z * zo_eps`
   with a fresh z and fresh moments, all in the weights' own type.
 
-All regenerate z from a generator reseeded for each direction, tensor after tensor.
+All regenerate z from a generator reseeded for each direction, tensor after tensor, on the device
+where the weights are. `StoredHessian` is HiZOO, for what a buffer as large as the weights costs.
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ class Fair:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
         largest = max(t.numel() for t in self.tensors)
-        self._z = torch.empty(largest)
+        self._device = self.tensors[0].device
+        self._z = torch.empty(largest, device=self._device)
         self._m: Tensor | None = None
         self._v: Tensor | None = None
         low = {t.dtype for t in self.tensors} - {torch.float32}
-        self._low = {dtype: torch.empty(largest, dtype=dtype) for dtype in low}
-        self._weights = torch.empty(largest) if low else None
+        self._low = {d: torch.empty(largest, dtype=d, device=self._device) for d in low}
+        self._weights = torch.empty_like(self._z) if low else None
 
     @torch.no_grad()
     def perturb_(self, seed: int, scale: float) -> None:
         """theta += scale * z, z rounded to the weights' type as the released codes have it."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self._device).manual_seed(seed)
         for theta in self.tensors:
             z = self._z[: theta.numel()].view_as(theta).normal_(generator=generator)
             self._add(theta, z, scale)
@@ -74,7 +76,7 @@ class Fair:
             # MeZO: restore and update are one multiple of the same z.
             self.perturb_(seeds[0], restore - lr * first[0])
             return
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
         if self._m is None:
             self._m = torch.empty_like(self._z)
         if self._v is None and second is not None:
@@ -155,13 +157,14 @@ class AsReleased:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.tensors = list(parameters)
 
+    @torch.no_grad()
     def perturb_(self, seed: int, scale: float) -> None:
         """theta = theta + scale * z, a new tensor each time."""
         torch.manual_seed(seed)
         for theta in self.tensors:
-            z = torch.normal(mean=0.0, std=1.0, size=theta.shape, dtype=theta.dtype)
-            theta.data = theta.data + scale * z
+            theta.data = theta.data + scale * _new_normal(theta)
 
+    @torch.no_grad()
     def update_(
         self,
         seeds: Sequence[int],
@@ -176,17 +179,72 @@ class AsReleased:
         """Restores in a pass of its own, then theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
         if restore:
             self.perturb_(seeds[0], restore)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        device = self.tensors[0].device
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         for theta in self.tensors:
-            m = torch.zeros_like(theta.data)
-            v = torch.zeros_like(theta.data)
+            m = v = None
             for age, generator in enumerate(generators):
-                z = torch.normal(0.0, 1.0, size=theta.shape, dtype=theta.dtype, generator=generator)
-                m = m + first[age] * z
+                z = _new_normal(theta, generator)
+                m = first[age] * z if m is None else m + first[age] * z
                 if second is not None:
-                    v = v + second[age] * z**2
+                    v = second[age] * z**2 if v is None else v + second[age] * z**2
             u = m if second is None else m / (v.sqrt() + eps)
             theta.data = theta.data - lr * (u + weight_decay * theta.data)
+
+
+def _new_normal(theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return torch.normal(
+        0.0, 1.0, size=theta.shape, dtype=theta.dtype, device=theta.device, generator=generator
+    )
+
+
+class StoredHessian:
+    """A whole step of HiZOO (arXiv 2402.15173): three forwards, and one float32 a weight kept.
+
+    With D the stored diagonal (1 at first), p the projected gradient along z / sqrt(D)::
+
+        D <- (1 - a) D + a abs(l+ + l- - 2 l) / (2 mu^2) D z^2
+        theta <- theta - lr p z / sqrt(D)
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[Tensor],
+        *,
+        lr: float = 1e-6,
+        zo_eps: float = 1e-3,
+        smoothing: float = 1e-8,
+        seed: int = 0,
+    ) -> None:
+        self.tensors = list(tensors)
+        self.lr, self.zo_eps, self.smoothing = lr, zo_eps, smoothing
+        self.diagonals = [torch.ones_like(t, dtype=torch.float32) for t in self.tensors]
+        self._next_seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> float:
+        """Three forwards and an update; returns the loss at the weights themselves."""
+        seed, mu = self._next_seed, self.zo_eps
+        self._next_seed += 1
+        at = closure().item()
+        self._perturb_(seed, mu)
+        above = closure().item()
+        self._perturb_(seed, -2 * mu)
+        below = closure().item()
+        self._perturb_(seed, mu)
+        projected_grad = (above - below) / (2 * mu)
+        curvature = abs(above + below - 2 * at) / (2 * mu**2)
+        torch.manual_seed(seed)
+        for theta, d in zip(self.tensors, self.diagonals, strict=True):
+            z = _new_normal(theta).float()
+            d.mul_(1 - self.smoothing + self.smoothing * curvature * z**2)
+            theta.data = (theta.data - self.lr * projected_grad * z / d.sqrt()).to(theta.dtype)
+        return at
+
+    def _perturb_(self, seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for theta, d in zip(self.tensors, self.diagonals, strict=True):
+            theta.data = (theta.data + scale * _new_normal(theta) / d.sqrt()).to(theta.dtype)
 
 
 class LibraryOptimizer:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.paper import PUBLISHED
 from benchmarks.rows import RESULTS, Row, find, linear_fit, read_rows
+from benchmarks.step import MEZO, RELEASED, Method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +34,77 @@ def plot_kernels(path: Path) -> None:
 
 
 def plot_step(path: Path) -> None:
-    """The parts of a step as stacked bars."""
-    _step(find(read_rows(path), benchmark="step"), path.parent / "step.png")
+    """The parts of a step as stacked bars, in seconds."""
+    rows = find(read_rows(path), benchmark="step")
+    jobs = _jobs(rows)
+    count = max(len(_bars(some)) for _, some in jobs)
+    title = f"A step of SmolLM2-135M, float32 ({rows[0].device})"
+    figure, axes = _figure(len(jobs), title, 6.0, 1.2 + 0.28 * count)
+    for axis, (name, some) in zip(axes, jobs, strict=True):
+        _stack(axis, _bars(some), 1.0, "s")
+        axis.set(xlabel="seconds a step", title=f"{name} tokens")
+    _parts_legend(figure, axes[0])
+    _save(figure, path.parent / "step.png")
+
+
+def plot_paper(folder: Path) -> None:
+    """The same bars over MeZO's step as released, beside the two that the paper has."""
+    files = [folder / "step_cpu.csv", folder / "paper_gpu.csv"]
+    rows = [r for file in files if file.exists() for r in read_rows(file)]
+    base = RELEASED[MEZO]
+    panels = []
+    for name, some in _jobs([r for r in rows if r.benchmark in ("step", "paper")]):
+        bars = _bars(some)
+        if base in bars:
+            device = "CPU" if some[0].benchmark == "step" else "GPU"
+            panels.append((f"{device}, {some[0].type}, {name} tokens", bars, bars[base]))
+    published = {
+        Method("in the paper", name): {"forwards": seconds}
+        for name, (seconds, _) in PUBLISHED.items()
+    }
+    panels.insert(0, ("the paper's Table 7 (no split)", published, {"all": PUBLISHED["MeZO"][0]}))
+    count = max(len(bars) for _, bars, _ in panels)
+    title = "A step over MeZO's with library calls"
+    figure, axes = _figure(len(panels), title, 5.5, 1.2 + 0.28 * count)
+    for axis, (name, bars, unit) in zip(axes, panels, strict=True):
+        _stack(axis, bars, sum(unit.values()), "x")
+        axis.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="times a MeZO step as released", title=name)
+    _parts_legend(figure, axes[-1])
+    _save(figure, folder / "paper.png")
+
+
+def plot_horizon(folder: Path) -> None:
+    """Time, the shares kept and the cosine against the horizon."""
+    files = [folder / "horizon_cpu.csv", folder / "horizon_gpu.csv"]
+    both = [read_rows(file) for file in files if file.exists()]
+    rows = [r for some in both for r in some]
+    figure, axes = _figure(2 + len(both), "AdaMeZO against its horizon H")
+    for axis, some in zip(axes, both, strict=False):
+        for part, colour in (("step", "#333333"), ("update", PART_COLOURS["update"])):
+            line = sorted(find(some, what=f"AdaMeZO {part}"), key=lambda r: r.horizon)
+            x, y = [r.horizon for r in line], [r.median_s or 0 for r in line]
+            axis.plot(x, y, "o-", color=colour, markersize=4, linewidth=1, label=part)
+        axis.set(ylabel="seconds", ylim=(0, None), title=line[0].device)
+        axis.title.set_fontsize(8)
+    for axis, what, title in (
+        (axes[-2], "kept", "share of an average that is kept"),
+        (axes[-1], "cosine", "update's cosine with the untruncated one"),
+    ):
+        found = [r for r in rows if r.what == what]
+        for variant in dict.fromkeys(r.variant for r in found):
+            line = sorted(find(found, variant=variant), key=lambda r: r.horizon)
+            x, y = [r.horizon for r in line], [r.ratio or 0 for r in line]
+            axis.plot(x, y, "o-", markersize=4, linewidth=1, label=variant)
+        axis.set(title=title, ylim=(0, 1.02), xscale="log")
+        ticks = sorted({r.horizon for r in found})
+        axis.set_xticks(ticks, [str(h) for h in ticks])
+        axis.minorticks_off()
+    for axis in axes:
+        axis.set_xlabel("horizon H")
+        axis.grid(True, which="major", color="#eeeeee")
+        axis.legend(frameon=False, fontsize=8)
+    _save(figure, folder / "horizon.png")
 
 
 def line_of(row: Row) -> str:
@@ -47,7 +118,9 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return [name for name in COLOURS if name in present]
 
 
-def _figure(columns: int, title: str, width: float = 4.2) -> tuple[Any, list[Axes]]:
+def _figure(
+    columns: int, title: str, width: float = 4.2, height: float = 3.6
+) -> tuple[Any, list[Axes]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +128,7 @@ def _figure(columns: int, title: str, width: float = 4.2) -> tuple[Any, list[Axe
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(
-        1, columns, figsize=(width * columns, 3.6), squeeze=False, layout="constrained"
+        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
     )
     figure.suptitle(title, fontsize=10)
     return figure, list(axes[0])
@@ -202,35 +275,56 @@ def linear_lines(rows: list[Row]) -> tuple[list[Line], list[Line]]:
     return over_horizon, over_elements
 
 
-def _step(rows: list[Row], path: Path) -> None:
-    lengths = sorted({r.tokens for r in rows}, key=lambda t: int(t.split("x")[1]))
-    figure, axes = _figure(len(lengths), f"A step of SmolLM2-135M, float32 ({rows[0].device})", 6.0)
-    for axis, tokens in zip(axes, lengths, strict=True):
-        bars: dict[tuple[str, int, str], dict[str, float]] = {}
-        for row in find(rows, tokens=tokens):
-            method, part = row.what.rsplit(" ", 1)
-            if part in PART_COLOURS:
-                bars.setdefault((method, row.horizon, row.variant), {})[part] = row.median_s or 0
-        names = sorted(bars, key=lambda b: (b[0] != "MeZO", b[1], b[2]))
-        left = [0.0] * len(names)
-        for part, colour in PART_COLOURS.items():
-            widths = [bars[name].get(part, 0.0) for name in names]
-            axis.barh(range(len(names)), widths, left=left, color=colour, label=part)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for i, name in enumerate(names):
-            optimizer = 1 - bars[name]["forwards"] / left[i] if left[i] else 0
-            axis.text(left[i], i, f" {left[i]:.2f} s, {optimizer:.0%} optimizer", va="center")
-        labels = [f"{m}{f' H={h}' if m != 'MeZO' else ''}, {v}" for m, h, v in names]
-        axis.set_yticks(range(len(names)), labels)
-        axis.invert_yaxis()
-        axis.set(xlabel="seconds a step", title=f"{tokens} tokens", xlim=(0, 1.65 * max(left)))
+Bars = dict[Method, dict[str, float]]
+
+
+def _jobs(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows of a step by job: type, batch and length, in the order of the file."""
+    jobs: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        jobs.setdefault((row.benchmark, row.type, row.tokens), []).append(row)
+    return [(tokens, some) for (_, _, tokens), some in jobs.items()]
+
+
+def _bars(rows: list[Row]) -> Bars:
+    """Seconds of each part of a step, by method."""
+    bars: Bars = {}
+    for row in rows:
+        method, part = row.what.rsplit(" ", 1)
+        if part in PART_COLOURS and row.median_s:
+            name = Method(row.variant, method, row.horizon)
+            bars.setdefault(name, {})[part] = row.median_s
+    return bars
+
+
+def _stack(axis: Axes, bars: Bars, unit: float, symbol: str) -> None:
+    """Stacked bars in multiples of `unit` seconds, with their sums."""
+    left = [0.0] * len(bars)
+    for part, colour in PART_COLOURS.items():
+        widths = [parts.get(part, 0.0) / unit for parts in bars.values()]
+        axis.barh(range(len(bars)), widths, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, ((method, parts), total) in enumerate(zip(bars.items(), left, strict=True)):
+        optimizer = 1 - parts["forwards"] / unit / total
+        # A backward pass stands in the update.
+        told = len(parts) > 1 and method.method != "AdamW"
+        split = f", {optimizer:.0%} optimizer" if told else ""
+        axis.text(total, i, f" {total:.2f} {symbol}{split}", va="center", fontsize=8)
+    axis.set_yticks(range(len(bars)), [str(name) for name in bars], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.5 * max(left))
+
+
+def _parts_legend(figure: Any, axis: Axes) -> None:
     figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
+        *axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
     )
-    _save(figure, path)
 
 
 if __name__ == "__main__":
     for name, draw in (("kernels_cpu.csv", plot_kernels), ("step_cpu.csv", plot_step)):
         if (RESULTS / name).exists():
             draw(RESULTS / name)
+    plot_paper(RESULTS)
+    if (RESULTS / "horizon_cpu.csv").exists():
+        plot_horizon(RESULTS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.plots import linear_lines
 from benchmarks.rows import RESULTS, Row, find, linear_fit, read_rows
-from benchmarks.step import share
+from benchmarks.step import ADAMEZO, BARE, EXACT, MEZO, RELEASED, Method, share
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,69 @@ def _share(tokens: str, variant: str) -> Callable[[Sequence[Row]], float]:
 
 def _peak(tokens: str) -> Callable[[Sequence[Row]], float]:
     def measure(rows: Sequence[Row]) -> float:
-        row = only(rows, what="AdaMeZO peak", variant="ours", horizon=10, tokens=tokens)
-        return row.ratio or 0.0
+        columns = dict(benchmark="step", variant="ours", horizon=10, tokens=tokens)
+        return only(rows, what="AdaMeZO peak", **columns).ratio or 0.0
 
     return measure
+
+
+def _pairs(
+    rows: Sequence[Row], benchmark: str, part: str, one: Method, other: Method, tokens: str
+) -> list[tuple[Row, Row]]:
+    """Rows of two methods for the same job, of every job of a benchmark or of those with `tokens`
+    (or their end)."""
+
+    def measured(method: Method) -> list[Row]:
+        some = find(
+            rows,
+            benchmark=benchmark,
+            what=f"{method.method} {part}",
+            variant=method.variant,
+            horizon=method.horizon,
+        )
+        return [r for r in some if (r.median_s or r.peak_bytes) and r.tokens.endswith(tokens)]
+
+    others = {(r.type, r.tokens): r for r in measured(other)}
+    found = [
+        (row, others[row.type, row.tokens])
+        for row in measured(one)
+        if (row.type, row.tokens) in others
+    ]
+    if not found:
+        raise LookupError(f"no rows of {one} and {other}")
+    return found
+
+
+def _time(
+    benchmark: str, one: Method, other: Method, tokens: str = ""
+) -> Callable[[Sequence[Row]], float]:
+    """Seconds of a step of one method over the other's, of all jobs the most."""
+
+    def measure(rows: Sequence[Row]) -> float:
+        pairs = _pairs(rows, benchmark, "step", one, other, tokens)
+        return max((a.median_s or 0.0) / (b.median_s or 1.0) for a, b in pairs)
+
+    return measure
+
+
+def _memory(
+    benchmark: str, one: Method, other: Method, tokens: str = ""
+) -> Callable[[Sequence[Row]], float]:
+    """Peak bytes of one method over the other's, of all jobs the most."""
+
+    def measure(rows: Sequence[Row]) -> float:
+        pairs = _pairs(rows, benchmark, "peak", one, other, tokens)
+        return max((a.peak_bytes or 0) / (b.peak_bytes or 1) for a, b in pairs)
+
+    return measure
+
+
+def _exact_memory(rows: Sequence[Row]) -> float:
+    """What exact perturbation takes more than in-place, over the largest module's weights."""
+    ((exact, in_place),) = _pairs(rows, "step", "peak", EXACT, ADAMEZO, "16x32")
+    module = only(rows, benchmark="step", what="largest module", tokens="16x32")
+    more = (exact.peak_bytes or 0) - (in_place.peak_bytes or 0)
+    return more / (module.peak_bytes or 1)
 
 
 def _over_torch(reference: str, label: str) -> list[Demand]:
@@ -117,7 +176,7 @@ def _over_torch(reference: str, label: str) -> list[Demand]:
     return demands
 
 
-DEMANDS = [
+KERNELS_AND_STEP = [
     *_over_torch("torch plain", "torch as one writes it"),
     *_over_torch("torch", "torch at its fastest"),
     Demand("two threads over one, update bfloat16 H = 10", 1.85, True, _speed_up),
@@ -135,17 +194,81 @@ DEMANDS = [
     ),
     Demand("peak memory of a step over a bare forward's, 16 x 32", 1.02, False, _peak("16x32")),
     Demand("the same, 16 x 128", 1.02, False, _peak("16x128")),
+    Demand(
+        "a step with exact perturbation over one in place, 16 x 32",
+        1.15,
+        False,
+        _time("step", EXACT, ADAMEZO, "16x32"),
+    ),
+    Demand("its additional memory over the largest module's weights", 1.0, False, _exact_memory),
 ]
 
+# AdaMeZO at H = 10 in `exact` directions, against what its paper compares it with.
+PAPER = [
+    Demand(
+        "CPU, 16 x 32: an AdaMeZO step over a MeZO step as released",
+        0.60,
+        False,
+        _time("step", ADAMEZO, RELEASED[MEZO], "16x32"),
+    ),
+    Demand(
+        "CPU, 16 x 32: over an AdaMeZO step as released",
+        0.25,
+        False,
+        _time("step", ADAMEZO, RELEASED[ADAMEZO], "16x32"),
+    ),
+    Demand(
+        "CPU, 16 x 32: over two bare forwards", 1.45, False, _time("step", ADAMEZO, BARE, "16x32")
+    ),
+    Demand("CPU, 16 x 128: the same", 1.15, False, _time("step", ADAMEZO, BARE, "16x128")),
+    Demand(
+        "GPU: an AdaMeZO step over a MeZO step as released",
+        0.90,
+        False,
+        _time("paper", ADAMEZO, RELEASED[MEZO]),
+    ),
+    Demand(
+        "GPU: over an AdaMeZO step as released",
+        0.60,
+        False,
+        _time("paper", ADAMEZO, RELEASED[ADAMEZO]),
+    ),
+    Demand(
+        "GPU, 16 x 256: over two bare forwards", 1.20, False, _time("paper", ADAMEZO, BARE, "x256")
+    ),
+    Demand(
+        "GPU: peak memory of an AdaMeZO step over our MeZO step's",
+        1.005,
+        False,
+        _memory("paper", ADAMEZO, MEZO),
+    ),
+    Demand("GPU: over a bare forward's", 1.01, False, _memory("paper", ADAMEZO, BARE)),
+]
 
-def judged(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
+DEMANDS = [*KERNELS_AND_STEP, *PAPER]
+
+
+FILES = (
+    "kernels_cpu.csv",
+    "step_cpu.csv",
+    "paper_gpu.csv",
+    "horizon_cpu.csv",
+    "horizon_gpu.csv",
+    "cuda_budget.csv",
+    "triton_budget.csv",
+)
+
+
+def judged(
+    rows: Sequence[Row], demands: Sequence[Demand] = DEMANDS
+) -> list[tuple[str, str, str, str]]:
     """(name, asked, measured, verdict) of every demand."""
-    return [(d.name, *d.judge(rows)) for d in DEMANDS]
+    return [(d.name, *d.judge(rows)) for d in demands]
 
 
 def load(folder: Path = RESULTS) -> list[Row]:
-    """The rows of all CPU benchmarks in `folder` that have been run."""
-    files = [folder / "kernels_cpu.csv", folder / "step_cpu.csv"]
+    """The rows of FILES in `folder`, as far as they have been made."""
+    files = [folder / name for name in FILES]
     return [row for file in files if file.exists() for row in read_rows(file)]
 
 

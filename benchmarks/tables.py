@@ -1,4 +1,4 @@
-"""Rewrites the tables of docs/performance.md and README.md from the CSV files.
+"""Rewrites the tables of the documents in PAGES from the CSV files.
 
 python -m benchmarks.tables
 """
@@ -6,17 +6,17 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.horizon import BETAS, HORIZONS
+from benchmarks.paper import LENGTHS, METHODS, PUBLISHED, TYPES
 from benchmarks.plots import line_of, linear_lines
-from benchmarks.report import judged, load
+from benchmarks.report import KERNELS_AND_STEP, PAPER, Demand, judged, load
 from benchmarks.rows import RESULTS, Row, find, linear_fit, quantile
-from benchmarks.step import share
+from benchmarks.step import LONG, MEZO, RELEASED, SHORT, Method, share
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT = ROOT / "docs" / "performance.md"
-README = ROOT / "README.md"
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
@@ -25,18 +25,59 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *body])
 
 
-def blocks(rows: list[Row]) -> dict[str, str]:
-    """The text of every marked block, by its name."""
+def demands_block(rows: list[Row], demands: Sequence[Demand]) -> str:
+    return markdown(("asked for", "bound", "measured", "verdict"), judged(rows, demands))
+
+
+def performance_blocks(rows: list[Row]) -> dict[str, str]:
+    """The text of every marked block of docs/performance.md, by its name."""
     return {
-        "conditions": conditions_block(rows),
-        "demands": markdown(("asked for", "bound", "measured", "verdict"), judged(rows)),
+        "conditions": conditions_block(rows, "kernels", "step"),
+        "demands": demands_block(rows, KERNELS_AND_STEP),
         "kernels": kernels_block(rows),
         "baselines": baselines_block(rows),
         "threads": threads_block(rows),
         "fits": fits_block(rows),
-        "step": step_block(rows),
+        "step": step_block(rows, "step"),
         "memory": memory_block(rows),
+        "budget": budget_block(rows),
     }
+
+
+def paper_blocks(rows: list[Row]) -> dict[str, str]:
+    """Those of docs/paper.md."""
+    return {
+        "paper_conditions": conditions_block(rows, "step", "paper"),
+        "paper_gpu": on_a_gpu(rows, "paper", "python -m benchmarks.paper"),
+        "paper_time": beside_the_paper(rows, "step"),
+        "paper_memory": beside_the_paper(rows, "peak"),
+        "paper_demands": demands_block(rows, PAPER),
+        "paper_split": step_block(rows, "paper"),
+    }
+
+
+def horizon_blocks(rows: list[Row]) -> dict[str, str]:
+    """Those of docs/horizon.md."""
+    some = find(rows, benchmark="horizon")
+    return {
+        "horizon_conditions": conditions_block(rows, "horizon"),
+        "horizon_gpu": on_a_gpu(some, "horizon", "python -m benchmarks.horizon --device cuda"),
+        "horizon_advice": advice_block(some),
+        "horizon_cost": cost_block(some),
+        "horizon_distance": distance_block(some),
+    }
+
+
+def readme_blocks(rows: list[Row]) -> dict[str, str]:
+    return {"numbers": summary_block(rows)}
+
+
+PAGES: dict[Path, Callable[[list[Row]], dict[str, str]]] = {
+    ROOT / "docs" / "performance.md": performance_blocks,
+    ROOT / "docs" / "paper.md": paper_blocks,
+    ROOT / "docs" / "horizon.md": horizon_blocks,
+    ROOT / "README.md": readme_blocks,
+}
 
 
 def summary_block(rows: list[Row]) -> str:
@@ -80,16 +121,19 @@ def summary_block(rows: list[Row]) -> str:
     return markdown(header, body)
 
 
-def conditions_block(rows: list[Row]) -> str:
+def conditions_block(rows: list[Row], *names: str) -> str:
     body = []
-    for name in sorted({r.benchmark for r in rows}):
-        some = find(rows, benchmark=name)
+    some_of: dict[tuple[str, str], list[Row]] = {}
+    for r in rows:
+        if r.benchmark in names:
+            some_of.setdefault((r.benchmark, r.device), []).append(r)
+    for some in some_of.values():
         row = some[0]
         spreads = [
             ((r.q80_s or 0) - (r.q20_s or 0)) / r.median_s for r in some if r.median_s is not None
         ]
         spread = f"{quantile(spreads, 0.5):.1%}" if spreads else ""
-        clock = f"{row.clock_hz / 1e9:.2f} GHz ({row.clock_source})" if row.clock_hz else "unknown"
+        clock = f"{row.clock_hz / 1e9:.2f} GHz ({row.clock_source})" if row.clock_hz else ""
         software = f"torch {row.torch}, Python {row.python}, {row.compiler}"
         body.append((f"`{row.command}`", row.device, clock, software, row.commit, row.date, spread))
     return markdown(
@@ -212,25 +256,42 @@ def fits_block(rows: list[Row]) -> str:
     return markdown((*header, "farthest point off the line"), body)
 
 
-def step_block(rows: list[Row]) -> str:
+def title(row: Row) -> str:
+    """What a row of a step or a peak is of."""
+    method, what = row.what.rsplit(" ", 1)
+    if method == "bare" and what == "peak":
+        return "a bare forward"
+    return str(Method(row.variant, method, row.horizon)).replace(" H=", " H = ")
+
+
+def step_block(rows: list[Row], benchmark: str) -> str:
     """Seconds of a step and its parts."""
     body = []
-    whole = [r for r in find(rows, benchmark="step") if r.what.endswith(" step")]
+    whole = [r for r in find(rows, benchmark=benchmark) if r.what.endswith(" step")]
+    if not whole:
+        return "Not measured yet."
+    several = len({r.type for r in whole}) > 1
     for row in whole:
-        method = row.what.split()[0]
-        columns = dict(variant=row.variant, horizon=row.horizon, tokens=row.tokens)
+        method = row.what.rsplit(" ", 1)[0]
+        columns = dict(variant=row.variant, horizon=row.horizon, tokens=row.tokens, type=row.type)
+        job = f"{row.tokens} {row.type}" if several else row.tokens
+        if row.median_s is None:
+            body.append((title(row), job, *[""] * 3, "did not fit into memory", *[""] * 3))
+            continue
         parts = [
-            find(rows, what=f"{method} {part}", **columns)[0]
+            find(rows, benchmark=benchmark, what=f"{method} {part}", **columns)[0]
             for part in ("forwards", "perturbation", "update")
         ]
+        digits = 3 if row.median_s > 0.5 else 4
+        q20, q80 = (f"{q or 0:.{digits}f}" for q in (row.q20_s, row.q80_s))
         body.append(
             (
-                f"{method}{f' H = {row.horizon}' if method != 'MeZO' else ''}, {row.variant}",
-                row.tokens,
-                *(f"{p.median_s or 0:.3f}" for p in parts),
-                f"{row.median_s or 0:.3f} [{row.q20_s or 0:.3f}, {row.q80_s or 0:.3f}]",
+                title(row),
+                job,
+                *(f"{p.median_s or 0:.{digits}f}" for p in parts),
+                f"{row.median_s:.{digits}f} [{q20}, {q80}]",
                 row.repeats,
-                f"{share(parts):.1%}",
+                "" if method == "AdamW" else f"{share(parts):.1%}",
                 f"{row.ratio:.2f}x" if row.ratio else "",
             )
         )
@@ -241,20 +302,190 @@ def step_block(rows: list[Row]) -> str:
 
 
 def memory_block(rows: list[Row]) -> str:
-    """Peaks of resident memory."""
+    """Peaks of resident memory, and what the largest module's weights are of that."""
+    some = find(rows, benchmark="step")
     body = [
-        (
-            r.what.removesuffix(" peak")
-            + (f" H = {r.horizon}" if r.horizon > 1 else "")
-            + f", {r.variant}",
-            r.tokens,
-            f"{(r.peak_bytes or 0) / 2**20:.0f}",
-            f"{r.ratio or 0:.3f}x",
-        )
-        for r in rows
-        if r.peak_bytes is not None
+        (title(r), r.tokens, f"{(r.peak_bytes or 0) / 2**20:.0f}", f"{r.ratio or 0:.3f}x")
+        for r in some
+        if r.what.endswith(" peak") and r.peak_bytes
+    ]
+    body += [
+        ("the largest module's weights", "", f"{(r.peak_bytes or 0) / 2**20:.0f}", "")
+        for r in find(some, what="largest module")[:1]
     ]
     return markdown(("", "tokens", "peak MiB", "over a bare forward"), body)
+
+
+def budget_block(rows: list[Row]) -> str:
+    """Instructions and predicted times of the GPU kernels, those of both compilers."""
+    some = [r for r in rows if r.benchmark in ("cuda_budget", "triton_budget")]
+    keys = dict.fromkeys((r.isa, r.what, r.variant, r.horizon) for r in some)
+    body = []
+    for isa, what, variant, horizon in sorted(keys, key=lambda k: (k[0] != "sm_90", k[0])):
+        cells: list[str] = []
+        for benchmark in ("cuda_budget", "triton_budget"):
+            columns = dict(what=what, variant=variant, horizon=horizon, isa=isa)
+            row = next(iter(find(some, benchmark=benchmark, **columns)), None)
+            count, seconds = (row.cycles_per_normal, row.median_s) if row else (None, None)
+            cells += [f"{count:.1f}" if count else "", f"{seconds * 1e3:.2f}" if seconds else ""]
+        if any(cells):
+            of_h = f" H = {horizon}" if what == "update" else ""
+            body.append((f"{what}{of_h}, {variant}, {isa}", *cells))
+    header = ("", "CUDA: instructions a normal", "predicted ms")
+    return markdown((*header, "Triton: instructions a normal", "predicted ms"), body)
+
+
+# docs/paper.md -----------------------------------------------------------------------------------
+
+
+def on_a_gpu(rows: list[Row], benchmark: str, command: str) -> str:
+    """What GPU its rows are from, or that there are none."""
+    found = [r for r in find(rows, benchmark=benchmark) if r.type in TYPES]
+    if found:
+        row = found[0]
+        return f"The GPU columns are from one {row.device}: `{row.command}`, {row.date}."
+    return (
+        "The GPU columns are empty: this has not been measured on a GPU. "
+        f"`{command}` on a machine with one fills them."
+    )
+
+
+def beside_the_paper(rows: list[Row], what: str) -> str:
+    """Steps ("step") or peaks ("peak") of every job in a column; in brackets the multiple of MeZO's
+    with library calls in the same column."""
+    column, unit = ("median_s", "s") if what == "step" else ("peak_bytes", "MB")
+    kinds = [*TYPES] if what == "step" else TYPES[:1]
+    jobs = [("step", SHORT.type, job.tokens) for job in (SHORT, LONG)]
+    jobs += [("paper", kind, f"{SHORT.batch}x{length}") for kind in kinds for length in LENGTHS]
+    base = RELEASED[MEZO]
+
+    def row_of(method: Method, job: tuple[str, str, str]) -> Row | None:
+        columns = dict(zip(("benchmark", "type", "tokens"), job, strict=True))
+        wanted = f"{method.method} {what}"
+        found = find(rows, what=wanted, variant=method.variant, horizon=method.horizon, **columns)
+        return found[0] if found else None
+
+    def text(value: float, over: float | None) -> str:
+        number = f"{value:.3g} {unit}" if what == "step" else f"{value:,.0f} {unit}"
+        return f"{number} ({value / over:.2f}x)" if over else number
+
+    def cell(method: Method, job: tuple[str, str, str]) -> str:
+        row = row_of(method, job)
+        if row is None:
+            return ""
+        value = getattr(row, column)
+        if value is None:
+            return "did not fit"
+        of = row_of(base, job)
+        over = getattr(of, column) if of else None
+        scale = 1.0 if what == "step" else 1e-6
+        return text(value * scale, over * scale if over else None)
+
+    i = 0 if what == "step" else 1
+    body = [
+        (f"{name}, in the paper", text(values[i], PUBLISHED["MeZO"][i]), *[""] * len(jobs))
+        for name, values in PUBLISHED.items()
+    ]
+    for method in METHODS:
+        cells = [cell(method, job) for job in jobs]
+        name = str(method).replace(" H=", " H = ")
+        if what == "peak" and method.method == "bare":
+            name = "a bare forward"
+        if any(cells):
+            body.append((name, "", *cells))
+    devices = {"step": "CPU", "paper": "GPU"}
+    header = [f"{devices[benchmark]}, {kind}, {tokens}" for benchmark, kind, tokens in jobs]
+    return markdown(("", "the paper", *header), body)
+
+
+# docs/horizon.md ---------------------------------------------------------------------------------
+
+COSINES = (0.9, 0.95, 0.99)
+
+
+def _at(rows: list[Row], horizon: int, **wanted: object) -> Row | None:
+    return next(iter(find(rows, horizon=horizon, **wanted)), None)
+
+
+def _ratio(rows: list[Row], horizon: int, **wanted: object) -> float:
+    row = _at(rows, horizon, **wanted)
+    return row.ratio or 0.0 if row else 0.0
+
+
+def advice_block(rows: list[Row]) -> str:
+    """The smallest horizon that brings the update so near to the untruncated one, and its price."""
+    if not find(rows, what="cosine"):
+        return "Not measured yet."
+    cpu = find(rows, type=SHORT.type)
+    first = _at(cpu, 1, what="AdaMeZO step")
+    body = []
+    for betas in BETAS:
+        variant = f"betas {betas[0]}, {betas[1]}"
+        cells = []
+        for wanted in COSINES:
+            enough = [r.horizon for r in rows if r.what == "cosine" and r.variant == variant]
+            enough = [
+                h for h in enough if _ratio(rows, h, what="cosine", variant=variant) >= wanted
+            ]
+            step = _at(cpu, min(enough), what="AdaMeZO step") if enough else None
+            price = (
+                f" ({(step.median_s or 0) / (first.median_s or 1):.2f}x)" if step and first else ""
+            )
+            cells.append(f"{min(enough)}{price}" if enough else f"above {HORIZONS[-1]}")
+        body.append((f"{betas[0]}, {betas[1]}", *cells))
+    return markdown(("betas", *(f"cosine {c} at H =" for c in COSINES)), body)
+
+
+def cost_block(rows: list[Row]) -> str:
+    """Time and memory against the horizon."""
+    body = []
+    devices = (find(rows, type=SHORT.type), [r for r in rows if r.type in TYPES])
+    first = _at(devices[0], 1, what="AdaMeZO step")
+    horizons = sorted({r.horizon for some in devices for r in some if r.what == "AdaMeZO step"})
+    if not horizons:
+        return "Not measured yet."
+    for horizon in horizons:
+        cells = []
+        for some in devices:
+            for part in ("update", "step"):
+                row = _at(some, horizon, what=f"AdaMeZO {part}")
+                cells.append(f"{row.median_s or 0:.3g} s" if row else "")
+                if part == "step" and some is devices[0]:
+                    over = (row.median_s or 0) / (first.median_s or 1) if row and first else 0
+                    cells.append(f"{over:.2f}x" if over else "")
+            peak = _at(some, horizon, what="AdaMeZO peak")
+            cells.append(f"{peak.ratio:.3f}x" if peak and peak.ratio else "")
+        body.append((horizon, *cells))
+    header = ("H", "CPU: update", "step", "over H = 1", "peak memory over a bare forward's")
+    return markdown((*header, "GPU: update", "step", "peak memory"), body)
+
+
+def distance_block(rows: list[Row]) -> str:
+    """What truncation leaves out, for each pair of betas."""
+    tables = []
+    for betas in BETAS:
+        variant = f"betas {betas[0]}, {betas[1]}"
+        body = []
+        for row in find(rows, what="cosine", variant=variant):
+            h = row.horizon
+            body.append(
+                (
+                    h,
+                    *(f"{_ratio(rows, h, what='kept', variant=f'beta {b}'):.1%}" for b in betas),
+                    f"{row.ratio or 0:.3f}",
+                    f"{_ratio(rows, h, what='cosine, worst', variant=variant):.3f}",
+                    *(
+                        f"{_ratio(rows, h, what='error', variant=f'{variant}, {name}'):.3f}"
+                        for name in ("paper", "bias_corrected")
+                    ),
+                )
+            )
+        if body:
+            header = (f"H, betas {betas[0]}, {betas[1]}", "of m kept", "of v kept", "cosine")
+            tables.append(
+                markdown((*header, "the worst", 'error, "paper"', '"bias_corrected"'), body)
+            )
+    return "\n\n".join(tables) or "Not measured yet."
 
 
 def rewrite(text: str, made: dict[str, str]) -> str:
@@ -278,9 +509,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     arguments = parser.parse_args()
     rows = load(arguments.results)
-    for path, made in ((DOCUMENT, blocks(rows)), (README, {"numbers": summary_block(rows)})):
+    for path, blocks in PAGES.items():
         text = path.read_text(encoding="utf-8")
-        new = rewrite(text, made)
+        new = rewrite(text, blocks(rows))
         if arguments.check and new != text:
             raise SystemExit(f"{path.name} is out of date: run `python -m benchmarks.tables`")
         if not arguments.check:
