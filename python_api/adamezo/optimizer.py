@@ -7,27 +7,47 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import DISTRIBUTIONS, ROUNDINGS, PhiloxState, Plan
+from adamezo_kernels import (
+    DISTRIBUTIONS,
+    ROUNDINGS,
+    STREAM_VERSION,
+    Direction,
+    PhiloxState,
+    Plan,
+    update_terms_,
+)
 from adamezo_kernels.backends import BACKENDS, choose
 from adamezo_kernels.plan import memory_of
 
-from .perturbation import Displacement, InPlace, interrupts_later
+from .exact import Exact, Readers
+from .perturbation import PERTURBATIONS, Displacement, InPlace
+from .resident import Resident, ResidentHistory
+from .signals import HeldSignals
+
+_Optimizer = TypeVar("_Optimizer", bound="ZerothOrder")
 
 Closure = Callable[[], Tensor | float]
 
 Probe = tuple[PhiloxState, float]
 """(z, scale): the loss is evaluated at ``theta + scale z``."""
 
+Number = Any
+"""A float, or with ``capturable`` a float64 tensor on the device: arithmetic is the same."""
+
 # A number whose square float32 cannot hold is as useless as an infinite one.
 _HUGE = 1e19
 
 NONFINITE = ("skip", "raise")
+
+# Put into a group by torch, its schedulers and whoever wraps the optimizer.
+_NOT_SAVED = ("params", "param_names", "initial_lr")
 
 OUTCOMES = ("updated", "skipped", "failed", "broken")
 
@@ -57,7 +77,8 @@ class ZerothOrder(torch.optim.Optimizer):
     (:meth:`_measure`) and what it does with that (:meth:`_update`).
 
     Attributes:
-        losses (tuple[float, ...]): of the last step, in the order of its evaluations.
+        losses (tuple[float, ...]): of the last step, in the order of its evaluations. With
+            ``capturable`` these and the next two are tensors on the device.
         measured (tuple[float, ...]): what its update took from them; empty if it failed.
         skipped (int): steps left out because of a non-finite loss, since this object was made or
             a state was loaded into it.
@@ -68,12 +89,17 @@ class ZerothOrder(torch.optim.Optimizer):
     shared_options: ClassVar[tuple[str, ...]] = (
         "zo_eps",
         "distribution",
+        "perturbation",
         "fused",
+        "capturable",
         "seed",
         "nonfinite",
         "max_skipped",
     )
     """Options that the whole step shares: one direction, one set of losses."""
+
+    fixed_options: ClassVar[tuple[str, ...]] = ("method", "stream_version", "distribution")
+    """Options that a state must share with the optimizer that loads it. All others come with it."""
 
     history: ClassVar[dict[str, Any]] = {}
     """What a group keeps from step to step, besides its number of steps, and how it begins. Plain
@@ -82,8 +108,15 @@ class ZerothOrder(torch.optim.Optimizer):
 
     recorder: Callable[[StepRecord], None] | None = None
 
+    _resident: tuple[Any, Resident] | None = None
+    _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
+
     def __init__(
-        self, params: ParamsT, options: dict[str, Any], differentiable: bool = False
+        self,
+        params: ParamsT,
+        options: dict[str, Any],
+        differentiable: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not possible: a step uses no gradients")
@@ -92,14 +125,60 @@ class ZerothOrder(torch.optim.Optimizer):
             options = {**options, "seed": seed}
         super().__init__(params, options)
         self._forget_last_step()
+        self.model = model
+        if options["perturbation"] == "exact":
+            self._check_model()
+
+    @classmethod
+    def for_model(cls: type[_Optimizer], model: nn.Module, **options: Any) -> _Optimizer:
+        """An optimizer of all parameters of a model, with their names, that knows the model."""
+        return cls(model.named_parameters(), model=model, **options)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that the closure evaluates, which ``perturbation="exact"`` needs to know. It is
+        not saved, and not kept alive: set it again after unpickling or copying."""
+        return None if self._model is None else self._model()
+
+    @model.setter
+    def model(self, model: nn.Module | None) -> None:
+        self._model = None if model is None else ref(model)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of memory for displaced copies of weights, the most that steps have had at a time:
+        with ``perturbation="exact"`` those of the module with the largest weights of its own, or of
+        several that call each other. It is kept from step to step."""
+        return 0 if self._readers is None else self._readers.scratch_bytes
 
     def _forget_last_step(self) -> None:
-        self.losses: tuple[float, ...] = ()
-        self.measured: tuple[float, ...] = ()
-        self.skipped = self._skipped_in_a_row = 0
+        self.losses: tuple[Number, ...] = ()
+        self.measured: tuple[Number, ...] = ()
+        self.skipped: Number = 0
+        self._skipped_in_a_row = 0
+        self._resident = None
         self._layout: tuple[Any, list[Plan]] | None = None
+        self._readers: Readers | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's: options come with the state, and parameters keep theirs.
+
+        Raises:
+            ValueError: the state is of another method, stream of directions, distribution or
+                normalization, which this run cannot go on with; or it is damaged. Nothing has
+                changed then.
+        """
+        try:
+            super().load_state_dict(state_dict)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not the state of an optimizer: {error!r}") from error
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "param_groups" in self.__dict__:  # loading, and not unpickling
+            for i, (saved, group) in enumerate(
+                zip(state["param_groups"], self.param_groups, strict=True)
+            ):
+                self._check_state(saved, group, f"group {i} of the state")
         super().__setstate__(state)
         self._forget_last_step()
 
@@ -110,7 +189,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """Where a step evaluates the loss. Its directions count up from ``first.counter``."""
 
     @abstractmethod
-    def _measure(self, losses: Sequence[float], options: dict[str, Any]) -> tuple[float, ...]:
+    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         """What an update takes from the losses of all probes."""
 
     @abstractmethod
@@ -141,6 +220,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"Invalid zo_eps value: {options['zo_eps']}")
         for name, choices in (
             ("distribution", DISTRIBUTIONS),
+            ("perturbation", PERTURBATIONS),
             ("rounding", ROUNDINGS),
             ("nonfinite", NONFINITE),
         ):
@@ -153,10 +233,34 @@ class ZerothOrder(torch.optim.Optimizer):
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
 
+    def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        """Raises ValueError unless the saved group can go on as ``group``."""
+        missing = [name for name in group if name not in saved and name not in _NOT_SAVED]
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(missing)}: it is of another optimizer")
+        for name in self.fixed_options:
+            if saved[name] != group[name]:
+                raise ValueError(
+                    f"{where} has {name} {saved[name]!r}, this optimizer has {group[name]!r}: a "
+                    f"run keeps its {name} from its first step to its last"
+                )
+        for name, value in saved.items():
+            if isinstance(value, int) and abs(value) >= 2**64:
+                raise ValueError(f"{where} is damaged: {name} is beyond 64 bits")
+        try:
+            self._check_options(saved)
+        except TypeError as error:
+            raise ValueError(f"{where} is damaged: {error}") from error
+        for name, limit in (("steps", 2**63), ("next_direction", 2**32)):
+            if type(saved[name]) is not int or not 0 <= saved[name] <= limit:
+                raise ValueError(f"{where} is damaged: {name} is {saved[name]!r}")
+
     # --- groups -----------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters. Their history begins now: earlier directions never moved them."""
+        self._read_back()
+        self._resident = None
         shared = self.param_groups[0] if self.param_groups else self.defaults
         options = {
             **self.defaults,
@@ -174,6 +278,7 @@ class ZerothOrder(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(self.history)
+        group["method"], group["stream_version"] = type(self).__name__, STREAM_VERSION
         group["steps"] = 0
         group["next_direction"] = self.param_groups[0].get("next_direction", 0)
         if group["fused"]:
@@ -207,44 +312,54 @@ class ZerothOrder(torch.optim.Optimizer):
         probes = self._probes(first, options)
         plans = self._plans()
         backend = self._backend(options, [p for group in groups for p in group["params"]])
-        weights: Displacement = InPlace(
-            plans, [group["rounding"] for group in groups], options["distribution"], backend
-        )
+        weights = self._displacement(options, plans, backend)
+        resident = self._on_device(first, probes) if options["capturable"] else None
+        evaluated: list[tuple[Direction, float]] = [
+            *(probes if resident is None else resident.probes(probes))
+        ]
+        guard = _Guard(plans)
         results: list[Tensor | float] = []
         self.measured = ()
         outcome = "failed"
-        try:
-            for i, (direction, to) in enumerate(probes):
-                weights.displace(direction, to)
-                with ExitStack() as stack:
-                    if i < len(probes) - 1:  # all see the random numbers that the last one leaves
-                        stack.enter_context(_forked_generators())
-                    results.append(_checked_loss(closure()))
-            losses = _numbers(results)
-            self.losses = tuple(losses)
-            self.measured = self._measure(losses, options)
-            for group in groups:
-                group["next_direction"] = 1 + max(direction.counter for direction, _ in probes)
-            outcome = "skipped"
-            if all(abs(value) < _HUGE for value in (*losses, *self.measured)):
-                self._skipped_in_a_row = 0
-                with interrupts_later():
-                    outcome = "broken"
-                    for i, (group, plan) in enumerate(zip(groups, plans, strict=True)):
-                        restore = -weights.in_weights(i)
-                        self._update(group, plan, first, self.measured, restore, backend)
-                        weights.updated(i)
-                    outcome = "updated"
-        finally:
+        with HeldSignals() as signals:
             try:
-                weights.restore()
-            finally:
-                if weights.broken:
+                for i, (direction, to) in enumerate(evaluated):
+                    weights.displace(direction, to)
+                    guard.look()
+                    with ExitStack() as stack:
+                        if i < len(probes) - 1:  # all see the random numbers that the last leaves
+                            stack.enter_context(_forked_generators())
+                        stack.enter_context(weights.evaluation())
+                        with signals.through():
+                            result = closure()
+                    results.append(_checked_loss(result))
+                    guard.check()
+                if resident is not None:
                     outcome = "broken"
-                if self.recorder is not None and (outcome != "failed" or weights.displacements):
-                    lrs = tuple(float(group["lr"]) for group in groups)
-                    made = weights.displacements
-                    self.recorder(StepRecord(outcome, first.counter, made, self.measured, lrs))
+                    mean = self._finish_on_device(results, resident, weights, plans, backend)
+                    outcome = "updated"
+                    return mean
+                losses = _numbers(results)
+                self.losses = tuple(losses)
+                self.measured = self._measure(losses, options)
+                self._use_up(probes)
+                outcome = "skipped"
+                if all(abs(value) < _HUGE for value in (*losses, *self.measured)):
+                    self._skipped_in_a_row = 0
+                    outcome = "broken"
+                    self._update_groups(weights, plans, first, backend)
+                    outcome = "updated"
+            finally:
+                try:
+                    guard.put_back()
+                    weights.restore()
+                finally:
+                    if weights.broken or guard.written:
+                        outcome = "broken"
+                    if self.recorder is not None and (outcome != "failed" or weights.displacements):
+                        lrs = tuple(float(group["lr"]) for group in groups)
+                        made = weights.displacements
+                        self.recorder(StepRecord(outcome, first.counter, made, self.measured, lrs))
         if outcome == "skipped":
             self._skip(options["nonfinite"], options["max_skipped"])
         last = results[-1]
@@ -254,6 +369,207 @@ class ZerothOrder(torch.optim.Optimizer):
             dtype=None if like is None else like.dtype,
             device=None if like is None else like.device,
         )
+
+    @torch.no_grad()
+    def replay(self, record: StepRecord) -> None:
+        """Does to weights and history what a recorded step did, bit for bit and without a closure.
+
+        Weights, history and options have to be those before that step. Afterwards each group's
+        ``lr`` is the recorded one.
+
+        Raises:
+            ValueError: a record that cannot be of the next step; nothing has happened then.
+        """
+        groups = self.param_groups
+        options = self._shared_options()
+        first = PhiloxState(options["seed"], groups[0]["next_direction"])
+        probes = self._probes(first, options)
+        self._check_record(record, len(probes))
+        plans = self._plans()
+        backend = self._backend(options, [p for group in groups for p in group["params"]])
+        weights = InPlace(
+            plans, [group["rounding"] for group in groups], options["distribution"], backend
+        )
+        with HeldSignals():
+            try:
+                for direction, to in probes[: record.displacements]:
+                    weights.displace(direction, to)
+                if record.outcome != "failed":
+                    self.losses, self.measured = (), record.measured
+                    self._use_up(probes)
+                if record.outcome == "updated":
+                    for group, lr in zip(groups, record.lrs, strict=True):
+                        _set_lr(group, lr)
+                    self._skipped_in_a_row = 0
+                    self._update_groups(weights, plans, first, backend)
+                elif record.outcome == "skipped":
+                    self.skipped += 1
+                    self._skipped_in_a_row += 1
+            finally:
+                weights.restore()
+
+    def _check_record(self, record: StepRecord, probes: int) -> None:
+        next_direction = self.param_groups[0]["next_direction"]
+        problem = None
+        if record.outcome not in ("updated", "skipped", "failed"):
+            problem = f"its outcome is {record.outcome!r}: the weights after it are not known"
+        elif record.direction != next_direction:
+            problem = f"its direction is {record.direction}, the next one is {next_direction}"
+        elif not 0 <= record.displacements <= probes:
+            problem = f"it has {record.displacements} displacements, a step has {probes} at most"
+        elif len(record.lrs) != len(self.param_groups):
+            problem = f"it has {len(record.lrs)} learning rates for {len(self.param_groups)} groups"
+        elif not all(0 <= lr < math.inf for lr in record.lrs):
+            problem = f"its learning rates are {record.lrs}"
+        elif record.outcome == "updated":
+            expected = len(self._measure([0.0] * probes, self.param_groups[0]))
+            if len(record.measured) != expected:
+                problem = f"it has {len(record.measured)} measured values, expected {expected}"
+            elif not all(abs(value) < _HUGE for value in record.measured):
+                problem = f"what it measured is {record.measured}"
+        if problem is not None:
+            raise ValueError(f"a record cannot be replayed: {problem}")
+
+    def _on_device(self, first: PhiloxState, probes: Sequence[Probe]) -> Resident:
+        """The numbers of all steps so far; brought there anew where an option has changed."""
+        groups = self.param_groups
+        if self.recorder is not None:
+            raise RuntimeError(
+                "capturable=True keeps the numbers of a step on the device, where no recorder can "
+                "see them: set `recorder` to None, or take capturable=False"
+            )
+        devices = {p.device for group in groups for p in group["params"] if p.requires_grad}
+        if len(devices) != 1:
+            raise ValueError(
+                "capturable=True needs all weights on one device, where the numbers of a step are; "
+                f"got {', '.join(sorted(map(str, devices))) or 'none'}"
+            )
+        (device,) = devices
+        counters = {direction.counter for direction, _ in probes}
+        fixed = self.defaults.keys() - {"lr"}
+        options = [{k: v for k, v in group.items() if k in fixed} for group in groups]
+        made_of = (device, len(counters), options)
+        if self._resident is None or self._resident[0] != made_of:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the numbers of a step are not on the device yet, or an option was changed: "
+                    "take one step before capturing"
+                )
+            self._read_back()
+            for group in groups:
+                lr = group["lr"]
+                kind = lr.dtype if isinstance(lr, Tensor) else torch.float64
+                group["lr"] = torch.as_tensor(lr, dtype=kind, device=device)
+            histories = [self._resident_history(group, device) for group in groups]
+            next_direction = groups[0]["next_direction"]
+            resident = Resident(first.key, next_direction, len(counters), histories, device)
+            resident.skipped.fill_(self.skipped)
+            self._resident, self.skipped = (made_of, resident), resident.skipped
+        return self._resident[1]
+
+    def _resident_history(self, group: dict[str, Any], device: torch.device) -> ResidentHistory:
+        raise ValueError(f"{type(self).__name__} cannot do capturable=True")
+
+    def _finish_on_device(
+        self,
+        results: Sequence[Tensor | float],
+        resident: Resident,
+        weights: Displacement,
+        plans: Sequence[Plan],
+        backend: str,
+    ) -> Tensor:
+        """Measures and updates without a look at any number."""
+        device = resident.skipped.device
+        losses = []
+        for loss in results:
+            if not isinstance(loss, Tensor) or loss.device != device:
+                got = loss.device if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(
+                    f"capturable=True needs the loss as a tensor on {device}, got {got}"
+                )
+            losses.append(loss.double().reshape(()))
+        self.losses = tuple(losses)
+        self.measured = self._measure(losses, self.param_groups[0])
+        numbers = torch.stack([*self.losses, *self.measured])
+        resident.advance(self.measured, (numbers.abs() < _HUGE).all())
+        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            restore = -weights.in_weights(i)
+            update_terms_(
+                plan,
+                resident.histories[i].terms,
+                eps=group["eps"],
+                restore=restore,
+                distribution=group["distribution"],
+                rounding=group["rounding"],
+                backend=backend,
+            )
+            weights.updated(i)
+        mean = torch.stack(losses).sum() / len(losses)
+        last = results[-1]
+        return mean.to(last.dtype) if isinstance(last, Tensor) else mean
+
+    def _read_back(self) -> None:
+        """Brings the groups up to date, where steps on the device have left them behind."""
+        if self._resident is not None:
+            self._resident[1].read_back(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._read_back()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._read_back()
+        return super().__getstate__()
+
+    def _displacement(
+        self, options: dict[str, Any], plans: list[Plan], backend: str
+    ) -> Displacement:
+        if options["perturbation"] == "exact":
+            return Exact(self._current_readers(plans), options["distribution"], backend)
+        roundings = [group["rounding"] for group in self.param_groups]
+        return InPlace(plans, roundings, options["distribution"], backend)
+
+    def _current_readers(self, plans: list[Plan]) -> Readers:
+        """Made again when parameters or modules have changed."""
+        model = self._check_model()
+        if self._readers is None or not self._readers.are_of(model, plans):
+            self._readers = Readers(model, plans)
+        return self._readers
+
+    def _check_model(self) -> nn.Module:
+        """The model. Raises ValueError if there is none, or if it lacks parameters."""
+        model = self.model
+        if model is None:
+            raise ValueError(
+                "perturbation='exact' needs the model, as it shows modules other weights than they "
+                f"have: {type(self).__name__}.for_model(model, ...) or model=model, and after "
+                "unpickling or copying the optimizer `optimizer.model = model`"
+            )
+        known = {id(p) for p in model.parameters()}
+        missing = []
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"parameter {k} of group {i}" for k in range(len(group["params"]))
+            ]
+            for name, p in zip(names, group["params"], strict=True):
+                missing += [] if id(p) in known else [name]
+        if missing:
+            raise ValueError(
+                f"the model has no {', '.join(missing)}: with perturbation='exact' all parameters "
+                "of the optimizer must be the model's. Was another model given?"
+            )
+        return model
+
+    def _use_up(self, probes: Sequence[Probe]) -> None:
+        for group in self.param_groups:
+            group["next_direction"] = 1 + max(direction.counter for direction, _ in probes)
+
+    def _update_groups(
+        self, weights: Displacement, plans: Sequence[Plan], first: PhiloxState, backend: str
+    ) -> None:
+        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            self._update(group, plan, first, self.measured, -weights.in_weights(i), backend)
+            weights.updated(i)
 
     def _skip(self, nonfinite: str, limit: int) -> None:
         self.skipped += 1
@@ -290,6 +606,8 @@ class ZerothOrder(torch.optim.Optimizer):
             for params in (group["params"] for group in self.param_groups)
         ]
         if self._layout is None or self._layout[0] != layout:
+            if self._layout is not None:
+                _check_sizes(self._layout[0], layout, self.param_groups)
             self._layout = layout, _make_plans(self.param_groups)
         return self._layout[1]
 
@@ -307,6 +625,80 @@ class ZerothOrder(torch.optim.Optimizer):
                 f"({reasons}). Pass fused=None to take the best there is"
             )
         return name
+
+
+def _check_sizes(before: Any, now: Any, groups: Sequence[dict[str, Any]]) -> None:
+    """Along the directions kept, a weight of another shape would move as if at random."""
+    for old, new, group in zip(before, now, groups, strict=False):  # groups may have been added
+        for i, ((_, was), (_, is_now)) in enumerate(zip(old, new, strict=False)):
+            if was and is_now and was[2] != is_now[2]:
+                names = group.get("param_names")
+                raise ValueError(
+                    f"{names[i] if names else f'parameter {i} of its group'} has shape "
+                    f"{tuple(is_now[2])} and had {tuple(was[2])} at the last step: the "
+                    "history is of the weights as they were. Give it its shape back, or make a new "
+                    "optimizer"
+                )
+
+
+class _Guard:
+    """Sees what a closure does to the weights themselves, which it must not."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._names = [name for plan in plans for name in plan.names]
+        self._weights = [segment.tensor for plan in plans for segment in plan]
+        self._memory = [memory_of(p) for p in self._weights]
+        self._data = [p.detach() for p in self._weights]  # keeps memory that p may let go of
+        self._versions: list[int] = []
+        self.written = False
+
+    def look(self) -> None:
+        """The weights are in order: what they are now is what :meth:`check` expects."""
+        # Inference tensors do not count their versions.
+        self._versions = [-1 if p.is_inference() else p._version for p in self._weights]
+
+    def check(self) -> None:
+        """Raises RuntimeError if weights were written or replaced since."""
+        problems = self._find()
+        if problems:
+            raise RuntimeError(
+                f"the closure has {'; '.join(problems)}. It must only evaluate the model: the "
+                "weights move in the step around it"
+            )
+
+    def put_back(self) -> None:
+        """Gives weights their memory back, and notices what :meth:`check` did not come to see."""
+        self._find()
+        for p, memory, data in zip(self._weights, self._memory, self._data, strict=True):
+            if memory_of(p) != memory:
+                p.data = data
+
+    def _find(self) -> list[str]:
+        if not self._versions:
+            return []
+        written, replaced = [], []
+        for i, (p, name) in enumerate(zip(self._weights, self._names, strict=True)):
+            if memory_of(p) != self._memory[i]:
+                replaced.append(name)
+            elif not p.is_inference() and p._version != self._versions[i]:
+                written.append(name)
+        self._versions = []
+        self.written = self.written or bool(written)
+        return [
+            f"{did} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" * (len(names) > 3))
+            for did, names in (
+                ("written to", written),
+                ("replaced, resized or moved (what they were is put back)", replaced),
+            )
+            if names
+        ]
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def _make_plans(groups: Iterable[dict[str, Any]]) -> list[Plan]:
@@ -358,9 +750,16 @@ def _checked_loss(loss: Any) -> Tensor | float:
                 f"the closure must return one real number, got a tensor of shape "
                 f"{tuple(loss.shape)} and dtype {loss.dtype}: reduce it, for example by `mean()`"
             )
+        if not loss.is_floating_point():
+            raise TypeError(
+                f"the closure must return the loss as a floating-point number, got a tensor of "
+                f"dtype {loss.dtype}: convert a count by `float()`"
+            )
+        if loss.is_meta:
+            raise ValueError("the closure returned a tensor on the meta device, which has no value")
         # Of its own memory: a closure may return the same tensor again, with another value.
         return loss.detach().clone()
-    if isinstance(loss, (int, float)):
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
         return float(loss)
     raise TypeError(
         f"the closure must return the loss as a scalar tensor or a number, got "

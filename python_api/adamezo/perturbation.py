@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
+from torch.nn.utils import parametrize
 
-from adamezo_kernels import PhiloxState, Plan, perturb_
+from adamezo_kernels import Direction, Plan, perturb_
 
 PERTURBATIONS = ("inplace", "exact")
 
@@ -23,8 +24,11 @@ class Displacement(Protocol):
     broken: bool
     """Whether one of them failed half-way."""
 
-    def displace(self, direction: PhiloxState, to: float) -> None:
+    def displace(self, direction: Direction, to: float) -> None:
         """Evaluations from now on see ``theta + to z``."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Around each evaluation of the closure."""
 
     def in_weights(self, group: int) -> float:
         """What is to be taken back from the weights of a group, in units of the last z."""
@@ -55,16 +59,19 @@ class InPlace:
         self._roundings = roundings
         self._distribution = distribution
         self._backend = backend
-        self._direction: PhiloxState | None = None
+        self._direction: Direction | None = None
         self._displaced = [0.0] * len(plans)
 
-    def displace(self, direction: PhiloxState, to: float) -> None:
+    def displace(self, direction: Direction, to: float) -> None:
         if direction != self._direction:
             self.restore()
             self._direction = direction
         with interrupts_later():
             self._move(to)
             self.displacements += 1
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _move(self, to: float) -> None:
         self.broken = True
@@ -80,8 +87,7 @@ class InPlace:
                 )
                 self._displaced[i] = to
         self.broken = False
-        # Inside torch.autocast a closure would else read casts of the weights as they were.
-        torch.clear_autocast_cache()
+        forget_casts()
 
     def in_weights(self, group: int) -> float:
         return self._displaced[group]
@@ -94,6 +100,13 @@ class InPlace:
         with interrupts_later():
             self._move(0.0)
         self.broken = half_way
+
+
+def forget_casts() -> None:
+    """What torch keeps of weights as they were would else be read in place of the weights: inside
+    torch.autocast their casts, inside parametrize.cached() what is made from them."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ Look at or change ``optimizers[model].param_groups``; ``del optimizers[model]`` 
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in signature(AdaMeZO).parameters.items()
-    if name != "params"
+    if name not in ("params", "model")
 }
 
 _options: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
@@ -48,7 +48,7 @@ def fused_adamezo_step(model: nn.Module, closure: Closure, **options: Any) -> Te
         )
     optimizer = optimizers.get(model)
     if optimizer is None:
-        optimizer = AdaMeZO(model.named_parameters(), **options)
+        optimizer = AdaMeZO.for_model(model, **options)
         optimizers[model], _options[model] = optimizer, options
     kept = {**_DEFAULTS, **_options[model]}
     changed = [

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState, Plan, update_
 
-from ..optimizer import Probe, ZerothOrder
-from .history import NORMALIZATIONS, coefficients
+from ..optimizer import Number, Probe, ZerothOrder
+from .history import NORMALIZATIONS, ResidentHistory, coefficients
 
 
 class AdaMeZO(ZerothOrder):
@@ -46,6 +48,9 @@ class AdaMeZO(ZerothOrder):
             ``lr`` and its scheduler say, by group.
         distribution: of z: ``"exact"`` normals, with the same bits on every device; ``"fast"``
             ones, on CUDA devices only; ``"rademacher"`` signs.
+        perturbation: ``"inplace"`` moves the weights to where the loss is evaluated and back, which
+            leaves a trace of rounding in 16 bits; ``"exact"`` never writes them: modules read
+            displaced copies while they run (docs/perturbation.md).
         rounding: of 16-bit weights as a step leaves them, by group: ``"stochastic"``, so that steps
             far below a weight's last place move it now and then, or ``"nearest"``, where they never
             do. Displaced weights are always rounded to nearest.
@@ -56,8 +61,12 @@ class AdaMeZO(ZerothOrder):
         maximize: ascend instead of descend (a reward, an accuracy), by group.
         fused: None uses the compiled kernels where there are some; True is an error without them;
             False uses the reference backend, which is plain torch and slow.
+        capturable: numbers of a step are tensors on the weights' device and nothing is read back,
+            so that a step can be captured in a CUDA graph (docs/adamezo.md).
         seed: 64-bit key of all directions; None draws one from torch's default generator.
         differentiable: refused; a forward-only step has no graph.
+        model: what the closure evaluates; ``perturbation="exact"`` needs it. All ``params`` must be
+            its. :meth:`for_model` takes both from one model.
 
     Both evaluations see the same random numbers (dropout masks included), and leave torch's
     generators where one evaluation would have: directions are not drawn from them.
@@ -76,6 +85,7 @@ class AdaMeZO(ZerothOrder):
     """
 
     history = {"directions": [], "projected_grads": []}  # the newest first
+    fixed_options = (*ZerothOrder.fixed_options, "normalization")
 
     def __init__(
         self,
@@ -90,13 +100,16 @@ class AdaMeZO(ZerothOrder):
         normalization: str = "paper",
         warmup_lr: float | None = None,
         distribution: str = "exact",
+        perturbation: str = "inplace",
         rounding: str = "stochastic",
         nonfinite: str = "skip",
         max_skipped: int = 20,
         maximize: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         seed: int | None = None,
         differentiable: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -110,25 +123,29 @@ class AdaMeZO(ZerothOrder):
                 normalization=normalization,
                 warmup_lr=warmup_lr,
                 distribution=distribution,
+                perturbation=perturbation,
                 rounding=rounding,
                 nonfinite=nonfinite,
                 max_skipped=max_skipped,
                 maximize=maximize,
                 fused=fused,
+                capturable=capturable,
                 seed=seed,
             ),
             differentiable,
+            model,
         )
 
     @property
-    def projected_grad(self) -> float:
-        """p of the last step; NaN before the first."""
-        return self._measure(self.losses, self.param_groups[0])[0] if self.losses else math.nan
+    def projected_grad(self) -> Number:
+        """p of the last step; NaN before the first and after one that failed. A tensor if
+        ``capturable``."""
+        return self.measured[0] if self.measured else math.nan
 
     def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
         return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
 
-    def _measure(self, losses: Sequence[float], options: dict[str, Any]) -> tuple[float, ...]:
+    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         loss_plus, loss_minus = losses
         return ((loss_plus - loss_minus) / (2 * options["zo_eps"]),)
 
@@ -166,6 +183,25 @@ class AdaMeZO(ZerothOrder):
         group["projected_grads"], group["directions"] = grads, counters
         group["steps"] += 1
 
+    def _resident_history(self, group: dict[str, Any], device: torch.device) -> ResidentHistory:
+        return ResidentHistory(group, group["seed"], device)
+
+    def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        super()._check_state(saved, group, where)
+        directions, grads = saved["directions"], saved["projected_grads"]
+        if not (
+            type(directions) is type(grads) is list
+            and len(directions) == len(grads) <= saved["steps"]
+            and all(type(p) is float and math.isfinite(p) for p in grads)
+            and all(type(k) is int for k in directions)
+            # The newest first.
+            and all(a > b for a, b in pairwise([saved["next_direction"], *directions, -1]))
+        ):
+            raise ValueError(
+                f"{where} is damaged: its directions are {directions} and its projected_grads "
+                f"{grads}, before direction {saved['next_direction']}"
+            )
+
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
         betas = options["betas"]
@@ -188,3 +224,8 @@ class AdaMeZO(ZerothOrder):
         warmup_lr = options["warmup_lr"]
         if warmup_lr is not None and not 0.0 <= warmup_lr < math.inf:
             raise ValueError(f"Invalid warmup_lr value: {warmup_lr}")
+        if warmup_lr is not None and options["capturable"]:
+            raise ValueError(
+                f"warmup_lr={warmup_lr} with capturable=True: a captured step cannot go from one "
+                "rule to another. Warm up without capturable and load the state, or pass None"
+            )

@@ -15,6 +15,12 @@ and the three normalizations differ in what m and v are (AdaMeZO, arXiv 2605.006
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamezo_kernels import Terms
 
 NORMALIZATIONS = ("paper", "bias_corrected", "official")
 
@@ -34,14 +40,81 @@ def coefficients(
     """
     beta1, beta2 = betas
     count = len(projected_grads) if beta1 or beta2 else 1
-    weights1 = [beta1**age for age in range(count)]
-    weights2 = [beta2**age for age in range(count)]
-    scale1, scale2 = {
-        "paper": (1 - beta1, 1 - beta2),
-        "bias_corrected": (1 / sum(weights1), 1 / sum(weights2)),
-        "official": (100.0, 1.0),
-    }[normalization]
-    first = [scale1 * w * p for w, p in zip(weights1, projected_grads, strict=False)]
+    scale1, scale2 = _scales(count, betas, normalization)
+    first = [scale1 * beta1**age * p for age, p in enumerate(projected_grads[:count])]
     if beta2 == 0:
         return first, None
-    return first, [scale2 * w * p * p for w, p in zip(weights2, projected_grads, strict=False)]
+    return first, [scale2 * beta2**age * p * p for age, p in enumerate(projected_grads)]
+
+
+def _scales(count: int, betas: tuple[float, float], normalization: str) -> tuple[float, float]:
+    """What S1 and S2 of ``count`` directions are multiplied by."""
+    beta1, beta2 = betas
+    if normalization == "paper":
+        return 1 - beta1, 1 - beta2
+    if normalization == "official":
+        return 100.0, 1.0
+    return 1 / sum(beta1**age for age in range(count)), 1 / sum(beta2**age for age in range(count))
+
+
+class ResidentHistory:
+    """A group's history and its coefficients on a device, in the arithmetic of `coefficients`.
+
+    There are always ``horizon`` terms. Those for which there is no direction yet have a projected
+    gradient of 0, and so add nothing.
+
+    Args:
+        group: a parameter group, with the history so far.
+        key: the run's seed.
+        device: of its weights.
+    """
+
+    def __init__(self, group: dict[str, Any], key: int, device: torch.device) -> None:
+        horizon, betas = group["horizon"], group["betas"]
+        terms = horizon if any(betas) else 1
+
+        def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        def filled(values: Sequence[float]) -> list[float]:
+            return [*values, *[0] * (horizon - len(values))]
+
+        self.terms = Terms(key, horizon=terms, with_second=betas[1] != 0, device=device)
+        self._group = group
+        self._projected_grads = tensor(filled(group["projected_grads"]))
+        self._counters = tensor(filled(group["directions"]), torch.int64)
+        self._count = tensor(len(group["directions"]), torch.int64)
+        self._steps = tensor(group["steps"], torch.int64)
+        # By the number of directions there are, and by age.
+        scales = [_scales(count, betas, group["normalization"]) for count in range(1, terms + 1)]
+        self._scales = [tensor(column) for column in zip(*scales, strict=True)]
+        self._weights = [tensor([beta**age for age in range(terms)]) for beta in betas]
+
+    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
+        (p,) = measured
+        horizon, terms = self._counters.numel(), self.terms.horizon
+        projected_grads = torch.cat([p[None], self._projected_grads[:-1]])
+        counters = torch.cat([counter[None], self._counters[:-1]])
+        torch.where(finite, projected_grads, self._projected_grads, out=self._projected_grads)
+        torch.where(finite, counters, self._counters, out=self._counters)
+        self._count.add_(finite).clamp_(max=horizon)
+        self._steps.add_(finite)
+
+        # A step that is left out still restores, along its own direction.
+        self.terms.counters.copy_(counters[:terms])
+        at = (self._count.clamp(1, terms) - 1)[None]
+        p, zero = projected_grads[:terms], torch.zeros((), dtype=torch.float64, device=p.device)
+        first = self._scales[0].gather(0, at) * self._weights[0] * p
+        first = -first if self._group["maximize"] else first
+        self.terms.first.copy_(torch.where(finite, first, zero))
+        second = self._scales[1].gather(0, at) * self._weights[1] * p * p
+        self.terms.second.copy_(torch.where(finite, second, zero))
+        lr = torch.where(finite, self._group["lr"], zero)
+        self.terms.step[0].copy_(-lr)
+        self.terms.step[1].copy_(1 - lr * self._group["weight_decay"])
+
+    def read_back(self, group: dict[str, Any]) -> None:
+        count = int(self._count)
+        group["projected_grads"] = self._projected_grads[:count].tolist()
+        group["directions"] = self._counters[:count].tolist()
+        group["steps"] = int(self._steps)
