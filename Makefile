@@ -72,6 +72,7 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results
 	$(PY) -m benchmarks.kernels
 	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.horizon
 
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
 	cmake -S . -B build/nvcc -G Ninja -DADAMEZO_CUDA=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
@@ -83,7 +84,9 @@ gpu-check: $(READY) ## the tests that need a CUDA device; an error where there i
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"gpu-check: torch {torch.__version__} sees no CUDA device, so no GPU test was run")'
 	$(PY) -m pytest -m gpu
 
-gpu-bench: $(READY) ## the kernels on a CUDA device against torch there; CSV and plots
+gpu-bench: $(READY) ## kernels and whole steps on a CUDA device, beside torch and the paper; CSV and plots
+	$(PY) -m benchmarks.paper
+	$(PY) -m benchmarks.horizon --device cuda
 	$(PY) -m benchmarks.gpu_kernels
 
 clean: ## remove what was built; `rm -rf .venv` removes the environment

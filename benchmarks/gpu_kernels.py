@@ -1,9 +1,9 @@
-"""How fast are the CUDA kernels, beside pure torch and beside a copy on the same GPU?
+"""How fast are the kernels on a GPU, CUDA's and Triton's, beside pure torch and beside a copy?
 
     python -m benchmarks.gpu_kernels            minutes
     python -m benchmarks.gpu_kernels --quick    under a minute; fewer sizes, types and repeats
 
-Needs a CUDA device. Writes benchmarks/results/kernels_gpu.csv, of the same rows as the benchmark of
+Needs a GPU. Writes benchmarks/results/kernels_gpu.csv, of the same rows as the benchmark of
 the CPU. Bits come first: `exact` must equal the CPU's, or nothing is timed. Timed with events, the
 variants in turn; what fits into a cache says so by its size.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from adamezo_kernels import ops
+from adamezo_kernels.backends import BACKENDS
 from adamezo_kernels.plan import Plan
 from adamezo_kernels.stream import ROUNDINGS, PhiloxState
 from benchmarks.cuda_budget import CLOCK_HZ, LANES, SCHEDULERS
@@ -39,12 +40,26 @@ class Timed:
     seconds: list[float] = field(default_factory=list)
 
 
-def device_gate() -> None:
+def backends() -> list[str]:
+    """Those that can run on the device here, the preferred first; says why others cannot."""
+    able = []
+    for name in ("cuda", "triton"):
+        available, reason = BACKENDS[name].availability()
+        if available:
+            able.append(name)
+        else:
+            print(f"without {name}: {reason}")
+    if not able or not torch.cuda.is_available():
+        raise SystemExit("gpu_kernels: needs a GPU, and CUDA or Triton kernels for it")
+    return able
+
+
+def device_gate(on_device: str) -> None:
     """Raises where `exact` on the device differs from the CPU in a bit of what is timed."""
     for dtype, rounding in itertools.product(TYPES.values(), ROUNDINGS):
         results = []
         options = {"rounding": rounding}
-        for device, backend in (("cpu", "native"), ("cuda", "cuda")):
+        for device, backend in (("cpu", "native"), ("cuda", on_device)):
             generator = torch.Generator().manual_seed(0)
             made = [(0.02 * torch.randn(n, generator=generator)).to(dtype) for n in (4099, 1, 37)]
             plan = Plan([w.to(device) for w in made])
@@ -59,8 +74,8 @@ def device_gate() -> None:
             wrong = int((got != expected).sum())
             if wrong:
                 raise SystemExit(
-                    f"{wrong} weights in {dtype}, stored {rounding}, differ from the CPU's bits, "
-                    "expected none. No speed is measured: run `make gpu-check` first"
+                    f"{wrong} weights in {dtype}, stored {rounding}, differ from the CPU's bits by "
+                    f"{on_device}, expected none. No speed is measured: run `make gpu-check` first"
                 )
 
 
@@ -94,7 +109,12 @@ class TorchCalls:
 
 
 def variants(
-    tensors: list[torch.Tensor], what: str, horizon: int, *, apart: bool = False
+    tensors: list[torch.Tensor],
+    what: str,
+    horizon: int,
+    able: Sequence[str],
+    *,
+    apart: bool = False,
 ) -> list[Timed]:
     """The variants of a case. Tiny steps: many calls must leave the weights ordinary numbers."""
     states = [PhiloxState(SEED, horizon - age) for age in range(horizon)]
@@ -104,19 +124,24 @@ def variants(
     made: list[Timed] = []
     calls = TorchCalls(tensors)
 
-    def ours(name: str, plans: Sequence[Plan], distribution: str, rounding: str) -> None:
-        run = functools.partial(_run, what, plans, states, distribution, rounding, scale, lr)
-        made.append(Timed(name, run))
+    def ours(
+        name: str, plans: Sequence[Plan], distribution: str, rounding: str, backend: str
+    ) -> None:
+        options = {"distribution": distribution, "rounding": rounding, "backend": backend}
+        name += ", Triton" * (backend == "triton")
+        made.append(Timed(name, functools.partial(_run, what, plans, states, scale, lr, options)))
 
-    for distribution in ("exact", "fast", "rademacher"):
-        ours(distribution, [plan], distribution, "nearest")
-        if tensors[0].dtype != torch.float32:
-            ours(f"{distribution}, stochastic", [plan], distribution, "stochastic")
+    for backend in able:
+        for distribution in BACKENDS[backend].DISTRIBUTIONS:
+            ours(distribution, [plan], distribution, "nearest", backend)
+            if tensors[0].dtype != torch.float32:
+                ours(f"{distribution}, stochastic", [plan], distribution, "stochastic", backend)
     if apart:
-        ours("exact, a launch a tensor", [Plan([t]) for t in tensors], "exact", "nearest")
+        single = [Plan([t]) for t in tensors]
+        ours("exact, a launch a tensor", single, "exact", "nearest", able[0])
     if what == "perturb":
         copies = [torch.empty_like(t) for t in tensors]
-        ours("exact, out of place", [plan.into(copies)], "exact", "nearest")
+        ours("exact, out of place", [plan.into(copies)], "exact", "nearest", able[0])
         made.append(Timed("torch", functools.partial(calls.perturb_, SEED, scale)))
         made.append(Timed("copy", lambda: torch._foreach_copy_(copies, tensors)))
     else:
@@ -128,12 +153,10 @@ def _run(
     what: str,
     plans: Sequence[Plan],
     states: Sequence[PhiloxState],
-    distribution: str,
-    rounding: str,
     scale: float,
     lr: float,
+    options: dict[str, str],
 ) -> None:
-    options = {"distribution": distribution, "rounding": rounding, "backend": "cuda"}
     for plan in plans:
         if what == "perturb":
             ops.perturb_(plan, states[0], scale, **options)
@@ -205,12 +228,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels_gpu.csv")
     arguments = parser.parse_args()
 
-    from adamezo_kernels.backends import cuda
-
-    available, reason = cuda.availability()
-    if not available:
-        raise SystemExit(f"gpu_kernels: {reason}")
-    device_gate()
+    able = backends()
+    for name in able:
+        device_gate(name)
     print("bits equal the CPU's in `exact`", flush=True)
     where = conditions() | {
         "device": torch.cuda.get_device_name(),
@@ -230,7 +250,7 @@ def main() -> None:
     made: list[Row] = []
     for what, type_name, shapes, horizon in cases:
         tensors = [torch.randn(s, device="cuda").mul_(0.02).to(TYPES[type_name]) for s in shapes]
-        timed = variants(tensors, what.split()[0], horizon, apart=len(tensors) > 1)
+        timed = variants(tensors, what.split()[0], horizon, able, apart=len(tensors) > 1)
         interleave(timed, repeats)
         elements = sum(t.numel() for t in tensors)
         made += rows_of(what, type_name, elements, horizon, timed, where)

@@ -133,7 +133,7 @@ def run(
                 place.run(call, high_words(launch, terms.offset))
         except RuntimeError as error:
             raise RuntimeError(
-                f"{operation} of {_shapes(launch)} on {launch.device} along {terms.horizon} "
+                f"{operation} of {shapes(launch)} on {launch.device} along {terms.horizon} "
                 f"{distribution} direction(s) failed: {error}. The module was built by "
                 f"{native.build_report()['cuda']}"
             ) from error
@@ -181,7 +181,7 @@ def high_words(launch: Launch, offset: int) -> list[int]:
     return sorted(highs)
 
 
-def _shapes(launch: Launch) -> str:
+def shapes(launch: Launch) -> str:
     shapes = [str(tuple(s.tensor.shape)) for s in launch.segments]
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     return f"{launch.dtype} tensors {', '.join(shapes[:3])}{more}"

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..plan import Launch, Plan
 from ..stream import PhiloxState
 from ..terms import Terms
-from .cuda import Place, _shapes
+from .cuda import Place, shapes
 from .native import mark_written
 
 NAME = "triton"
@@ -192,7 +192,7 @@ def run(
                     )
         except Exception as error:
             raise RuntimeError(
-                f"{operation} of {_shapes(launch)} on {launch.device} along {terms.horizon} "
+                f"{operation} of {shapes(launch)} on {launch.device} along {terms.horizon} "
                 f"{distribution} direction(s) failed: {type(error).__name__}: {error}. "
                 f"{availability()[1]}"
             ) from error
