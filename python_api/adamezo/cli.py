@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -16,10 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_finetune(commands.add_parser("finetune", help="fine-tune a local model on a CSV file"))
+    _add_replay(commands.add_parser("replay", help="give the weights of a logged run again"))
     chosen = vars(parser.parse_args(arguments))
-    del chosen["command"]
+    made: dict[str, Callable[..., int]] = {"finetune": _finetune, "replay": _replay}
+    command = made[chosen.pop("command")]
     try:
-        return _finetune(**chosen)
+        return command(**chosen)
     except (ValueError, OSError, ImportError) as error:
         print(f"adamezo: {error}", file=sys.stderr)
         return 1
@@ -60,12 +62,15 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("warmup-lr", "learning rate of horizon + 1 plain MeZO steps at the start", type=float)
     add("weight-decay", "decoupled weight decay")
     add("distribution", "of the directions")
+    add("perturbation", "of the weights, for an evaluation", choices=["inplace", "exact"])
+    add("rounding", "of 16-bit weights", choices=["stochastic", "nearest"])
     add("seed", "of the directions and of the order of the rows")
     add("dtype", "type of the weights", choices=["float32", "bfloat16", "float16"])
     add("device", "auto takes the GPU where there is one")
     add("eval-every", "steps between measurements on the held-out rows, 0 for none in between")
     add("show", "held-out texts to show with the model's answers")
     add("save-to", "folder for the trained model")
+    add("log", "file that gets a few bytes a step; if it is there, the run goes on where it ended")
     parser.add_argument(
         "--output",
         type=Path,
@@ -88,4 +93,36 @@ def _finetune(*, output: Path, label_words: list[str], **chosen: object) -> int:
     result = finetune.finetune(options)
     print(report.text(result))
     print("\nwritten: {}, {}".format(*report.write(result, output)))
+    return 0
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "base",
+        help="what the weights were when the log began: a .safetensors file, a state_dict by "
+        "torch.save, a folder of a transformers model, or a .gguf file",
+    )
+    parser.add_argument("log", help="what `adamezo finetune --log` or adamezo.replay.StepLog wrote")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="file for the weights (.safetensors, .pt, .pth, .bin); for a model also a folder",
+    )
+    parser.add_argument("--until", type=int, metavar="STEP", help="(default: the last step)")
+
+
+def _replay(*, base: str, log: str, out: str, until: int | None) -> int:
+    from adamezo import replay
+
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        progress: replay.Progress = iter
+    else:
+
+        def progress(records: Sequence[replay.StepRecord]) -> Iterable[replay.StepRecord]:
+            return tqdm(records, desc="replaying", unit="step")
+
+    steps = replay.replay_file(base, log, out, until=until, progress=progress)
+    print(f"{out}: the weights after {steps} steps")
     return 0

@@ -72,7 +72,8 @@ class Exact:
             stack.callback(self._unwind)
             self._readers.begin_evaluation()
             if "torch._dynamo" in sys.modules:
-                # Compiled code has been made without the hooks, and would not run them.
+                # Compiled code may have been made without the hooks. Whether it is then made anew
+                # differs between versions of torch.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             # Of all modules: hooks of one module would show in it, and torch's own modules choose
             # other kernels where they see some.

@@ -6,7 +6,8 @@ import csv
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from adamezo.integrations import transformers as language_models
 from adamezo.measure import PeakMemory, now
 from adamezo.methods import AdaMeZO
+from adamezo.optimizer import StepRecord
+from adamezo.replay import StepLog
 
 
 class Example(NamedTuple):
@@ -48,12 +51,15 @@ class Options:
     warmup_lr: float | None = None
     weight_decay: float = 0.0
     distribution: str = "exact"
+    perturbation: str = "inplace"  # or "exact"
+    rounding: str = "stochastic"  # of 16-bit weights, or "nearest"
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
     eval_every: int = 0  # 0: the held-out set is scored before and after only
     show: int = 5  # held-out texts in the report
     save_to: str | None = None
+    log: str | None = None  # if the file is there, the run goes on where it ended
 
 
 def read_examples(path: str | Path, labels: Sequence[str] = ()) -> list[Example]:
@@ -171,7 +177,7 @@ def finetune(options: Options) -> dict[str, Any]:
     )
     train, test = Task(scorer, training), Task(scorer, held_out)
     optimizer = AdaMeZO(
-        [p for p in model.parameters() if p.requires_grad],
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         lr=options.lr,
         betas=options.betas,
         zo_eps=options.zo_eps,
@@ -180,13 +186,18 @@ def finetune(options: Options) -> dict[str, Any]:
         normalization=options.normalization,
         warmup_lr=options.warmup_lr,
         distribution=options.distribution,
+        perturbation=options.perturbation,
+        rounding=options.rounding,
+        model=model,
         seed=options.seed,
     )
     loaded = time.perf_counter()
 
     before = test.evaluate(2 * options.batch_size, describe="held-out, before")
     evaluated = time.perf_counter()
-    run = _train(optimizer, train, test, options)
+    with _log(optimizer, options, training) as done:
+        run = _train(optimizer, train, test, options, done)
+    taken = len(run.curve)
     after = test.evaluate(2 * options.batch_size, describe="held-out, after")
     if options.save_to:
         language_models.save(model, tokenizer, options.save_to)
@@ -214,11 +225,12 @@ def finetune(options: Options) -> dict[str, Any]:
         },
         "training": {
             "steps": options.steps,
+            "replayed": options.steps - taken,
             "forward_passes": run.forward_passes,
             "seconds": run.seconds,
-            "seconds_per_step": run.seconds / options.steps,
-            "optimizer_seconds_per_step": (run.seconds - run.forward_seconds) / options.steps,
-            "optimizer_share": 1 - run.forward_seconds / run.seconds,
+            "seconds_per_step": run.seconds / max(taken, 1),
+            "optimizer_seconds_per_step": (run.seconds - run.forward_seconds) / max(taken, 1),
+            "optimizer_share": 1 - run.forward_seconds / run.seconds if taken else 0.0,
         },
         "memory": {
             "kind": run.memory_kind,
@@ -257,16 +269,50 @@ class _Run:
     held_out_curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def _train(optimizer: AdaMeZO, train: Task, test: Task, options: Options) -> _Run:
+# What a resumed run may have otherwise: it does not change the weights.
+_FREE = ("model", "data", "device", "eval_every", "show", "save_to", "log")
+
+
+@contextmanager
+def _log(optimizer: AdaMeZO, options: Options, training: Sequence[Example]) -> Iterator[int]:
+    """Writes the log inside, if one is wanted; yields the steps that it gave back."""
+    if options.log is None:
+        yield 0
+        return
+    texts = hashlib.sha256(repr([tuple(example) for example in training]).encode())
+    run = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    if options.lr_schedule == "constant":
+        del run["steps"]  # more of them may follow
+    run["training texts"] = texts.hexdigest()
+
+    def bar(records: Sequence[StepRecord]) -> Iterable[StepRecord]:
+        return tqdm(records, desc="replaying", unit="step")
+
+    if Path(options.log).exists():
+        log = StepLog.resume(options.log, optimizer, run=run, progress=bar)
+    else:
+        log = StepLog.create(options.log, optimizer, run=run)
+    with log:
+        if log.steps > options.steps:
+            raise ValueError(
+                f"--log: {options.log} has {log.steps} steps, expected {options.steps} at most"
+            )
+        yield log.steps
+
+
+def _train(optimizer: AdaMeZO, train: Task, test: Task, options: Options, done: int = 0) -> _Run:
+    """Takes the steps after the first ``done``."""
     device = train.scorer.model.device
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(options))
+    for group in optimizer.param_groups:
+        group["initial_lr"] = options.lr
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(options), done - 1)
     plan = batches(len(train), options.batch_size, options.steps, options.seed)
     memory = PeakMemory(device)
     forward_peak = _bare_forward_peak(train, plan, memory)
     run = _Run(memory.kind, forward_peak)
 
-    bar = tqdm(plan, desc="training", unit="step")
-    for number, rows in enumerate(bar, start=1):
+    bar = tqdm(plan[done:], desc="training", unit="step", initial=done, total=len(plan))
+    for number, rows in enumerate(bar, start=done + 1):
 
         def closure(rows: list[int] = rows) -> Tensor:
             start = now(device)
