@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from adamezo import AdaMeZO
 from adamezo_kernels import PhiloxState, Plan, perturb_, sample_, update_
-from benchmarks.rows import RESULTS, Row, conditions, find, read_rows, write_rows
-from benchmarks.tables import markdown
+from benchmarks.rows import RESULTS, Row, conditions, find, markdown, read_rows, write_rows
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED, ZO_EPS, LR = 2026, 1e-3, 1e-6

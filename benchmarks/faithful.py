@@ -22,8 +22,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, conditions
-from benchmarks.tables import markdown
+from benchmarks.rows import RESULTS, conditions, markdown
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", "perturbation": "inplace"},

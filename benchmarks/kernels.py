@@ -33,6 +33,12 @@ LIBRARY: dict[str, type[Fair | Plain | AsReleased]] = {
     "torch plain": Plain,
     "as released": AsReleased,
 }
+# On the fastest instruction set, beside "native" on each.
+KINDS: dict[str, dict[str, str]] = {
+    "native, stochastic": {"rounding": "stochastic"},
+    "native, rademacher": {"distribution": "rademacher"},
+    "native, rademacher, stochastic": {"distribution": "rademacher", "rounding": "stochastic"},
+}
 HORIZONS = (1, 5, 10, 20, 50)
 SEED = 2026
 
@@ -60,6 +66,7 @@ def cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Case]:
     # Without the portable kernels, whose figures at 1e6 say it all: they would take minutes.
     large = tuple(c for c in full if c[1] != "portable")
     others = (*large, ("torch plain", "", 1), ("as released", "", 1))
+    kinds = tuple((name, "", 1) for name in KINDS)
     copies = (("memcpy", "", 1), *([("memcpy", "", threads)] if threads > 1 else []))
 
     if quick:
@@ -77,7 +84,7 @@ def cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Case]:
             yield Case("update", name, n, h, full)
     for name in TYPES:
         n = 10_000_000
-        columns = others if name == "bfloat16" else large
+        columns = {"bfloat16": others + kinds, "float16": large + kinds, "float32": large}[name]
         yield Case("sample", name, n, 1, large)
         yield Case("perturb", name, n, 1, columns + copies)
         yield Case("update", name, n, 10, columns)
@@ -131,10 +138,20 @@ def variants(case: Case, use_isa: Callable[[str], AbstractContextManager[object]
         elif case.what == "sample":
             run = functools.partial(ops.sample_, weights, states[0], backend="native")
         elif case.what == "perturb":
-            run = functools.partial(ops.perturb_, plan, states[0], scale, backend="native")
+            run = functools.partial(
+                ops.perturb_, plan, states[0], scale, backend="native", **KINDS.get(name, {})
+            )
         else:
             run = functools.partial(
-                ops.update_, plan, states, first, second, lr=lr, restore=scale, backend="native"
+                ops.update_,
+                plan,
+                states,
+                first,
+                second,
+                lr=lr,
+                restore=scale,
+                backend="native",
+                **KINDS.get(name, {}),
             )
         context = functools.partial(use_isa, isa) if isa else nullcontext
         made.append(Variant(name, run, threads, isa, context))

@@ -114,6 +114,12 @@ def find(rows: Iterable[Row], **wanted: object) -> list[Row]:
     return [r for r in rows if all(getattr(r, name) == value for name, value in wanted.items())]
 
 
+def markdown(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    rule = ["---"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *body])
+
+
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile by linear interpolation between order statistics (numpy's default)."""
     if not values:

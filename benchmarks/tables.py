@@ -6,23 +6,19 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import drift, faithful
 from benchmarks.horizon import BETAS, HORIZONS
+from benchmarks.kernels import KINDS
 from benchmarks.paper import LENGTHS, METHODS, PUBLISHED, TYPES
 from benchmarks.plots import line_of, linear_lines
 from benchmarks.report import KERNELS_AND_STEP, PAPER, Demand, judged, load
-from benchmarks.rows import RESULTS, Row, find, linear_fit, quantile
+from benchmarks.rows import RESULTS, Row, find, linear_fit, markdown, quantile, read_rows
 from benchmarks.step import LONG, MEZO, RELEASED, SHORT, Method, share
 
 ROOT = Path(__file__).parent.parent
-
-
-def markdown(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    rule = ["---"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *body])
 
 
 def demands_block(rows: list[Row], demands: Sequence[Demand]) -> str:
@@ -36,6 +32,7 @@ def performance_blocks(rows: list[Row]) -> dict[str, str]:
         "demands": demands_block(rows, KERNELS_AND_STEP),
         "kernels": kernels_block(rows),
         "baselines": baselines_block(rows),
+        "kinds": kinds_block(rows),
         "threads": threads_block(rows),
         "fits": fits_block(rows),
         "step": step_block(rows, "step"),
@@ -72,10 +69,18 @@ def readme_blocks(rows: list[Row]) -> dict[str, str]:
     return {"numbers": summary_block(rows)}
 
 
+def perturbation_blocks(rows: list[Row]) -> dict[str, str]:
+    return {
+        **drift.blocks(read_rows(RESULTS / "drift.csv")),
+        "faithful": faithful.block(RESULTS / "faithful.csv"),
+    }
+
+
 PAGES: dict[Path, Callable[[list[Row]], dict[str, str]]] = {
     ROOT / "docs" / "performance.md": performance_blocks,
     ROOT / "docs" / "paper.md": paper_blocks,
     ROOT / "docs" / "horizon.md": horizon_blocks,
+    ROOT / "docs" / "perturbation.md": perturbation_blocks,
     ROOT / "README.md": readme_blocks,
 }
 
@@ -199,6 +204,39 @@ def baselines_block(rows: list[Row]) -> str:
         )
     header = ("M elements/s (ours is so many times as fast)", "ours")
     return markdown((*header, "torch", "torch plain", "as released"), body)
+
+
+def kinds_block(rows: list[Row]) -> str:
+    """Stochastic stores and signs, beside normals stored to nearest."""
+    body = []
+    for what, horizon in (("perturb", 1), ("update", 10)):
+        for kind in ("bfloat16", "float16"):
+            group = find(
+                rows,
+                benchmark="kernels",
+                what=what,
+                horizon=horizon,
+                type=kind,
+                threads=1,
+                elements=10_000_000,
+            )
+            others = {r.variant: r for r in group if r.variant in KINDS}
+            if not others:
+                continue
+            plain = min(find(group, variant="native"), key=lambda r: r.median_s or 0.0)
+            body.append(
+                [
+                    f"{what}{f' H = {horizon}' if what == 'update' else ''}, {kind}",
+                    f"{(plain.elements_per_s or 0) / 1e6:.3g}",
+                    *(
+                        f"{(others[name].elements_per_s or 0) / 1e6:.3g} "
+                        f"({(plain.median_s or 0) / (others[name].median_s or 1):.2f}x)"
+                        for name in KINDS
+                    ),
+                ]
+            )
+    header = ("M elements/s, one thread", "exact", *(k.removeprefix("native, ") for k in KINDS))
+    return markdown(header, body)
 
 
 def threads_block(rows: list[Row]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Place:
         self.device = device
         # torch's own guard, as it knows which device to go back to: the runtime that is linked into
         # the module does not.
-        self.guard = torch.cuda.device(device)
+        self.guard: AbstractContextManager[object] = torch.cuda.device(device)
         self.stream = torch.cuda.current_stream(device).cuda_stream
 
     def capturing(self) -> bool:
@@ -118,7 +119,7 @@ def run(
         try:
             with place.guard:
                 # Both are kept until the launch: their memory may then be given to another.
-                table, words = _table(launch, place), _words(terms, place)
+                table, words = _table(launch, place), words_for(terms, place)
                 call = native.call(
                     launch,
                     operation,
@@ -154,7 +155,8 @@ def _table(launch: Launch, place: Place) -> Tensor:
     return table
 
 
-def _words(terms: Terms, place: Place) -> Tensor:
+def words_for(terms: Terms, place: Place) -> Tensor:
+    """The terms' words on the device."""
     if terms.words.device.type != "cpu":
         return terms.words
     if place.capturing():

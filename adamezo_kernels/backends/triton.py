@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..plan import Launch, Plan
 from ..stream import PhiloxState
 from ..terms import Terms
-from .cuda import Place, shapes
+from .cuda import Place, shapes, words_for
 from .native import mark_written
 
 NAME = "triton"
@@ -133,11 +133,11 @@ def supports(device: torch.device) -> bool:
 # --- launches -------------------------------------------------------------------------------------
 
 
-class Interpreter:
+class Interpreter(Place):
     """Stands for a device where the kernel is interpreted: a Place of host memory."""
 
     stream = 0
-    guard: AbstractContextManager[object] = nullcontext()
+    guard = nullcontext()
 
     def __init__(self, device: torch.device) -> None:
         pass
@@ -169,7 +169,7 @@ def run(
         try:
             with place.guard:
                 # Both are kept until the launch: their memory may then be given to another.
-                (table, windows), words = _table(launch, place, window), _words(terms, place)
+                (table, windows), words = _table(launch, place, window), words_for(terms, place)
                 for begin in range(0, windows, MOST_PROGRAMS):
                     start(
                         (min(windows - begin, MOST_PROGRAMS),),
@@ -230,17 +230,6 @@ def _table(launch: Launch, place: Any, window: int) -> tuple[Tensor, int]:
         table, windows = table_of(launch, window)
         found = tables[window, place.stream] = (place.copy(table), windows)
     return found
-
-
-def _words(terms: Terms, place: Any) -> Tensor:
-    if terms.words.device.type != "cpu" or INTERPRETED:
-        return terms.words
-    if place.capturing():
-        raise RuntimeError(
-            "numbers on the host would stay what they are at every replay of the capture: expected "
-            "Terms on the device (an optimizer with capturable=True)"
-        )
-    return place.copy(terms.words)
 
 
 def key_words(key: int) -> tuple[int, int]:

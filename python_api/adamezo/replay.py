@@ -284,7 +284,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
     view = torch.frombuffer(chunk, dtype=torch.uint8)
     for tensor in tensors:
         if tensor.numel():
-            for piece in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK):
+            elements = tensor.detach().reshape(-1)
+            if elements.stride() != (1,):  # of one in each row, reshape makes no copy
+                elements = elements.clone(memory_format=torch.contiguous_format)
+            for piece in elements.view(torch.uint8).split(_CHUNK):
                 view[: len(piece)].copy_(piece)
                 hashed.update(memoryview(chunk)[: len(piece)])
     return hashed.hexdigest()
