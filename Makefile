@@ -9,6 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP_TESTS = $(wildcard tests/native/*.cpp)
 
 ifdef PY
 READY =
@@ -61,13 +62,13 @@ test: $(READY) ## every test that this machine can run; TESTS=tests/test_x.py fo
 lint: $(READY) ## ruff, clang-format, mypy; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	clang-format --dry-run -Werror $(CPP_FILES)
+	clang-format --dry-run -Werror $(CPP_FILES) $(CPP_TESTS)
 	$(PY) -m mypy
 
 format: $(READY) ## let ruff and clang-format rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	clang-format -i $(CPP_FILES)
+	clang-format -i $(CPP_FILES) $(CPP_TESTS)
 
 bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results
 	$(PY) -m benchmarks.kernels

@@ -104,11 +104,13 @@ class Exact:
             found = False
             while not found:  # modules that were left without a word lie above
                 found = frames[-1].module is module
-                self._release(frames.pop())
+                self._release(frames[-1])  # popped after: a signal may cut this short
+                frames.pop()
 
     def _unwind(self) -> None:
         while self._frames:
-            self._release(self._frames.pop())
+            self._release(self._frames[-1])
+            self._frames.pop()
         self._readers.end_evaluation()
 
     def _displace(self, frame: _Frame, weights: Sequence[_Weight]) -> None:

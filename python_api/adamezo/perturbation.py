@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -43,6 +41,8 @@ class Displacement(Protocol):
 class InPlace:
     """The weights themselves are displaced: no memory, and in 16 bits not without a trace.
 
+    Whoever uses it holds signals meanwhile (signals.py): what is displaced is then always known.
+
     Args:
         plans: the weights of each parameter group.
         roundings: for each group, how weights that are put back are rounded. Displaced ones are
@@ -66,9 +66,8 @@ class InPlace:
         if direction != self._direction:
             self.restore()
             self._direction = direction
-        with interrupts_later():
-            self._move(to)
-            self.displacements += 1
+        self._move(to)
+        self.displacements += 1
 
     def evaluation(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -97,8 +96,7 @@ class InPlace:
 
     def restore(self) -> None:
         half_way = self.broken
-        with interrupts_later():
-            self._move(0.0)
+        self._move(0.0)
         self.broken = half_way
 
 
@@ -107,21 +105,3 @@ def forget_casts() -> None:
     torch.autocast their casts, inside parametrize.cached() what is made from them."""
     torch.clear_autocast_cache()
     parametrize._cache.clear()
-
-
-@contextmanager
-def interrupts_later() -> Iterator[None]:
-    """A Ctrl-C inside takes effect on leaving: what the kernels did to the weights is then known,
-    and so can be undone."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        yield  # there is no handler of Python's, or none that would run in this thread
-        return
-    interrupts = []
-    signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if interrupts:
-            signal.raise_signal(signal.SIGINT)
