@@ -232,6 +232,9 @@ class ZerothOrder(torch.optim.Optimizer):
         seed = options["seed"]
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
+        can_capture = type(self)._resident_history is not ZerothOrder._resident_history
+        if options["capturable"] and not can_capture:
+            raise ValueError(f"{type(self).__name__} cannot do capturable=True")
 
     def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
         """Raises ValueError unless the saved group can go on as ``group``."""
@@ -649,13 +652,16 @@ class _Guard:
         self._weights = [segment.tensor for plan in plans for segment in plan]
         self._memory = [memory_of(p) for p in self._weights]
         self._data = [p.detach() for p in self._weights]  # keeps memory that p may let go of
+        # Inference tensors do not count their versions.
+        self._counting = [not p.is_inference() for p in self._weights]
         self._versions: list[int] = []
+        self._replaced = False
         self.written = False
 
     def look(self) -> None:
         """The weights are in order: what they are now is what :meth:`check` expects."""
-        # Inference tensors do not count their versions.
-        self._versions = [-1 if p.is_inference() else p._version for p in self._weights]
+        pairs = zip(self._weights, self._counting, strict=True)
+        self._versions = [p._version if counts else 0 for p, counts in pairs]
 
     def check(self) -> None:
         """Raises RuntimeError if weights were written or replaced since."""
@@ -669,21 +675,23 @@ class _Guard:
     def put_back(self) -> None:
         """Gives weights their memory back, and notices what :meth:`check` did not come to see."""
         self._find()
-        for p, memory, data in zip(self._weights, self._memory, self._data, strict=True):
-            if memory_of(p) != memory:
-                p.data = data
+        if self._replaced:
+            for p, memory, data in zip(self._weights, self._memory, self._data, strict=True):
+                if memory_of(p) != memory:
+                    p.data = data
 
     def _find(self) -> list[str]:
         if not self._versions:
             return []
         written, replaced = [], []
-        for i, (p, name) in enumerate(zip(self._weights, self._names, strict=True)):
+        for i, p in enumerate(self._weights):
             if memory_of(p) != self._memory[i]:
-                replaced.append(name)
-            elif not p.is_inference() and p._version != self._versions[i]:
-                written.append(name)
+                replaced.append(self._names[i])
+            elif self._counting[i] and p._version != self._versions[i]:
+                written.append(self._names[i])
         self._versions = []
         self.written = self.written or bool(written)
+        self._replaced = self._replaced or bool(replaced)
         return [
             f"{did} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" * (len(names) > 3))
             for did, names in (

@@ -166,7 +166,7 @@ class AdaMeZO(ZerothOrder):
             lr, m, v = group["warmup_lr"], grads[:1], None
         else:
             lr = float(group["lr"])
-            m, v = coefficients(grads, group["betas"], group["normalization"])
+            m, v = self._coefficients(grads, group)
         update_(
             plan,
             [first._replace(counter=counter) for counter in counters[: len(m)]],
@@ -182,6 +182,12 @@ class AdaMeZO(ZerothOrder):
         )
         group["projected_grads"], group["directions"] = grads, counters
         group["steps"] += 1
+
+    def _coefficients(
+        self, grads: Sequence[float], group: dict[str, Any]
+    ) -> tuple[Sequence[float], Sequence[float] | None]:
+        """Of z_k in m and of z_k^2 in v."""
+        return coefficients(grads, group["betas"], group["normalization"])
 
     def _resident_history(self, group: dict[str, Any], device: torch.device) -> ResidentHistory:
         return ResidentHistory(group, group["seed"], device)

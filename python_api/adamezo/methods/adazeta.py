@@ -1,0 +1,82 @@
+"""AdaZeta's query schedule as a torch optimizer: MeZO with more directions as epochs pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .memoryless import Memoryless, check_count
+from .mezo import MeZO
+
+
+class AdaZeta(MeZO):
+    """MeZO along a number of directions that grows with the epochs (arXiv 2406.18060, its adaptive
+    query schedule)::
+
+        Q_k = min(max(floor(alpha epoch^exponent), 1), queries)
+        theta <- theta (1 - lr weight_decay) - lr / Q_k sum_q p_q z_q
+
+    The authors' code has ``exponent = ln(NUM / alpha) / ln(epochs)`` with NUM = 20, so that the
+    bare power comes to NUM in the last epoch.
+
+    Deviations: the mean is never formed as a gradient. Epochs are whole, counted from 0 by steps
+    that were not skipped. The paper trains tensor-train adapters, which are not part of this: give
+    ``params`` of any adapter.
+
+    Args:
+        params, lr, zo_eps, common: as for :class:`MeZO`.
+        queries: Q_max, the most directions that a step has.
+        steps_per_epoch: how many steps an epoch has.
+        exponent: of the epoch.
+        alpha: factor of the power.
+    """
+
+    shared_options = (
+        *Memoryless.shared_options,
+        "queries",
+        "steps_per_epoch",
+        "exponent",
+        "alpha",
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        queries: int = 15,
+        *,
+        steps_per_epoch: int,
+        exponent: float,
+        alpha: float = 0.85,
+        zo_eps: float = 1e-3,
+        **common: Any,
+    ) -> None:
+        own = dict(
+            lr=lr,
+            queries=queries,
+            steps_per_epoch=steps_per_epoch,
+            exponent=exponent,
+            alpha=alpha,
+            zo_eps=zo_eps,
+        )
+        Memoryless.__init__(self, params, own, common)  # MeZO's own has another schedule
+
+    def queries_at(self, step: int, options: dict[str, Any]) -> int:
+        """Q_k at a step, counted from 0."""
+        most: int = options["queries"]
+        epoch = step // options["steps_per_epoch"]
+        try:
+            wanted = options["alpha"] * epoch ** options["exponent"]
+        except OverflowError:
+            return most
+        return max(math.floor(min(wanted, most)), 1)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        check_count("steps_per_epoch", options["steps_per_epoch"])
+        for name in ("exponent", "alpha"):
+            if not 0.0 < options[name] < math.inf:
+                raise ValueError(f"Invalid {name}: {options[name]}, expected a positive number")

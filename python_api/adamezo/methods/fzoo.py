@@ -1,0 +1,89 @@
+"""FZOO as a torch optimizer: one-sided differences over the spread of their losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adamezo_kernels import PhiloxState, Plan
+
+from ..optimizer import Number, Probe
+from .memoryless import Memoryless, check_count, directions_from
+
+
+class FZOO(Memoryless):
+    """Steps of a length that the spread of the losses sets (arXiv 2506.09034).
+
+    A step evaluates the closure at theta, and on one side only along N directions of signs::
+
+        l_0 = L(theta)        l_i = L(theta + mu u_i)
+        sigma^2 = sum_i (l_i - mean l)^2 / (N - 1)         over i = 1 ... N
+        theta <- theta (1 - lr weight_decay) - lr / (N mu sigma) sum_i (l_i - l_0) u_i
+
+    Where all l_i are equal there is no scale: such a step has a sum of 0, and moves the weights by
+    their decay alone.
+
+    Deviations: the N evaluations come one after another, not in one batch. The authors' code has
+    mu inside its learning rate (lr / mu = 5e-5 there) and divides by N in sigma.
+
+    Args:
+        params: as for :class:`AdaMeZO`.
+        lr: step size, by group.
+        queries: N, how many directions a step has, at least 2.
+        zo_eps: the perturbation scale mu.
+        common: as for :class:`MeZO`, but that ``distribution`` is ``"rademacher"`` if not given.
+
+    Attributes:
+        measured (tuple[float, ...]): (l_i - l_0) / (mu sigma) for i = 1 ... N of the last step,
+            zeros where sigma was 0; empty if it failed.
+        losses (tuple[float, ...]): l_0, l_1, ... of the last step.
+    """
+
+    shared_options = (*Memoryless.shared_options, "queries")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 5e-9,
+        queries: int = 8,
+        *,
+        zo_eps: float = 1e-4,
+        **common: Any,
+    ) -> None:
+        common.setdefault("distribution", "rademacher")
+        super().__init__(params, dict(lr=lr, queries=queries, zo_eps=zo_eps), common)
+
+    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
+        directions = directions_from(first, options["queries"])
+        return [(first, 0.0), *((u, options["zo_eps"]) for u in directions)]
+
+    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
+        start, *others = losses
+        mean = sum(others) / len(others)
+        apart = [loss - mean for loss in others]
+        sigma = math.sqrt(sum(x * x for x in apart) / (len(others) - 1))
+        if sigma == 0 or min(others) == max(others):  # it may be a rounding error then
+            return (0.0,) * len(others)
+        return tuple((loss - start) / (options["zo_eps"] * sigma) for loss in others)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        plan: Plan,
+        first: PhiloxState,
+        measured: tuple[float, ...],
+        restore: float,
+        backend: str,
+    ) -> None:
+        count = len(measured)
+        directions = directions_from(first, count)
+        mean = [value / count for value in measured]
+        self._step_along(group, plan, directions, mean, restore, backend)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        check_count("queries", options["queries"], least=2)

@@ -1,0 +1,92 @@
+"""MEAZO as a torch optimizer: steps whose size one scalar adapts, for all weights alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adamezo_kernels import PhiloxState, Plan
+
+from ..optimizer import Number, Probe
+from .memoryless import Memoryless
+
+
+class MEAZO(Memoryless):
+    """MeZO over the root mean square of the projected gradients so far (arXiv 2605.03869).
+
+    With p the projected gradient of step t = 1, 2, ... along z, and s = 0 at first::
+
+        s <- beta s + (1 - beta) p^2            s_hat = s / (1 - beta^t)
+        theta <- theta (1 - lr weight_decay) - lr p z / (sqrt(s_hat) + eps)
+
+    Its paper holds that adapting each coordinate adds nothing to this one number.
+
+    Deviations: one direction a step, where the paper also has several. The correction of s has the
+    exponent t of Adam, right from step one. ``lr``, ``beta`` and ``eps`` have defaults of ours.
+
+    Args:
+        params: as for :class:`AdaMeZO`.
+        lr: step size, by group; about what MeZO's is times a typical p.
+        beta: of the moving average of p^2, in [0, 1), by group.
+        eps: added to the root, by group.
+        zo_eps: the perturbation scale mu.
+        common: as for :class:`MeZO`.
+
+    Attributes:
+        measured (tuple[float]): p of the last step; empty if it failed.
+    """
+
+    history = {"s": 0.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-5,
+        beta: float = 0.9,
+        eps: float = 1e-8,
+        *,
+        zo_eps: float = 1e-3,
+        **common: Any,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, beta=beta, eps=eps, zo_eps=zo_eps), common)
+
+    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
+        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
+
+    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
+        loss_plus, loss_minus = losses
+        return ((loss_plus - loss_minus) / (2 * options["zo_eps"]),)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        plan: Plan,
+        first: PhiloxState,
+        measured: tuple[float, ...],
+        restore: float,
+        backend: str,
+    ) -> None:
+        (p,) = measured
+        beta = group["beta"]
+        s = beta * group["s"] + (1 - beta) * p * p
+        s_hat = s / (1 - beta ** (group["steps"] + 1))
+        step = p / (math.sqrt(s_hat) + group["eps"])
+        self._step_along(group, plan, [first], [step], restore, backend)
+        group["s"] = s
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if not 0.0 <= options["beta"] < 1.0:
+            raise ValueError(f"Invalid beta parameter: {options['beta']}")
+        if not 0.0 < options["eps"] < math.inf:  # all p may be 0
+            raise ValueError(f"Invalid epsilon value: {options['eps']}")
+
+    def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        super()._check_state(saved, group, where)
+        s = saved["s"]
+        if type(s) is not float or not 0.0 <= s < math.inf:
+            raise ValueError(f"{where} is damaged: s is {s!r}, expected a mean of squares")

@@ -1,0 +1,642 @@
+"""The methods: each by its formula in float64, and with all that AdaMeZO promises. One row each."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import needs_native
+from torch import nn
+
+import adamezo.methods.memoryless
+from adamezo import FZOO, MEAZO, AdaMeZO, AdaZeta, MeZO, ScalarAdaMeZO, replay
+from adamezo_kernels import PhiloxState, sample_
+from examples import toy_functions, train_on_accuracy
+
+SEED = 0x243F6A8885A308D3
+UNIT = 2.0**-24
+ZO_EPS = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def automatic_backend(monkeypatch):
+    """`fused` is about the automatic choice, which the environment may override."""
+    monkeypatch.delenv("ADAMEZO_BACKEND", raising=False)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+Coefficients = dict[int, float]
+"""By the number of a direction, what stands in front of it in the update, but for -lr."""
+
+
+def two_sided(losses: list[float]) -> list[float]:
+    return [(a - b) / (2 * ZO_EPS) for a, b in zip(losses[::2], losses[1::2], strict=True)]
+
+
+def mean_of_estimates(first: int, losses: list[float], past: list[Coefficients]) -> Coefficients:
+    p = two_sided(losses)
+    return {first + q: p[q] / len(p) for q in range(len(p))}
+
+
+def meazo(first: int, losses: list[float], past: list[float]) -> Coefficients:
+    past += two_sided(losses)
+    t = len(past)
+    s = sum(0.1 * 0.9 ** (t - i) * past[i - 1] ** 2 for i in range(1, t + 1))
+    return {first: past[-1] / (math.sqrt(s / (1 - 0.9**t)) + 0.01)}
+
+
+def fzoo(first: int, losses: list[float], past: list[float]) -> Coefficients:
+    n = len(losses) - 1
+    one_sided = torch.tensor(losses[1:], dtype=torch.float64)
+    sigma = one_sided.std(correction=1).item()
+    return {first + i: (losses[1 + i] - losses[0]) / (n * ZO_EPS * sigma) for i in range(n)}
+
+
+def scalar_adamezo(first: int, losses: list[float], past: list[float]) -> Coefficients:
+    past += two_sided(losses)
+    kept = past[: -5 - 1 : -1]
+    rms = math.sqrt(0.1 * sum(0.9**k * p**2 for k, p in enumerate(kept)))
+    return {first - k: 0.3 * 0.7**k * p / (rms + 1e-8) for k, p in enumerate(kept)}
+
+
+class Row(NamedTuple):
+    method: type
+    lr: float
+    options: dict[str, Any]
+    rule: Callable[[int, list[float], list[Any]], Coefficients]
+    """From its first direction, its losses and what it keeps: the update of a step."""
+    directions: Callable[[int], int] = lambda step: 1
+    """How many a step has."""
+    one_sided: bool = False
+
+
+LINEAR = {"queries": 4, "linear_over": 16}
+EPOCHS = {"queries": 6, "steps_per_epoch": 4, "exponent": 1.5, "alpha": 0.85}
+
+METHODS = {
+    "MeZO": Row(MeZO, 0.02, {}, mean_of_estimates),
+    "MeZO, 3 directions": Row(MeZO, 0.02, {"queries": 3}, mean_of_estimates, lambda step: 3),
+    "MeZO, linear": Row(
+        MeZO, 0.02, LINEAR, mean_of_estimates, lambda step: min(max(step // 4, 1), 4)
+    ),
+    "AdaZeta": Row(
+        AdaZeta,
+        0.02,
+        EPOCHS,
+        mean_of_estimates,
+        lambda step: (1, 1, 2, 4, 6)[step // 4],  # 0.85 (0, 1, 2.8, 5.2, 8)
+    ),
+    "MEAZO": Row(MEAZO, 0.02, {"beta": 0.9, "eps": 0.01}, meazo),
+    "FZOO": Row(FZOO, 1e-3, {"queries": 4}, fzoo, lambda step: 4, one_sided=True),
+    "ScalarAdaMeZO": Row(ScalarAdaMeZO, 0.02, {"horizon": 5}, scalar_adamezo),
+}
+
+all_methods = pytest.mark.parametrize("name", METHODS)
+
+
+# --- a model --------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A head tied to an embedding, and once more as another Parameter over the same memory."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embed = nn.Embedding(30, 8)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 30)
+        self.head.weight = self.embed.weight
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator).to(dtype)
+        self.alias = nn.Parameter(self.embed.weight.detach())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.body(self.embed(ids)))) + self.alias.mean()
+
+
+def groups(model: Model, lr: float) -> list[dict[str, Any]]:
+    names = dict(model.named_parameters(remove_duplicate=False))
+
+    def named(*chosen: str) -> list[tuple[str, nn.Parameter]]:
+        return [(name, names[name]) for name in chosen]
+
+    return [
+        {"params": named("embed.weight", "body.weight"), "weight_decay": 0.2},
+        {"params": named("body.bias", "head.bias", "alias"), "lr": 3 * lr, "maximize": True},
+    ]
+
+
+def make(name: str, model: Model, **options: Any) -> Any:
+    row = METHODS[name]
+    options = {"seed": SEED, "zo_eps": ZO_EPS, "model": model, **row.options, **options}
+    return row.method(groups(model, row.lr), lr=row.lr, **options)
+
+
+def loss_of(model: Model) -> Callable[[], torch.Tensor]:
+    ids = torch.arange(12) % 30
+    return lambda: nn.functional.cross_entropy(model(ids).float(), (ids * 7 + 3) % 30)
+
+
+def tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Of weights that are no NaN."""
+    return all(
+        torch.equal(x, y) and torch.equal(x.signbit(), y.signbit())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+# --- the rules ------------------------------------------------------------------------------------
+
+STEPS = 20
+
+
+def given_losses(name: str) -> list[list[float]]:
+    """For each step. As they do not depend on the weights, neither do the updates."""
+    row = METHODS[name]
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for t in range(STEPS):
+        count = row.directions(t) + 1 if row.one_sided else 2 * row.directions(t)
+        losses.append((2 + 0.02 * torch.randn(count, generator=generator).double()).tolist())
+    return losses
+
+
+def by_the_rule(name, start, parameter, lr, weight_decay, maximize, distribution):
+    """A weight in float64 after STEPS steps, and a bound on what float32 may add.
+
+    As losses are given, errors of steps add up. One step: of each direction the weights are rounded
+    at +mu, at -mu and when put back, three units of a number of at most |theta| + mu |z|; the decay
+    is a rounded scalar and a rounded product, and the result is rounded: three more. lr is a
+    rounded scalar, as is each of the K coefficients, and K sums are rounded: K + 2 units of the sum
+    of all terms without their signs. The last 1 % is for the products of errors.
+    """
+    row = METHODS[name]
+    theta, bound = start.double(), torch.zeros(start.shape, dtype=torch.float64)
+    cache: dict[int, torch.Tensor] = {}
+
+    def z(counter: int) -> torch.Tensor:
+        if counter not in cache:
+            out = torch.empty(start.shape)
+            state = PhiloxState(SEED, counter)
+            sample_(out, state, parameter=parameter, distribution=distribution)
+            cache[counter] = out.double()
+        return cache[counter]
+
+    first, past = 0, []
+    for t, losses in enumerate(given_losses(name)):
+        count = row.directions(t)
+        update = row.rule(first, losses, past)
+        step = sum(c * z(k) for k, c in update.items())
+        terms = sum((c * z(k)).abs() for k, c in update.items())
+        reach = torch.stack([z(first + q).abs() for q in range(count)]).amax(dim=0)
+        bound = bound + UNIT * (3 * count + 3) * (theta.abs() + ZO_EPS * reach)
+        bound = bound + lr * UNIT * (len(update) + 2) * terms
+        theta = theta * (1 - lr * weight_decay) - (-1 if maximize else 1) * lr * step
+        first += count
+    return theta, 1.01 * bound
+
+
+WEIGHTS = {  # its index, lr in units of the method's, weight decay, maximize
+    "embed.weight": (0, 1, 0.2, False),
+    "body.weight": (1, 1, 0.2, False),
+    "body.bias": (2, 3, 0.0, True),
+    "head.bias": (3, 3, 0.0, True),
+}
+
+
+def expected_weight(name: str, weight: str, model: Model):
+    index, times, decay, maximize = WEIGHTS[weight]
+    distribution = "rademacher" if name == "FZOO" else "exact"
+    start = model.get_parameter(weight).detach()
+    lr = times * METHODS[name].lr
+    return by_the_rule(name, start, index, lr, decay, maximize, distribution)
+
+
+@all_methods
+@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+def test_the_rule(name, perturbation):
+    model = Model()
+    expected = {weight: expected_weight(name, weight, model) for weight in WEIGHTS}
+    start = {weight: model.get_parameter(weight).detach().clone() for weight in WEIGHTS}
+    optimizer = make(name, model, perturbation=perturbation)
+    for losses in given_losses(name):
+        values = iter(losses)
+        optimizer.step(lambda values=values: next(values))
+        assert next(values, None) is None, "a step evaluates as often as it has losses"
+        assert optimizer.losses == tuple(losses)
+    for weight, (end, bound) in expected.items():
+        error = (model.get_parameter(weight).detach().double() - end).abs()
+        assert (error <= bound).all(), weight
+        # The bound is sharp: a thousandth of the way that the typical weight went is a failure.
+        assert bound.median() < 1e-3 * (end - start[weight]).abs().median(), weight
+    assert model.head.weight is model.embed.weight
+    assert model.alias.data_ptr() == model.embed.weight.data_ptr()
+
+
+def test_no_two_of_these_rules_are_alike():
+    """Otherwise a test above could pass with an option that is ignored."""
+    ends = [expected_weight(name, "embed.weight", Model()) for name in METHODS]
+    for i, (end, bound) in enumerate(ends):
+        for other, _ in ends[:i]:
+            assert ((end - other).abs() > 10 * bound).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mezo_of_one_direction_has_the_bits_of_adamezo_without_betas(dtype):
+    ends = []
+    for method, options in ((MeZO, {}), (AdaMeZO, {"betas": (0.0, 0.0)})):
+        model = Model(dtype)
+        optimizer = method(groups(model, 0.02), lr=0.02, seed=SEED, **options)
+        for _ in range(8):
+            optimizer.step(loss_of(model))
+        ends.append((tensors(model), optimizer.losses, optimizer.measured))
+    assert same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
+    """So no estimate is ever kept in a tensor."""
+    calls = []
+
+    def counted(plan, states, first, second, **options):
+        calls.append((len(states), second))
+
+    monkeypatch.setattr(adamezo.methods.memoryless, "update_", counted)
+    model = Model()
+    make("MeZO, 3 directions", model).step(loss_of(model))
+    make("FZOO", model).step(loss_of(model))
+    assert calls == [(3, None), (3, None), (4, None), (4, None)]
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def queries(optimizer: MeZO, steps: range) -> list[int]:
+    return [optimizer.queries_at(step, optimizer.param_groups[0]) for step in steps]
+
+
+def test_linear_schedule():
+    p = [nn.Parameter(torch.zeros(3))]
+    assert queries(MeZO(p, queries=5), range(3)) == [5, 5, 5]
+    linear = MeZO(p, queries=5, linear_over=10)
+    assert queries(linear, range(14)) == [1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+    assert queries(MeZO(p, queries=5, linear_over=1), range(3)) == [1, 5, 5]
+
+
+def test_adazetas_schedule():
+    p = [nn.Parameter(torch.zeros(3))]
+    exponent = math.log(20 / 0.85) / math.log(10)  # 20 directions in epoch 10, were it not for 15
+    optimizer = AdaZeta(p, steps_per_epoch=3, exponent=exponent)
+    by_hand = [1]  # epoch 0
+    for epoch in range(1, 12):
+        by_hand.append(min(max(math.floor(0.85 * epoch**exponent), 1), 15))
+    assert (by_hand[1], by_hand[4], by_hand[10]) == (1, 5, 15)
+    assert queries(optimizer, range(36)) == [count for count in by_hand for _ in range(3)]
+    huge = AdaZeta(p, queries=7, steps_per_epoch=1, exponent=500.0, alpha=1e-300)
+    assert queries(huge, range(0, 30, 2))[-1] == 7
+
+
+def test_steps_that_are_skipped_do_not_move_a_schedule():
+    model = Model()
+    optimizer = make("MeZO, linear", model)
+    evaluations = []
+
+    def nan() -> float:
+        evaluations.append(1)
+        return math.nan
+
+    for _ in range(7):
+        optimizer.step(loss_of(model))
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step(nan)
+    optimizer.step(nan)
+    assert len(evaluations) == 2 * 2
+    optimizer.step(loss_of(model))
+    assert len(optimizer.losses) == 2
+    optimizer.step(loss_of(model))
+    assert len(optimizer.losses) == 4
+    assert optimizer.measured[2:] == (0.0, 0.0)
+
+
+# --- FZOO without a scale -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0.7, 0.3])
+def test_fzoo_without_a_spread_only_decays(start):
+    """Thirds do not sum exactly, so that sigma by its formula would be a rounding error."""
+    model = Model()
+    before = tensors(model)
+    optimizer = make("FZOO", model, queries=3, perturbation="exact")
+    values = iter([start, 0.7, 0.7, 0.7])
+    optimizer.step(lambda: next(values))
+    assert optimizer.measured == (0.0, 0.0, 0.0)
+    assert optimizer.skipped == 0
+    assert [group["steps"] for group in optimizer.param_groups] == [1, 1]
+    for p, was, decay in zip(model.parameters(), before, (0.2, 0.2, 0.2, 0, 0), strict=True):
+        assert torch.equal(p, was * torch.tensor(1 - 1e-3 * decay, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("values", [[1e-200, 0, 1e-200, 0], [1e200, -1e200, 1e200, 0]])
+def test_fzoo_of_losses_whose_squares_leave_the_range_of_floats(values):
+    model = Model()
+    before = tensors(model)
+    optimizer = make("FZOO", model, queries=3, perturbation="exact", weight_decay=0.0)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    given = iter(map(float, values))
+    if values[0] > 1:
+        with pytest.warns(RuntimeWarning, match="skipped"):
+            optimizer.step(lambda: next(given))
+    else:
+        optimizer.step(lambda: next(given))
+        assert optimizer.measured == (0.0, 0.0, 0.0)
+    assert same_bits(tensors(model), before)
+
+
+# --- what all methods hold ------------------------------------------------------------------------
+
+both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@needs_native
+@all_methods
+@both_types
+def test_backends_give_the_same_bits(name, dtype):
+    ends = []
+    for fused in (False, True):
+        model = Model(dtype)
+        optimizer = make(name, model, fused=fused)
+        for _ in range(10):
+            optimizer.step(loss_of(model))
+        ends.append((tensors(model), optimizer.losses))
+    assert same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+@all_methods
+@both_types
+def test_a_saved_state_goes_on_bit_for_bit(name, dtype):
+    model = Model(dtype)
+    optimizer = make(name, model)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=20)
+    for _ in range(9):
+        optimizer.step(loss_of(model))
+        schedule.step()
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), schedule.state_dict()], file)
+    file.seek(0)
+    weights, state, scheduled = torch.load(file, weights_only=True)
+    other = Model(dtype)
+    other.load_state_dict(weights)
+    resumed = make(name, other, seed=1)
+    again = torch.optim.lr_scheduler.LinearLR(resumed, 1.0, 0.5, total_iters=20)
+    resumed.load_state_dict(state)
+    again.load_state_dict(scheduled)
+    for _ in range(9):
+        for o, s, m in ((optimizer, schedule, model), (resumed, again, other)):
+            o.step(loss_of(m))
+            s.step()
+    assert same_bits(tensors(model), tensors(other))
+    assert optimizer.state_dict() == resumed.state_dict()
+    assert not optimizer.state  # nothing is kept for each weight
+
+
+@all_methods
+@both_types
+@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.filterwarnings("ignore:the losses of a step")
+def test_records_replay_bit_for_bit(name, dtype, perturbation):
+    """Skipped and failed steps too, which displace 16-bit weights and leave a trace there."""
+    model = Model(dtype)
+    replica = Model(dtype)
+    optimizer = make(name, model, perturbation=perturbation)
+    twin = make(name, replica)
+    records: list[Any] = []
+    optimizer.recorder = records.append
+    for step in range(14):
+        loss, evaluations = loss_of(model), iter(range(100))
+
+        def closure(step=step, loss=loss, evaluations=evaluations):
+            number = next(evaluations)
+            if step == 9 and number == 1:
+                raise KeyError("of the closure")
+            return loss() * (math.nan if step == 6 else 1.0)
+
+        try:
+            optimizer.step(closure)
+        except KeyError:
+            assert step == 9
+    outcomes = [record.outcome for record in records]
+    # Where nothing was displaced a failed step has no record.
+    assert outcomes.count("skipped") == 1
+    assert outcomes.count("failed") == (perturbation == "inplace")
+    for record in records:
+        twin.replay(record)
+    assert same_bits(tensors(model), tensors(replica))
+    assert not same_bits(tensors(model), tensors(Model(dtype)))
+    for group, other in zip(optimizer.param_groups, twin.param_groups, strict=True):
+        kept = (*optimizer.history, "steps", "next_direction")
+        assert {k: group[k] for k in kept} == {k: other[k] for k in kept}
+
+
+@all_methods
+def test_a_log_replays_bit_for_bit(name, tmp_path):
+    model = Model(torch.bfloat16)
+    optimizer = make(name, model)
+    for _ in range(3):  # a log may begin anywhere
+        optimizer.step(loss_of(model))
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with replay.StepLog.create(tmp_path / "log", optimizer):
+        for _ in range(16):  # over changes of the number of directions
+            optimizer.step(loss_of(model))
+    log = replay.read(tmp_path / "log")
+    twin = replay.optimizer_for(log.header, base)
+    assert type(twin) is type(optimizer)
+    assert replay.replay(log, twin) == 16
+    ends = dict(model.named_parameters())
+    for group, original in zip(twin.param_groups, optimizer.param_groups, strict=True):
+        for n, p in zip(group["param_names"], group["params"], strict=True):
+            if p.numel():
+                assert torch.equal(p, ends[n])
+        assert group["steps"] == original["steps"] == 19
+
+
+@all_methods
+def test_a_closure_that_raises_leaves_the_weights(name):
+    model = Model()
+    optimizer = make(name, model, perturbation="exact")
+    before, state = tensors(model), copy.deepcopy(optimizer.state_dict())
+    calls = iter(range(10))
+
+    def closure() -> float:
+        if next(calls) == 1:
+            raise RuntimeError("of the closure")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="of the closure"):
+        optimizer.step(closure)
+    assert same_bits(tensors(model), before)
+    assert optimizer.state_dict() == state
+
+
+@all_methods
+def test_a_group_added_later_joins_in(name):
+    """Also where the groups have not taken equally many steps."""
+    model = Model()
+    row = METHODS[name]
+    first, second = groups(model, row.lr)
+    optimizer = row.method([first], lr=row.lr, seed=SEED, zo_eps=ZO_EPS, **row.options)
+    for _ in range(8):
+        optimizer.step(loss_of(model))
+    before = model.head.bias.detach().clone()
+    optimizer.add_param_group(second)
+    for _ in range(3):
+        optimizer.step(loss_of(model))
+    assert [group["steps"] for group in optimizer.param_groups] == [11, 3]
+    assert not torch.equal(before, model.head.bias)
+
+
+def test_a_group_added_later_has_the_schedule_of_the_others(monkeypatch):
+    calls = []
+
+    def noted(plan, states, *sums, **options):
+        calls.append([state.counter for state in states])
+
+    model = Model()
+    first, second = groups(model, 0.02)
+    optimizer = MeZO([first], lr=0.02, seed=SEED, **LINEAR)
+    for _ in range(8):
+        optimizer.step(loss_of(model))
+    optimizer.add_param_group(second)
+    monkeypatch.setattr(adamezo.methods.memoryless, "update_", noted)
+    optimizer.step(loss_of(model))
+    assert calls == [[9, 8], [9, 8]]  # the last probed first
+
+
+def test_the_control_warms_up_as_adamezo_does():
+    ends = []
+    for method in (AdaMeZO, ScalarAdaMeZO):
+        model = Model()
+        optimizer = method(groups(model, 0.02), seed=SEED, horizon=3, warmup_lr=0.01, lr=0.02)
+        for step in range(5):
+            optimizer.step(loss_of(model))
+            if step == 3:
+                ends.append(tensors(model))
+        ends.append(tensors(model))
+    assert same_bits(ends[0], ends[2])
+    assert not same_bits(ends[1], ends[3])
+
+
+@all_methods
+def test_capturable_is_refused_at_once(name):
+    with pytest.raises(ValueError, match="cannot do capturable=True"):
+        make(name, Model(), capturable=True)
+
+
+@all_methods
+def test_the_state_of_another_method_is_refused(name):
+    model = Model()
+    state = AdaMeZO(groups(model, 0.1), seed=SEED).state_dict()
+    with pytest.raises(ValueError, match="of another optimizer|has method 'AdaMeZO'"):
+        make(name, model).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (MeZO, {"queries": 0}, "Invalid queries: 0"),
+        (MeZO, {"linear_over": 0.5}, "Invalid linear_over: 0.5"),
+        (MeZO, {"zo_eps": 0.0}, "Invalid zo_eps value: 0.0"),
+        (FZOO, {"queries": 1}, "at least 2"),
+        (AdaZeta, {"steps_per_epoch": 0, "exponent": 1.0}, "Invalid steps_per_epoch: 0"),
+        (AdaZeta, {"steps_per_epoch": 1, "exponent": math.inf}, "Invalid exponent: inf"),
+        (AdaZeta, {"steps_per_epoch": 1, "exponent": 1.0, "alpha": 0.0}, "Invalid alpha: 0.0"),
+        (MEAZO, {"beta": 1.0}, "Invalid beta parameter: 1.0"),
+        (MEAZO, {"eps": 0.0}, "Invalid epsilon value: 0.0"),
+    ],
+)
+def test_options_out_of_range(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match=r"MeZO has no option horizon, expected .*linear_over"):
+        MeZO([nn.Parameter(torch.zeros(3))], horizon=3)
+
+
+@pytest.mark.parametrize("s", [-1.0, math.inf, 3, "1"])
+def test_a_damaged_mean_of_squares_is_refused(s):
+    model = Model()
+    optimizer = make("MEAZO", model)
+    state = optimizer.state_dict()
+    state["param_groups"][1]["s"] = s
+    with pytest.raises(ValueError, match=r"group 1 of the state is damaged: s is"):
+        optimizer.load_state_dict(state)
+
+
+# --- the examples ---------------------------------------------------------------------------------
+
+
+def test_the_papers_first_toy_function():
+    """Its lengths to 1e-3 and its last values to the digits that are given.
+
+    With another horizon, or MeZO's steps for AdaMeZO's, the length is further off than that.
+    """
+    toy = toy_functions.TOYS["quartic"]
+    paths = {
+        "Adam": toy_functions.adam(toy),
+        "MeZO": toy_functions.published(toy, "MeZO"),
+        "AdaMeZO": toy_functions.published(toy, "AdaMeZO"),
+    }
+    for method, length, last, digit in (
+        ("Adam", 3.0227, 1.01e-3, 1e-5),
+        ("MeZO", 4.6659, 1.235, 1e-3),
+        ("AdaMeZO", 4.5078, 1.27e-4, 1e-6),
+    ):
+        assert toy_functions.length(paths[method]) == pytest.approx(length, abs=1e-3), method
+        end = toy_functions.value(toy, paths[method][-1])
+        assert end == pytest.approx(last, abs=0.51 * digit), method
+    other = toy_functions.published(toy, "AdaMeZO", horizon=10)
+    assert abs(toy_functions.length(other) - 4.5078) > 1e-2
+
+
+@pytest.mark.parametrize("method", toy_functions.FAMILY)
+def test_the_family_walks_on_the_toy_functions(method):
+    for toy in toy_functions.TOYS.values():
+        path = toy_functions.family(toy._replace(steps=5), method)
+        assert path.shape == (6, 2)
+        assert torch.equal(path[0], torch.tensor(toy.start))
+        assert toy_functions.length(path) > 0
+
+
+def test_the_drawing_of_the_toy_functions(tmp_path):
+    path = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    sides = ("as published", "this package's methods")
+    paths = {(name, side): {"MeZO": path} for name in toy_functions.TOYS for side in sides}
+    toy_functions.draw(paths, tmp_path / "toys.png")
+    assert (tmp_path / "toys.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("method", train_on_accuracy.METHODS)
+def test_training_on_accuracy(method):
+    """On rows of which a plane parts nine in ten, with evaluations enough for a few dozen steps."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 20, generator=generator)
+    noise = torch.randn(400, generator=generator)
+    rows = train_on_accuracy.Rows(features, features[:, 0] - features[:, 1] + 0.3 * noise > 0)
+    before = train_on_accuracy.accuracy(train_on_accuracy.new_head(20, 0), rows)
+    head = train_on_accuracy.train(method, rows, seed=0, evaluations=300)
+    after = train_on_accuracy.accuracy(head, rows)
+    assert after > before + 0.1
+    assert all(p.grad is None for p in head.parameters())
