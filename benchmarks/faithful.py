@@ -156,6 +156,24 @@ def plot(path: Path, points: Sequence[Point]) -> None:
     plt.close(figure)
 
 
+def plot_lines(path: Path, points: Sequence[Point], whats: Sequence[str]) -> None:
+    """A panel for each of `whats`, a line for each variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(whats), figsize=(10, 4), layout="constrained")
+    for axis, what in zip(axes, whats, strict=True):
+        for variant in dict.fromkeys(point.variant for point in points):
+            colour = COLOURS.get(variant, "#6a9a3a")
+            _band(axis, values(points, variant, what), colour, variant)
+        axis.set(xlabel="step", title=what)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
 def _band(axis: Any, curves: dict[int, dict[int, float]], colour: str, label: str) -> None:
     """The mean over seeds, and a band from the lowest to the highest."""
     if not curves:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import drift, faithful
+from benchmarks import drift, faithful, small_steps
 from benchmarks.horizon import BETAS, HORIZONS
 from benchmarks.kernels import KINDS
 from benchmarks.paper import LENGTHS, METHODS, PUBLISHED, TYPES
@@ -73,6 +73,7 @@ def perturbation_blocks(rows: list[Row]) -> dict[str, str]:
     return {
         **drift.blocks(read_rows(RESULTS / "drift.csv")),
         "faithful": faithful.block(RESULTS / "faithful.csv"),
+        "small-steps": small_steps.block(RESULTS / "small_steps.csv"),
     }
 
 
