@@ -236,6 +236,8 @@ def kinds_block(rows: list[Row]) -> str:
                     ),
                 ]
             )
+    if not body:
+        return "Not measured yet."
     header = ("M elements/s, one thread", "exact", *(k.removeprefix("native, ") for k in KINDS))
     return markdown(header, body)
 
