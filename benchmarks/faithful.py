@@ -191,7 +191,7 @@ def block(path: Path) -> str:
     points = longest(read_points(path))
     if not points:
         return "Not measured yet."
-    header = ("", "seeds", "held-out loss", "accuracy", "loss over float32's", "s a step")
+    header = ("", "seeds", "held-out loss", "accuracy", "loss over float32's")
     head = (
         f"{points[0].steps} steps, lr = {points[0].lr:g}; mean and standard deviation over seeds."
     )
@@ -207,7 +207,7 @@ def longest(points: Sequence[Point]) -> list[Point]:
 
 def table(points: Sequence[Point]) -> list[list[str]]:
     """variant, seeds, held-out loss and accuracy at the end (mean and standard deviation), the mean
-    distance of the loss from float32's with the same seed, seconds a step."""
+    distance of the loss from float32's with the same seed."""
     body = []
     reference = values(points, "float32", HELD_OUT)
     for variant in VARIANTS:
@@ -216,7 +216,6 @@ def table(points: Sequence[Point]) -> list[list[str]]:
             continue
         accuracies = [c[max(c)] for c in values(points, variant, ACCURACY).values()]
         pairs = [v - reference[s][max(reference[s])] for s, v in losses.items() if s in reference]
-        seconds = statistics.median(p.seconds_per_step for p in points if p.variant == variant)
         body.append(
             [
                 variant,
@@ -224,7 +223,6 @@ def table(points: Sequence[Point]) -> list[list[str]]:
                 _spread(list(losses.values())),
                 _spread(accuracies),
                 _spread(pairs) if pairs and variant != "float32" else "",
-                f"{seconds:.2f}",
             ]
         )
     return body
