@@ -487,6 +487,8 @@ def measure_peaks(job: Job, methods: Iterable[Method], where: dict[str, object])
         wanted = json.dumps({"job": asdict(job), "method": asdict(method)})
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.step", "--peak", wanted],
+            # Of memory in use: glibc would keep up to hundreds of MiB of what was freed, or not.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
             capture_output=True,
             text=True,
         )
