@@ -181,8 +181,9 @@ class Plan:
         plan.segments = tuple(segments)
         return plan
 
-    @property
+    @cached_property
     def in_place(self) -> bool:
+        """Whether what is read is what is written: all but the plans of :meth:`into`."""
         return all(segment.source is segment.tensor for segment in self.segments)
 
     def __iter__(self) -> Iterator[Segment]:

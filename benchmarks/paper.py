@@ -8,7 +8,7 @@ Here both are measured on a model of OPT-1.3B's shapes with random weights, in b
 with 16 sequences of 64 and of 256 tokens; `benchmarks.step` has the same for the CPU's main job.
 Needs a CUDA device. Writes benchmarks/results/paper_gpu.csv and draws paper.png.
 
-    python -m benchmarks.paper --model OPT-tiny --device cpu --output /tmp/tiny.csv
+    python -m benchmarks.paper --model OPT-tiny --device cpu --output tiny.csv
 
 runs all of it on a toy model without a GPU: only the device differs.
 """

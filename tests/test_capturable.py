@@ -80,7 +80,7 @@ def history(optimizer: AdaMeZO) -> list[dict]:
 class ReadBacks(TorchDispatchMode):
     """Counts what makes a program wait for the numbers of a device."""
 
-    waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_to_copy_to_host")
+    waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,10 +216,9 @@ def test_what_cannot_be_captured_is_refused():
     with pytest.raises(ValueError, match="warmup_lr=0.1 with capturable=True"):
         AdaMeZO(model.parameters(), warmup_lr=0.1, capturable=True)
     optimizer = make(model, True)
-    before = bits(model)
     with pytest.raises(TypeError, match="needs the loss as a tensor on cpu, got float"):
         optimizer.step(lambda: 1.0)
-    assert same(before, bits(model)) or optimizer.param_groups[0]["steps"] == 0
+    assert [group["directions"] for group in history(optimizer)] == [[], []]
     optimizer.recorder = print
     with pytest.raises(RuntimeError, match="recorder"):
         optimizer.step(closure_of(model))

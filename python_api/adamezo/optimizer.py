@@ -745,6 +745,9 @@ def _forked_generators() -> Iterator[None]:
         for kind in ("cuda", "xpu"):
             module = torch.get_device_module(kind)
             if module.is_initialized():
+                # In a capture torch refuses to tell a generator's state (docs/adamezo.md).
+                if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+                    continue
                 devices = range(module.device_count())
                 stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
         yield
