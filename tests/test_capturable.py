@@ -205,6 +205,7 @@ def test_an_option_that_changes_takes_effect():
             if t == 3:
                 optimizer.param_groups[0]["betas"] = (0.5, 0.8)
                 optimizer.param_groups[1]["weight_decay"] = 0.5
+                optimizer.param_groups[1]["horizon"] = 2
             optimizer.step(closure_of(model))
         ends.append((bits(model), history(optimizer)))
     assert same(ends[0][0], ends[1][0])

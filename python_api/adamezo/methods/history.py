@@ -77,13 +77,13 @@ class ResidentHistory:
             return torch.tensor(values, dtype=dtype, device=device)
 
         def filled(values: Sequence[float]) -> list[float]:
-            return [*values, *[0] * (horizon - len(values))]
+            return [*values, *[0] * horizon][:horizon]
 
         self.terms = Terms(key, horizon=terms, with_second=betas[1] != 0, device=device)
         self._group = group
         self._projected_grads = tensor(filled(group["projected_grads"]))
         self._counters = tensor(filled(group["directions"]), torch.int64)
-        self._count = tensor(len(group["directions"]), torch.int64)
+        self._count = tensor(min(len(group["directions"]), horizon), torch.int64)
         self._steps = tensor(group["steps"], torch.int64)
         # By the number of directions there are, and by age.
         scales = [_scales(count, betas, group["normalization"]) for count in range(1, terms + 1)]
