@@ -6,11 +6,12 @@ This package turns tensors into kernel calls. It knows no optimizer: see :mod:`a
 from .ops import moments, perturb_, sample_, update_, update_terms_
 from .plan import Plan, Segment, Shard
 from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState
-from .terms import Direction, Terms
+from .terms import RULES, Direction, Terms
 
 __all__ = [
     "DISTRIBUTIONS",
     "ROUNDINGS",
+    "RULES",
     "STREAM_VERSION",
     "Direction",
     "PhiloxState",

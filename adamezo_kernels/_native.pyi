@@ -17,6 +17,8 @@ class Call:
         words: int,
         horizon: int,
         with_second: bool,
+        rule: int,
+        buffer_type: int,
         scale: float,
         eps: float,
         rounding: int,

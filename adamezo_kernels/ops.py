@@ -17,7 +17,7 @@ from torch import Tensor
 from .backends import choose
 from .plan import Plan
 from .stream import DISTRIBUTIONS, ROUNDINGS, PhiloxState, check_state
-from .terms import Direction, Terms
+from .terms import RULES, Direction, Terms
 
 _FLOAT32_MAX = 3.4028234663852886e38
 _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
@@ -64,7 +64,8 @@ def perturb_(
     Args:
         plan: the weights. If it is made by :meth:`Plan.into`, theta is read from one place and
             written to another.
-        state: the direction z; of Terms, the first one.
+        state: the direction z; of Terms, the first one. Where their rule bends directions it is
+            what that displaces along, and the plan has the rule's buffers.
         scale: a finite number; in zeroth-order steps ``zo_eps``, ``-2 zo_eps`` and so on.
         rounding: of the store; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
@@ -73,7 +74,11 @@ def perturb_(
     _check_stream(plan, terms, distribution)
     _check_rounding(rounding)
     scale = _number("scale", scale)
-    _run("perturb", plan, terms.newest, distribution, backend, scale=scale, rounding=rounding)
+    if RULES[terms.rule].bends:
+        _check_buffers(plan, terms)
+    else:
+        terms = terms.newest
+    _run("perturb", plan, terms, distribution, backend, scale=scale, rounding=rounding)
 
 
 def update_(
@@ -140,11 +145,17 @@ def update_terms_(
 ) -> None:
     """:func:`update_` with its directions, coefficients and step size out of ``terms``.
 
+    With a rule other than "moments" its formula (csrc/adamezo/buffered.h) takes the place of S1 and
+    S2: in the same pass the displacement is restored, the plan's buffers are brought up to date
+    and the weights make the rule's step. Buffers of 16 bits are rounded as ``rounding`` says, with
+    words of their own.
+
     What is in ``terms`` is not checked: where it is on a GPU, that would wait for the device.
     """
     _check_stream(plan, terms, distribution)
     _check_in_place(plan)
     _check_rounding(rounding)
+    _check_buffers(plan, terms)
     eps = _number("eps", eps)
     if terms.with_second and eps <= _FLOAT32_HALF_MIN:
         raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
@@ -203,6 +214,15 @@ def _run(
 def _check_rounding(rounding: str) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+
+
+def _check_buffers(plan: Plan, terms: Terms) -> None:
+    expected = RULES[terms.rule].buffers
+    if len(plan) and plan.buffers < expected:
+        raise ValueError(
+            f"the rule {terms.rule!r} keeps {expected} number(s) for each weight, the plan has "
+            f"{plan.buffers}: pass `plan.with_buffers(...)`"
+        )
 
 
 def _check_in_place(plan: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -16,6 +17,9 @@ ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights. Their place here is their number in csrc/adamezo/rounding.h."""
 
 MAX_PARAMETERS = 2**24
+MOST_BUFFERS = 2
+"""Of a weight: kMostBuffers of csrc/adamezo/buffered.h."""
+
 _MAX_INDEX = 2**63
 
 
@@ -58,6 +62,8 @@ class Segment:
     """Where the elements are read: the tensor itself, or another one (:meth:`Plan.into`)."""
     source_stride: int
     """Elements in memory from one row of the source to the next."""
+    buffers: tuple[Tensor, ...] = ()
+    """What a rule keeps for each element (:meth:`Plan.with_buffers`)."""
 
     @property
     def elements(self) -> int:
@@ -82,6 +88,12 @@ class Launch:
         return sum(segment.elements for segment in self.segments)
 
     @cached_property
+    def buffer_dtype(self) -> torch.dtype:
+        """Of all buffers; float32 where there are none."""
+        kept = [buffer.dtype for segment in self.segments for buffer in segment.buffers]
+        return kept[0] if kept else torch.float32
+
+    @cached_property
     def last_index(self) -> int:
         """The largest index of an element in its whole parameter."""
         return max(segment.last_index for segment in self.segments)
@@ -93,15 +105,17 @@ class Launch:
 
     @cached_property
     def table(self) -> Tensor:
-        """int64 of shape (segments, 10), on the host: the columns of csrc/adamezo/segment.h."""
+        """int64 of shape (segments, 12), on the host: the columns of csrc/adamezo/segment.h."""
         rows, first = [], 0
         for s in self.segments:
             addresses = (s.tensor.data_ptr(), s.source.data_ptr())
             layout = (s.rows, s.row_length, s.row_stride, s.source_stride)
             index = (s.index_offset, s.index_stride, s.parameter)
-            rows.append((*addresses, *layout, *index, first))
+            buffers = [buffer.data_ptr() for buffer in s.buffers]
+            buffers += [0] * (MOST_BUFFERS - len(buffers))
+            rows.append((*addresses, *layout, *index, *buffers, first))
             first += s.elements
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 10)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 10 + MOST_BUFFERS)
 
 
 class Plan:
@@ -176,10 +190,59 @@ class Plan:
                 expected, got = getattr(source.tensor, what), getattr(target.tensor, what)
                 if got != expected:
                     raise ValueError(f"{name}: expected {what} {expected} to write to, got {got}")
-            segments.append(replace(target, source=source.tensor, source_stride=source.row_stride))
+            segments.append(
+                replace(
+                    target,
+                    source=source.tensor,
+                    source_stride=source.row_stride,
+                    buffers=source.buffers,
+                )
+            )
         _check_disjoint((*self.segments, *plan.segments), [*self.names, *self.names])
         plan.segments = tuple(segments)
         return plan
+
+    def with_buffers(self, buffers: Sequence[Sequence[Tensor]]) -> Plan:
+        """The same weights with what a rule of :data:`adamezo_kernels.RULES` keeps for each.
+
+        Args:
+            buffers: for each tensor of the plan as many as the rule has, contiguous and of its
+                shape and device; float32, bfloat16 or float16, all of one type.
+        """
+        if len(buffers) != len(self.segments):
+            raise ValueError(f"got buffers for {len(buffers)} of {len(self.segments)} tensors")
+        pairs = list(zip(self.segments, self.names, buffers, strict=True))
+        dtypes = {buffer.dtype for kept in buffers for buffer in kept}
+        counts = {len(kept) for kept in buffers}
+        if len(dtypes) > 1 or len(counts) > 1 or max(counts, default=0) > MOST_BUFFERS:
+            raise ValueError(
+                f"expected the same number of buffers for each tensor, {MOST_BUFFERS} at most, and "
+                f"of one type; got {sorted(counts)} of {', '.join(sorted(map(str, dtypes)))}"
+            )
+        for segment, name, kept in pairs:
+            for i, buffer in enumerate(kept):
+                expected = segment.tensor.shape, segment.tensor.device, True
+                got = buffer.shape, buffer.device, buffer.is_contiguous()
+                if got != expected:
+                    raise ValueError(
+                        f"buffer {i} of {name} has shape {tuple(got[0])} on {got[1]}"
+                        f"{'' if got[2] else ', not contiguous'}; expected a contiguous one of "
+                        f"shape {tuple(expected[0])} on {expected[1]}"
+                    )
+        flat = [buffer for kept in buffers for buffer in kept]
+        names = [f"buffer {i} of {name}" for _, name, kept in pairs for i in range(len(kept))]
+        kept_segments = Plan(flat, parameters=[0] * len(flat), names=names).segments
+        _check_disjoint((*self.segments, *kept_segments), [*self.names, *names])
+        plan = copy(self)
+        plan.segments = tuple(replace(s, buffers=tuple(kept)) for s, _, kept in pairs)
+        for cached in ("in_place", "launches"):
+            vars(plan).pop(cached, None)
+        return plan
+
+    @property
+    def buffers(self) -> int:
+        """How many each weight has."""
+        return len(self.segments[0].buffers) if self.segments else 0
 
     @cached_property
     def in_place(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,40 @@ from .stream import PhiloxState, check_state
 
 OPERATIONS = ("sample", "perturb", "update", "moment")
 """What a backend does with terms. Their place here is their number in csrc/adamezo/job.h."""
+
+
+class Rule(NamedTuple):
+    """What a displacement and an update make of directions and of what is kept for each weight."""
+
+    directions: int
+    buffers: int
+    numbers: tuple[str, ...]
+    """The step's own numbers, in the order of `Terms.numbers`."""
+    bends: bool = False
+    """Whether weights are displaced along something else than z."""
+
+
+RULES = {
+    "moments": Rule(0, 0, ()),  # as many directions as one likes
+    "adam": Rule(
+        1, 2, ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2")
+    ),
+    "hizoo": Rule(1, 1, ("-alpha", "alpha curvature", "p"), bends=True),
+    "helene": Rule(
+        1, 2, ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip")
+    ),
+    "adamu": Rule(
+        2,
+        1,
+        ("sqrt(alpha)", "sqrt(1 - alpha)", "beta1", "1 - beta1", "beta2", "1 - beta2", "p"),
+        bends=True,
+    ),
+}
+"""By name; "moments" is the sums of `update_`, the others are formulas of csrc/adamezo/buffered.h.
+Their place here is their number there."""
+
+RULE_NUMBERS = 8
+"""Room for them: kRuleNumbers."""
 
 _LEAST_NORMAL = 2.0**-126
 
@@ -24,6 +59,8 @@ class Terms:
 
         words = [counter of z_k] * H, [first_k] * H, [second_k] * H, -lr, 1 - lr * weight_decay
 
+    and with a rule other than "moments" its numbers behind, RULE_NUMBERS of them.
+
     Counters are the 32 bits of an unsigned integer, all others those of a float32. The tensor is on
     the host, and is copied for each call that runs elsewhere; or on the weights' device, where a
     kernel reads it when it runs and not when it is queued. So a step that was captured in a CUDA
@@ -33,6 +70,7 @@ class Terms:
         key, offset: see :class:`PhiloxState`; the same for all directions.
         horizon: how many directions.
         with_second: whether there are coefficients for S2; else v = 1.
+        rule: one of RULES; it decides the horizon if it is not "moments".
         device: where the words are; zeros at first.
     """
 
@@ -43,14 +81,24 @@ class Terms:
         horizon: int = 1,
         *,
         with_second: bool = False,
+        rule: str = "moments",
         device: torch.device | str = "cpu",
     ) -> None:
         check_state(PhiloxState(key, 0, offset))
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if rule != "moments" and (horizon != RULES[rule].directions or with_second):
+            raise ValueError(
+                f"the rule {rule!r} has {RULES[rule].directions} direction(s) and no second "
+                f"coefficients, got {horizon} direction(s)"
+            )
+        self.rule = rule
         self.key = key
         self.offset = offset
         self.horizon = horizon
         self.with_second = with_second
-        self.words = torch.zeros(3 * horizon + 2, dtype=torch.int32, device=device)
+        length = 3 * horizon + 2 + (0 if rule == "moments" else RULE_NUMBERS)
+        self.words = torch.zeros(length, dtype=torch.int32, device=device)
 
     @classmethod
     def of(
@@ -61,14 +109,24 @@ class Terms:
         *,
         minus_lr: float = 0.0,
         decay: float = 1.0,
+        rule: str = "moments",
+        numbers: Sequence[float] = (),
     ) -> Terms:
-        """Numbers on the host, rounded to float32 here and once."""
+        """Numbers on the host, rounded to float32 here and once. Those of a rule may be the first
+        few: the rest are zeros."""
         horizon = len(states)
         for state in states:
             check_state(state)
-        terms = cls(states[0].key, states[0].offset, horizon, with_second=second is not None)
+        key, offset = states[0].key, states[0].offset
+        terms = cls(key, offset, horizon, with_second=second is not None, rule=rule)
+        if len(numbers) > len(RULES[rule].numbers):
+            raise ValueError(
+                f"got {len(numbers)} numbers for the rule {rule!r}, which has "
+                f"{len(RULES[rule].numbers)}: {', '.join(RULES[rule].numbers)}"
+            )
         zeros = [0.0] * horizon
-        numbers = [*(first or zeros), *(second or zeros), minus_lr, decay]
+        own = [*numbers, *[0.0] * (terms.words.numel() - 3 * horizon - 2 - len(numbers))]
+        numbers = [*(first or zeros), *(second or zeros), minus_lr, decay, *own]
         counters = [state.counter for state in states]
         packed = struct.pack(f"={horizon}I{len(numbers)}f", *counters, *numbers)
         terms.words = torch.frombuffer(bytearray(packed), dtype=torch.int32)
@@ -95,12 +153,17 @@ class Terms:
     @cached_property
     def step(self) -> Tensor:
         """float32 of shape (2,): -lr and 1 - lr * weight_decay."""
-        return self.words[3 * self.horizon :].view(torch.float32)
+        return self.words[3 * self.horizon : 3 * self.horizon + 2].view(torch.float32)
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """float32 of shape (RULE_NUMBERS,): the rule's own; none with "moments"."""
+        return self.words[3 * self.horizon + 2 :].view(torch.float32)
 
     @cached_property
     def newest(self) -> Terms:
         """The first direction alone, from the same words."""
-        if self.horizon == 1 and not self.with_second:
+        if self.horizon == 1 and not self.with_second and self.rule == "moments":
             return self
         terms = Terms(self.key, self.offset)
         terms.words = self.words
@@ -115,7 +178,8 @@ class Terms:
 
 
 Direction = PhiloxState | Terms
-"""z: by its place in the stream, or as the first of some terms, read when a kernel runs."""
+"""z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms with
+a rule that bends: what it displaces along."""
 
 
 def _subnormal_bits(number: float) -> int:

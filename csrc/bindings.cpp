@@ -19,9 +19,9 @@ namespace {
 
 PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 
-// An operation over a table of segments. The table (rows of ten int64, as in adamezo/segment.h) and
-// the words of adamezo_kernels/terms.py are where the kernels run: in the host's memory, or in a
-// device's.
+// An operation over a table of segments. The table (rows of twelve int64, as in adamezo/segment.h)
+// and the words of adamezo_kernels/terms.py are where the kernels run: in the host's memory, or in
+// a device's.
 struct Call {
   Operation operation;
   Distribution distribution;
@@ -30,7 +30,8 @@ struct Call {
 
 Call make_call(int operation, int distribution, uint64_t table, int64_t segments, int64_t elements,
                int type, uint64_t seed, uint64_t offset, uint64_t words, int64_t horizon,
-               bool with_second, double scale, double eps, int rounding) {
+               bool with_second, int rule, int buffer_type, double scale, double eps,
+               int rounding) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
   const DefaultFloatingPoint guard;
@@ -46,6 +47,9 @@ Call make_call(int operation, int distribution, uint64_t table, int64_t segments
   job.first = reinterpret_cast<const float*>(job.directions + horizon);
   job.second = with_second ? job.first + horizon : nullptr;
   job.step = job.first + 2 * horizon;
+  job.rule = Rule(rule);
+  job.buffer_type = ElementType(buffer_type);
+  job.numbers = job.rule == Rule::kMoments ? nullptr : job.step + 2;
   job.scale = float(scale);
   job.eps = float(eps);
   job.rounding = Rounding(rounding);
@@ -84,11 +88,12 @@ PYBIND11_MODULE(_native, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   const auto call = py::arg("call");
-  py::class_<Call>(m, "Call").def(
-      py::init(&make_call), py::kw_only(), py::arg("operation"), py::arg("distribution"),
-      py::arg("table"), py::arg("segments"), py::arg("elements"), py::arg("type"), py::arg("seed"),
-      py::arg("offset"), py::arg("words"), py::arg("horizon"), py::arg("with_second"),
-      py::arg("scale"), py::arg("eps"), py::arg("rounding"));
+  py::class_<Call>(m, "Call").def(py::init(&make_call), py::kw_only(), py::arg("operation"),
+                                  py::arg("distribution"), py::arg("table"), py::arg("segments"),
+                                  py::arg("elements"), py::arg("type"), py::arg("seed"),
+                                  py::arg("offset"), py::arg("words"), py::arg("horizon"),
+                                  py::arg("with_second"), py::arg("rule"), py::arg("buffer_type"),
+                                  py::arg("scale"), py::arg("eps"), py::arg("rounding"));
   m.def(
       "run",
       [](const Call& call, const std::string& isa, int threads) {

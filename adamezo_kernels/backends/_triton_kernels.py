@@ -374,7 +374,7 @@ def run(
     """One window.
 
     Args:
-        table: int64 [segments, 10], the columns of csrc/adamezo/segment.h, but the last: the number
+        table: int64 [segments, 12], the columns of csrc/adamezo/segment.h, but the last: the number
             of windows of all segments before this one.
         words: those of adamezo_kernels.terms.Terms.
         offset: added to every element index.
@@ -391,16 +391,16 @@ def run(
     behind = segments
     while behind - segment > 1:
         middle = (segment + behind) // 2
-        before = tl.load(table + middle * 10 + 9) <= program
+        before = tl.load(table + middle * 12 + 11) <= program
         segment = tl.where(before, middle, segment)
         behind = tl.where(before, behind, middle)
-    table += segment * 10
+    table += segment * 12
     address = tl.load(table)
     source = tl.load(table + 1)
     row_length = tl.load(table + 3)
     index = tl.load(table + 6) + offset
     parameter = tl.load(table + 8).to(tl.uint32)
-    window = program - tl.load(table + 9)
+    window = program - tl.load(table + 11)
 
     # Every row has as many windows as its length could take at the worst alignment.
     SIZE: tl.constexpr = 4 if TYPE == "float32" else 2

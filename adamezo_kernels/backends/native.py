@@ -13,7 +13,7 @@ from torch import Tensor  # before _native: both then share torch's OpenMP runti
 from ..plan import ELEMENT_TYPES, Launch, Plan
 from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
 from ..stream import ROUNDINGS
-from ..terms import OPERATIONS, Terms
+from ..terms import OPERATIONS, RULES, Terms
 
 try:
     from .. import _native
@@ -118,6 +118,8 @@ def call(
         words=words.data_ptr(),
         horizon=terms.horizon,
         with_second=terms.with_second,
+        rule=list(RULES).index(terms.rule),
+        buffer_type=ELEMENT_TYPES.index(launch.buffer_dtype),
         scale=scale,
         eps=eps,
         rounding=ROUNDINGS.index(rounding),
@@ -152,5 +154,6 @@ def run(
 
 def mark_written(launch: Launch) -> None:
     """Lets autograd know of what was written behind its back."""
-    written = [s.tensor for s in launch.segments if not s.tensor.is_inference()]
+    tensors = [t for s in launch.segments for t in (s.tensor, *s.buffers)]
+    written = [t for t in tensors if not t.is_inference()]
     torch.autograd.graph.increment_version(written)

@@ -35,6 +35,7 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PURPOSE_DIRECTION = 0
 PURPOSE_ROUNDING = 1
+PURPOSE_BUFFER = 2  # and the next, of the second buffer
 
 _WORD = 0xFFFFFFFF
 
@@ -305,12 +306,13 @@ def rounding_words(
     direction: int,
     parameter: int,
     device: torch.device | str = "cpu",
+    purpose: int = PURPOSE_ROUNDING,
 ) -> Tensor:
     """The random words of stochastic stores, with the arguments of :func:`exact_direction`: one for
     each element, the same for every distribution."""
     return _from_calls(
         lambda x: x,
-        PURPOSE_ROUNDING,
+        purpose,
         index_offset,
         index_stride,
         rows,
@@ -386,8 +388,9 @@ def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Te
 # --- operations -------------------------------------------------------------------------------
 
 
-Piece = tuple[tuple[slice, slice], Tensor]
-"""A rectangle of a segment, and float32 values for it before they are rounded."""
+Piece = tuple[tuple[slice, slice], Sequence[Tensor]]
+"""A rectangle of a segment, and float32 values for it before they are rounded: the weights, and
+where a rule keeps something for each, its buffers."""
 
 
 def _chunks(segment: Segment) -> Iterator[tuple[slice, slice]]:
@@ -427,6 +430,7 @@ def _elements(
     segment: Segment,
     state: PhiloxState,
     chunk: tuple[slice, slice],
+    **more: Any,
 ) -> Tensor:
     rows, columns = chunk
     return of(
@@ -438,6 +442,7 @@ def _elements(
         direction=state.counter,
         parameter=segment.parameter,
         device=segment.tensor.device,
+        **more,
     )
 
 
@@ -503,20 +508,95 @@ def apply_update(
     return fma(-to_float32(lr), step, t * to_float32(decay))
 
 
+# Rules that keep something for each weight: csrc/adamezo/buffered.h has their formulas. z and kept
+# are lists of float32 tensors, n the step's own numbers; a rule gives its step and the new `kept`.
+
+Kept = Sequence[Tensor]
+
+
+def _adam(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
+    m = fma(n[1], z[0], n[0] * kept[0])
+    v = fma(n[3], z[0] * z[0], n[2] * kept[1])
+    return _divide(n[4] * m, _sqrt(n[5] * v) + eps), (m, v)
+
+
+def _hizoo(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
+    change = fma(n[1], z[0] * z[0], n[0])
+    curvature = fma(kept[0], change, kept[0])
+    return _divide(n[2] * z[0], _sqrt(curvature)), (curvature,)
+
+
+def _helene(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
+    m = fma(n[1], z[0], n[0] * kept[0])
+    h = fma(n[3], z[0] * z[0], n[2] * kept[1])
+    clipped = torch.where(h > n[5], h, n[5])
+    return _divide(m, n[4] * clipped + eps), (m, h)
+
+
+def _adamu_parts(z: Kept, kept: Kept, n: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    fresh = n[0] * z[0]
+    moving = fma(n[1], z[1], kept[0])
+    return fresh, moving, fma(n[2], fresh, n[3] * moving)
+
+
+def _adamu(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
+    fresh, moving, both = _adamu_parts(z, kept, n)
+    v = fma(n[4], fresh * fresh, n[5] * (moving * moving))
+    return _divide(n[6] * both, _sqrt(v + eps)), (both,)
+
+
+_STEPS = {"adam": _adam, "hizoo": _hizoo, "helene": _helene, "adamu": _adamu}
+
+
+def displaced_along(rule: str, z: Kept, kept: Kept, n: Sequence[float]) -> Tensor:
+    """What a rule displaces along: z_0, where it does not bend it."""
+    if rule == "hizoo":
+        return _divide(z[0], _sqrt(kept[0]))
+    return _adamu_parts(z, kept, n)[2] if rule == "adamu" else z[0]
+
+
+def apply_rule(
+    rule: str,
+    theta: Tensor,
+    z: Kept,
+    kept: Kept,
+    n: Sequence[float],
+    *,
+    lr: float,
+    eps: float,
+    decay: float,
+    restore: float,
+) -> tuple[Tensor, ...]:
+    """The updated weights and buffers in float32, before they are rounded to their types."""
+    t = theta.float()
+    if to_float32(restore) != 0:
+        t = fma(to_float32(restore), displaced_along(rule, z, kept, n), t)
+    step, after = _STEPS[rule](z, kept, n, to_float32(eps))
+    return fma(-to_float32(lr), step, t * to_float32(decay)), *after
+
+
+def _buffers(segment: Segment) -> list[Tensor]:
+    return [buffer.detach().view(segment.rows, segment.row_length) for buffer in segment.buffers]
+
+
+def _kept(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
+    return [buffer[chunk].float() for buffer in _buffers(segment)]
+
+
 def _sample(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
     (state,) = terms.states()
     for chunk in _chunks(segment):
-        yield chunk, _direction(segment, state, chunk, distribution)
+        yield chunk, (_direction(segment, state, chunk, distribution),)
 
 
 def _perturb(
     segment: Segment, terms: Terms, distribution: str, scale: float, **_: Any
 ) -> Iterator[Piece]:
-    (state,) = terms.states()
     source = _source(segment)
     for chunk in _chunks(segment):
-        z = _direction(segment, state, chunk, distribution)
-        yield chunk, apply_perturbation(source[chunk], z, scale)
+        z = [_direction(segment, state, chunk, distribution) for state in terms.states()]
+        along = displaced_along(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
+        yield chunk, (apply_perturbation(source[chunk], along, scale),)
 
 
 def _update(
@@ -526,21 +606,17 @@ def _update(
     second = terms.second.tolist() if terms.with_second else None
     minus_lr, decay = terms.step.tolist()
     weights = _matrix(segment)
+    numbers: dict[str, float] = dict(lr=-minus_lr, eps=eps, decay=decay, restore=scale)
     for chunk in _chunks(segment):
         directions = (_direction(segment, state, chunk, distribution) for state in states)
-        yield (
-            chunk,
-            apply_update(
-                weights[chunk],
-                directions,
-                first,
-                second,
-                lr=-minus_lr,
-                eps=eps,
-                decay=decay,
-                restore=scale,
-            ),
-        )
+        if terms.rule == "moments":
+            yield chunk, (apply_update(weights[chunk], directions, first, second, **numbers),)
+        else:
+            kept, own = _kept(segment, chunk), terms.numbers.tolist()
+            yield (
+                chunk,
+                apply_rule(terms.rule, weights[chunk], list(directions), kept, own, **numbers),
+            )
 
 
 def _moment(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
@@ -549,7 +625,7 @@ def _moment(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iter
     for chunk in _chunks(segment):
         directions = (_direction(segment, state, chunk, distribution) for state in states)
         s1, s2 = sum_moments(directions, first, second)
-        yield chunk, s1 if s2 is None else s2
+        yield chunk, (s1 if s2 is None else s2,)
 
 
 _OPERATIONS: dict[str, Callable[..., Iterator[Piece]]] = dict(
@@ -569,10 +645,14 @@ def run(
     rounding: str = "nearest",
 ) -> None:
     for segment in segments:
-        out = _matrix(segment)
+        outs = [_matrix(segment), *_buffers(segment)]
         pieces = _OPERATIONS[operation](segment, terms, distribution, scale=scale, eps=eps)
-        for chunk, value in pieces:
-            if rounding == "stochastic" and out.dtype != torch.float32:
-                words = _elements(rounding_words, segment, terms.states()[0], chunk)
-                value = round_stochastically(value, words, out.dtype)
-            out[chunk].copy_(value)
+        for chunk, values in pieces:
+            for purpose, (out, value) in enumerate(
+                zip(outs, values, strict=False), PURPOSE_ROUNDING
+            ):
+                if rounding == "stochastic" and out.dtype != torch.float32:
+                    newest = terms.states()[0]
+                    words = _elements(rounding_words, segment, newest, chunk, purpose=purpose)
+                    value = round_stochastically(value, words, out.dtype)
+                out[chunk].copy_(value)

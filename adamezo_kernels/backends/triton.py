@@ -57,7 +57,7 @@ MOST_PROGRAMS = 2**23
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FIRST = 9  # the last column of the table
+_FIRST = 11  # the last column of the table
 
 
 # --- whether it can run ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // One operation over a table of segments: what every kernel is given, on a CPU or a GPU.
 #pragma once
 
+#include "adamezo/buffered.h"
 #include "adamezo/philox.h"
 #include "adamezo/rounding.h"
 #include "adamezo/segment.h"
@@ -31,8 +32,14 @@ struct Job {
   float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
   float eps;
 
+  // What perturb and update do with the directions: sum them up, or a rule of buffered.h.
+  Rule rule;
+  ElementType buffer_type;  // of what that rule keeps
+  const float* numbers;     // [kRuleNumbers], its own; null without one
+
   // Of perturb's and update's stores to 16 bits. Element i takes word i % 4 of the call of block
-  // i / 4, counted by directions[0], for Purpose::kRounding, whatever the distribution.
+  // i / 4, counted by directions[0], for Purpose::kRounding, whatever the distribution. Buffers of
+  // 16 bits are rounded alike, with words of their own.
   Rounding rounding;
 };
 

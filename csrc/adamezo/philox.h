@@ -26,7 +26,8 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // What a call's words are used for: the top byte of the last counter word.
-enum class Purpose : uint32_t { kDirection = 0, kRounding = 1 };
+// Roundings of the numbers kept for each weight (buffered.h) have two, one for each buffer.
+enum class Purpose : uint32_t { kDirection = 0, kRounding = 1, kBuffer = 2 };
 
 struct PhiloxKey {
   uint32_t lo, hi;

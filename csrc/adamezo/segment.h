@@ -6,7 +6,7 @@
 
 namespace adamezo {
 
-// Ten 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
+// Twelve 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
 struct Segment {
   uint64_t address;       // of the first element
   uint64_t source;        // of the first element that is read: `address` where in place
@@ -17,9 +17,10 @@ struct Segment {
   int64_t index_offset;   // index of the first element in the whole (unsharded) parameter
   int64_t index_stride;   // index distance from one row to the next
   int64_t parameter;      // 24-bit index of the parameter
+  uint64_t buffers[2];    // of the first element of each buffer, in row-major order (buffered.h)
   int64_t first;          // elements of all segments before this one
 };
-static_assert(sizeof(Segment) == 80, "the Python side writes ten int64 columns");
+static_assert(sizeof(Segment) == 96, "the Python side writes twelve int64 columns");
 
 // Consecutive elements of one segment: consecutive in memory and in the parameter.
 struct Run {

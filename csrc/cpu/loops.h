@@ -1,293 +1,20 @@
-// The CPU kernels, written once over lanes. Everything here has internal linkage: each instruction
-// set compiles a copy of its own, which no other file can be linked to by accident.
+// The CPU kernels, written once over lanes: each operation is a loop over groups of weights.
 #pragma once
 
-#include "adamezo/normal.h"
-#include "adamezo/philox.h"
-#include "adamezo/rademacher.h"
-#include "adamezo/rule.h"
-#include "cpu/kernels.h"
+#include "cpu/directions.h"
 
 namespace adamezo {
 namespace {
-
-template <class L>
-constexpr int kGroup = 4 * L::kWidth;  // elements that a set of lanes works on at once
-
-// Consecutive elements, all under the same high block words.
-template <class T>
-struct Span {
-  const T* from;  // where they are read; `to` where in place
-  T* to;
-  uint64_t index;
-  int64_t count;
-  uint32_t parameter;
-  PhiloxStream rounding;
-};
-
-// The kGroup<L> elements of a group in memory order.
-template <class T>
-struct Group {
-  const T* from;
-  T* to;
-  uint64_t block;  // the first one, where a block is four elements
-};
-
-// A span's elements as groups: calls visit(group). Groups are aligned in the parameter, not in
-// memory, so that none straddles two high block words. A group that is only partly in the span is
-// staged: its elements see the same arithmetic as all others.
-template <class L, class T, class Visit>
-ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
-  constexpr int kSize = kGroup<L>;
-  uint64_t block = span.index / kSize * L::kWidth;
-  // `first` is where the group begins, counted from the span's first element.
-  for (int64_t first = -int64_t(span.index % kSize); first < span.count; first += kSize) {
-    const int64_t low = first < 0 ? 0 : first;
-    const int64_t high = first + kSize < span.count ? first + kSize : span.count;
-    if (high - low == kSize) {
-      visit(Group<T>{span.from + first, span.to + first, block});
-    } else {
-      T staged[kSize] = {};
-      std::memcpy(staged + (low - first), span.from + low, size_t(high - low) * sizeof(T));
-      visit(Group<T>{staged, staged, block});
-      std::memcpy(span.to + low, staged + (low - first), size_t(high - low) * sizeof(T));
-    }
-    block += L::kWidth;
-  }
-}
-
-// A worker's share as spans: calls visit(span). The room's streams are then right for the span's
-// high block word; D is a kind of directions, see below.
-template <class D, class T, class Visit>
-ADAMEZO_HD void for_each_span(const Job& job, const Room& room, int64_t worker, int64_t workers,
-                              Visit visit) {
-  const int64_t share = job.elements / workers, rest = job.elements % workers;
-  const int64_t begin = share * worker + (worker < rest ? worker : rest);
-  const int64_t end = begin + share + (worker < rest ? 1 : 0);
-  // 2^32 blocks of rounding words; the high word of a direction's blocks changes no more often.
-  constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;
-  uint64_t high = ~uint64_t(0);
-  PhiloxStream rounding{};
-  for_each_run(job.segments, job.segment_count, begin, end, [&](const Run& run) {
-    const Segment& segment = job.segments[run.segment];
-    const T* from = reinterpret_cast<const T*>(segment.source) + run.source;
-    T* to = reinterpret_cast<T*>(segment.address) + run.memory;
-    uint64_t index = run.index + job.offset;
-    for (int64_t left = run.count; left > 0;) {
-      if (index / kElementsPerHigh != high) {
-        high = index / kElementsPerHigh;
-        for (int64_t k = 0; k <= job.horizon; ++k)
-          room.streams[k] = philox_stream(job.key, job.directions[k % job.horizon],
-                                          uint32_t(index >> (32 + D::kLogElements)));
-        rounding = philox_stream(job.key, job.directions[0], uint32_t(high));
-      }
-      const uint64_t space = kElementsPerHigh - index % kElementsPerHigh;
-      const int64_t count = uint64_t(left) < space ? left : int64_t(space);
-      visit(Span<T>{from, to, index, count, uint32_t(segment.parameter), rounding});
-      from += count, to += count, index += uint64_t(count), left -= count;
-    }
-  });
-}
-
-template <class L>
-ADAMEZO_HD PhiloxGroup<L> group_for(Purpose purpose, const Job& job, uint64_t first_block,
-                                    uint32_t parameter) {
-  return philox_group<L>(job.key, L::group_blocks(uint32_t(first_block)),
-                         parameter | uint32_t(purpose) << 24);
-}
-
-// A call's words, of every block, in the order of the blocks and of a block's four.
-template <class L>
-ADAMEZO_HD void words_in_order(PhiloxCall<L> call, PhiloxKey key, typename L::I words[4]) {
-  philox_finish<L>(call, key);
-  call_words<L>(call, words);
-  typename L::F carried[4];
-  for (int t = 0; t < 4; ++t) carried[t] = L::from_bits(words[t]);
-  L::natural(carried);
-  for (int t = 0; t < 4; ++t) words[t] = L::bits(carried[t]);
-}
-
-template <class L, bool kStochastic, class T>
-ADAMEZO_HD void store_group(const Job& job, const Span<T>& span, const Group<T>& group,
-                            const typename L::F values[4]) {
-  if constexpr (kStochastic) {
-    typename L::I random[4];
-    const auto blocks = group_for<L>(Purpose::kRounding, job, group.block, span.parameter);
-    words_in_order<L>(philox_begin<L>(blocks, span.rounding), job.key, random);
-    for (int t = 0; t < 4; ++t) L::store(values[t], random[t], group.to + t * L::kWidth);
-  } else {
-    for (int t = 0; t < 4; ++t) L::store(values[t], group.to + t * L::kWidth);
-  }
-}
-
-// A kind of directions D has
-//   kLogElements       2^kLogElements elements share a Philox call
-//   along_direction    one direction over a worker's share: calls use(span, group, z) with z in
-//                      memory order
-//   along_directions   all of them, the newest first: for each group calls newest(group, z) with
-//                      z_0 in memory order, then all(span, group, moments)
-//   natural            from the order of those moments to the order in memory
-
-template <class L>
-struct Exact {
-  static constexpr int kLogElements = 2;
-
-  static ADAMEZO_HD void natural(typename L::F values[4]) { L::natural(values); }
-
-  // From the words of a finished call to its normals, output j of every block in z[j], while `call`
-  // (the next one) goes through its rounds: the two are independent, and either alone is a chain of
-  // dependent operations that keeps few units busy.
-  static ADAMEZO_HD void normals_beside(PhiloxCall<L>& call, PhiloxKey key,
-                                        const typename L::I x[4], typename L::F z[4]) {
-    static_assert(kNormalStages == kPhiloxRounds - kPhiloxFirstRound, "a round for each stage");
-    normals<L>(x, z, [&](int stage) ADAMEZO_INLINE_LAMBDA {
-      philox_round<L>(call, key, kPhiloxFirstRound + stage);
-    });
-  }
-
-  // The next group's words go through their rounds beside each group's normals.
-  template <class T, class Use>
-  static ADAMEZO_HD void along_direction(const Job& job, const Room& room, int64_t worker,
-                                         int64_t workers, Use use) {
-    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
-      const PhiloxStream stream = room.streams[0];
-      const uint32_t parameter = span.parameter;
-      const auto begin = [&](uint64_t block) ADAMEZO_INLINE_LAMBDA {
-        return philox_begin<L>(group_for<L>(Purpose::kDirection, job, block, parameter), stream);
-      };
-      auto call = begin(span.index / kGroup<L> * L::kWidth);
-      philox_finish<L>(call, job.key);
-      for_each_group<L, T>(span, [&](const Group<T>& group) {
-        typename L::I x[4];
-        typename L::F z[4];
-        call_words<L>(call, x);
-        call = begin(group.block + L::kWidth);
-        normals_beside(call, job.key, x, z);
-        L::natural(z);
-        use(span, group, z);
-      });
-    });
-  }
-
-  template <class T, bool kSecond, class Newest, class All>
-  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
-                                          int64_t workers, Newest newest, All all) {
-    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
-      for_each_group<L, T>(span, [&](const Group<T>& group) {
-        const auto blocks = group_for<L>(Purpose::kDirection, job, group.block, span.parameter);
-        auto moments = zero_moments<L>();
-        auto call = philox_begin<L>(blocks, room.streams[0]);
-        philox_finish<L>(call, job.key);
-        typename L::F z[4];
-        const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
-          typename L::I x[4];
-          call_words<L>(call, x);
-          call = philox_begin<L>(blocks, room.streams[k + 1]);  // after the last: unused
-          normals_beside(call, job.key, x, z);
-          accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
-        };
-        add_direction(0);
-        L::natural(z);
-        newest(group, z);
-        for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
-        all(span, group, moments);
-      });
-    });
-  }
-};
-
-// A set of lanes makes kWidth calls at once, which give the signs of a page of 32 groups.
-template <class L>
-struct Rademacher {
-  static constexpr int kLogElements = 7;
-  static_assert(1 << kLogElements == kSignsPerCall, "");
-  static constexpr uint64_t kPageBlocks = kSignsPerCall / 4 * L::kWidth;
-  static constexpr int kPageWords = 4 * L::kWidth;
-  static_assert(kPageWords <= kSignWords, "the room that run() makes");
-
-  static ADAMEZO_HD void natural(typename L::F[4]) {}
-
-  // Writes the words of a page, in the order of its elements, for `count` directions.
-  static ADAMEZO_HD void fill(const Job& job, const Room& room, uint64_t page, uint32_t parameter,
-                              int64_t count) {
-    const auto blocks = group_for<L>(Purpose::kDirection, job, page * L::kWidth, parameter);
-    for (int64_t k = 0; k < count; ++k) {
-      typename L::I words[4];
-      words_in_order<L>(philox_begin<L>(blocks, room.streams[k]), job.key, words);
-      for (int t = 0; t < 4; ++t)
-        L::store_words(words[t], room.signs + k * kPageWords + t * L::kWidth);
-    }
-  }
-
-  // The signs of the group whose first block is `block`, in memory order.
-  static ADAMEZO_HD void signs(const uint32_t* page, uint64_t block, typename L::F z[4]) {
-    for (int t = 0; t < 4; ++t) {
-      const uint32_t at = uint32_t(block % kPageBlocks) * 4 + uint32_t(t * L::kWidth);
-      z[t] = L::flip_signs(L::f(1.0f), page[at / 32] >> (at % 32));
-    }
-  }
-
-  // Calls visit(span, group) for the groups of a worker's share, with the words of the first
-  // `count` directions in the room.
-  template <class T, class Visit>
-  static ADAMEZO_HD void for_each_signed_group(const Job& job, const Room& room, int64_t worker,
-                                               int64_t workers, int64_t count, Visit visit) {
-    for_each_span<Rademacher, T>(job, room, worker, workers, [&](const Span<T>& span) {
-      uint64_t filled = ~uint64_t(0);
-      for_each_group<L, T>(span, [&](const Group<T>& group) {
-        const uint64_t page = group.block / kPageBlocks;
-        if (page != filled) {
-          fill(job, room, page, span.parameter, count);
-          filled = page;
-        }
-        visit(span, group);
-      });
-    });
-  }
-
-  template <class T, class Use>
-  static ADAMEZO_HD void along_direction(const Job& job, const Room& room, int64_t worker,
-                                         int64_t workers, Use use) {
-    for_each_signed_group<T>(job, room, worker, workers, 1,
-                             [&](const Span<T>& span, const Group<T>& group) {
-                               typename L::F z[4];
-                               signs(room.signs, group.block, z);
-                               use(span, group, z);
-                             });
-  }
-
-  template <class T, bool kSecond, class Newest, class All>
-  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
-                                          int64_t workers, Newest newest, All all) {
-    // All z^2 are 1, so that S2 is the same for every element.
-    float s2 = 0.0f;
-    for (int64_t k = 0; kSecond && k < job.horizon; ++k) s2 += job.second[k];
-    for_each_signed_group<T>(job, room, worker, workers, job.horizon,
-                             [&](const Span<T>& span, const Group<T>& group) {
-                               auto moments = zero_moments<L>();
-                               typename L::F z[4];
-                               const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
-                                 signs(room.signs + k * kPageWords, group.block, z);
-                                 accumulate<L, false>(moments, z, job.first[k], 0.0f);
-                               };
-                               add_direction(0);
-                               newest(group, z);
-                               for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
-                               for (int j = 0; j < 4; ++j) moments.s2[j] = L::f(s2);
-                               all(span, group, moments);
-                             });
-  }
-};
 
 // out = z
 template <class L, class D>
 struct Sample {
   template <class T>
   static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
-    D::template along_direction<T>(
+    D::template along_each<T, 1>(
         job, room, worker, workers,
-        [&](const Span<T>& span, const Group<T>& out, const typename L::F z[4]) {
-          store_group<L, false>(job, span, out, z);
+        [&](const Span<T>& span, const Group<T>& out, const typename L::F z[1][4]) {
+          store_group<L, false>(job, span, out, z[0]);
         });
   }
 };
@@ -297,12 +24,12 @@ template <class L, class D, bool kStochastic>
 struct Perturb {
   template <class T>
   static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
-    D::template along_direction<T>(
+    D::template along_each<T, 1>(
         job, room, worker, workers,
-        [&](const Span<T>& span, const Group<T>& theta, const typename L::F z[4]) {
+        [&](const Span<T>& span, const Group<T>& theta, const typename L::F z[1][4]) {
           typename L::F moved[4];
           for (int t = 0; t < 4; ++t)
-            moved[t] = L::fma(L::f(job.scale), z[t], L::load(theta.from + t * L::kWidth));
+            moved[t] = L::fma(L::f(job.scale), z[0][t], L::load(theta.from + t * L::kWidth));
           store_group<L, kStochastic>(job, span, theta, moved);
         });
   }
@@ -355,6 +82,145 @@ struct Moment {
   }
 };
 
+// What a rule keeps for the weights of a group. A span's buffers follow its elements row by row,
+// without the gaps that rows of weights may have.
+template <class L, class R, class T>
+struct Kept {
+  const Job& job;
+  const Span<T>& span;
+  int64_t first, low, high;  // the group's elements are [low, high) of it, behind `first`
+  typename L::F values[R::kBuffers][4];
+
+  ADAMEZO_HD Kept(const Job& job, const Span<T>& span, const Group<T>& group)
+      : job(job),
+        span(span),
+        first(group.first),
+        low(group.first < 0 ? -group.first : 0),
+        high(span.count - group.first < kGroup<L> ? span.count - group.first : kGroup<L>) {
+    for (int i = 0; i < R::kBuffers; ++i)
+      by_buffer_type([&](auto of_type) ADAMEZO_INLINE_LAMBDA {
+        using K = decltype(of_type);
+        const K* from = at<K>(i);
+        K staged[kGroup<L>] = {};
+        if (high - low < kGroup<L>) {
+          std::memcpy(staged + low, from + low, size_t(high - low) * sizeof(K));
+          from = staged;
+        }
+        for (int t = 0; t < 4; ++t) values[i][t] = L::load(from + t * L::kWidth);
+      });
+  }
+
+  ADAMEZO_HD void store(const Group<T>& group) const {
+    for (int i = 0; i < R::kBuffers; ++i)
+      by_buffer_type([&](auto of_type) ADAMEZO_INLINE_LAMBDA {
+        using K = decltype(of_type);
+        K staged[kGroup<L>];
+        const bool whole = high - low == kGroup<L>;
+        K* const to = whole ? at<K>(i) : staged;
+        if (sizeof(K) == 2 && job.rounding == Rounding::kStochastic) {
+          typename L::I random[4];
+          const auto purpose = Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i));
+          const auto blocks = group_for<L>(purpose, job, group.block, span.parameter);
+          words_in_order<L>(philox_begin<L>(blocks, span.rounding), job.key, random);
+          for (int t = 0; t < 4; ++t) L::store(values[i][t], random[t], to + t * L::kWidth);
+        } else {
+          for (int t = 0; t < 4; ++t) L::store(values[i][t], to + t * L::kWidth);
+        }
+        if (!whole) std::memcpy(at<K>(i) + low, staged + low, size_t(high - low) * sizeof(K));
+      });
+  }
+
+  // All buffers of one of the four vectors.
+  ADAMEZO_HD void get(int t, typename L::F kept[R::kBuffers]) const {
+    for (int i = 0; i < R::kBuffers; ++i) kept[i] = values[i][t];
+  }
+  ADAMEZO_HD void set(int t, const typename L::F kept[R::kBuffers]) {
+    for (int i = 0; i < R::kBuffers; ++i) values[i][t] = kept[i];
+  }
+
+ private:
+  template <class K>
+  ADAMEZO_HD K* at(int i) const {
+    return reinterpret_cast<K*>(span.segment->buffers[i]) + span.position + first;
+  }
+  // A branch for each group, and not a kernel for each type: these loops wait for memory.
+  template <class Use>
+  ADAMEZO_HD void by_buffer_type(Use use) const {
+    switch (job.buffer_type) {
+      case ElementType::kFloat32:
+        return use(float());
+      case ElementType::kBFloat16:
+        return use(bfloat16());
+      case ElementType::kFloat16:
+        return use(float16());
+    }
+  }
+};
+
+// theta = theta + scale d, where d is what rule R displaces along
+template <class L, class D, class R>
+struct BentPerturb {
+  template <class T>
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+    using F = typename L::F;
+    constexpr int kCount = R::kDirections;
+    float n[kRuleNumbers];
+    std::memcpy(n, job.numbers, sizeof n);
+    D::template along_each<T, kCount>(
+        job, room, worker, workers,
+        [&](const Span<T>& span, const Group<T>& theta, const F z[kCount][4]) {
+          const Kept<L, R, T> buffers(job, span, theta);
+          F moved[4];
+          for (int t = 0; t < 4; ++t) {
+            F at[kCount], kept[R::kBuffers];
+            for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
+            buffers.get(t, kept);
+            moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n),
+                              L::load(theta.from + t * L::kWidth));
+          }
+          if (job.rounding == Rounding::kStochastic)
+            store_group<L, true>(job, span, theta, moved);
+          else
+            store_group<L, false>(job, span, theta, moved);
+        });
+  }
+};
+
+// Restore and step by rule R in one pass: weights and buffers are read once and written once.
+template <class L, class D, class R>
+struct BufferedUpdate {
+  template <class T>
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+    using F = typename L::F;
+    constexpr int kCount = R::kDirections;
+    const float minus_lr = job.step[0], decay = job.step[1];
+    float n[kRuleNumbers];
+    std::memcpy(n, job.numbers, sizeof n);
+    D::template along_each<T, kCount>(
+        job, room, worker, workers,
+        [&](const Span<T>& span, const Group<T>& theta, const F z[kCount][4]) {
+          Kept<L, R, T> buffers(job, span, theta);
+          F moved[4];
+          for (int t = 0; t < 4; ++t) {
+            F at[kCount], kept[R::kBuffers];
+            for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
+            buffers.get(t, kept);
+            F value = L::load(theta.from + t * L::kWidth);
+            if (job.scale != 0.0f)
+              value = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n), value);
+            const F step = R::template step<L>(at, kept, n, job.eps);
+            buffers.set(t, kept);
+            moved[t] = descend<L>(value, step, minus_lr, decay);
+          }
+          buffers.store(theta);
+          if (job.rounding == Rounding::kStochastic)
+            store_group<L, true>(job, span, theta, moved);
+          else
+            store_group<L, false>(job, span, theta, moved);
+        });
+  }
+};
+
 template <class Operation>
 void by_type(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   switch (job.type) {
@@ -370,7 +236,9 @@ void by_type(const Job& job, const Room& room, int64_t worker, int64_t workers) 
 template <class L, class D>
 void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   const bool stochastic = job.rounding == Rounding::kStochastic;
-  const auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
+  auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
+  if (job.rule == Rule::kHizoo) kernel = by_type<BentPerturb<L, D, Hizoo>>;
+  if (job.rule == Rule::kAdamu) kernel = by_type<BentPerturb<L, D, Adamu>>;
   kernel(job, room, worker, workers);
 }
 
@@ -384,8 +252,18 @@ void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
 template <class L, class D>
 void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   const bool stochastic = job.rounding == Rounding::kStochastic;
-  const auto kernel = stochastic ? update<L, D, true> : update<L, D, false>;
-  kernel(job, room, worker, workers);
+  switch (job.rule) {
+    case Rule::kMoments:
+      return (stochastic ? update<L, D, true> : update<L, D, false>)(job, room, worker, workers);
+    case Rule::kAdam:
+      return by_type<BufferedUpdate<L, D, Adam>>(job, room, worker, workers);
+    case Rule::kHizoo:
+      return by_type<BufferedUpdate<L, D, Hizoo>>(job, room, worker, workers);
+    case Rule::kHelene:
+      return by_type<BufferedUpdate<L, D, Helene>>(job, room, worker, workers);
+    case Rule::kAdamu:
+      return by_type<BufferedUpdate<L, D, Adamu>>(job, room, worker, workers);
+  }
 }
 
 template <class L, class D>

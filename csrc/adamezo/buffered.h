@@ -1,0 +1,119 @@
+// Rules that keep one or two numbers for each weight. A rule R has
+//   kDirections, kBuffers   how many directions it draws and how many numbers it keeps, at most 2
+//   kBends                  whether what the weights are displaced along is other than z
+//   direction(z, kept, n)   that, from the directions and what is kept
+//   step(z, kept, n, eps)   the step of theta <- theta decay - lr step; changes what is kept
+// where z[k] belongs to direction k, kept[i] to buffer i, and n are the step's own numbers, which
+// the host has worked out (adamezo_kernels/terms.py names them). Operations are in the order that
+// the formulas show; fma(a, b, c) is a b + c, rounded once.
+#pragma once
+
+#include "adamezo/config.h"
+
+namespace adamezo {
+
+enum class Rule : int { kMoments = 0, kAdam = 1, kHizoo = 2, kHelene = 3, kAdamu = 4 };
+
+constexpr int kMostBuffers = 2;
+constexpr int kRuleNumbers = 8;
+
+// Adam on the estimate p z, with both moments stored (the table of MeZO's authors' code):
+//   m <- beta1 m + (1 - beta1) p z        v <- beta2 v + (1 - beta2) p^2 z^2
+//   step = c1 m / (sqrt(c2 v) + eps)      with c = 1 / (1 - beta^t)
+struct Adam {
+  static constexpr int kDirections = 1, kBuffers = 2;
+  static constexpr bool kBends = false;
+
+  template <class L>
+  static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[2],
+                                       const float n[kRuleNumbers], float eps) {
+    kept[0] = L::fma(L::f(n[1]), z[0], L::mul(L::f(n[0]), kept[0]));
+    kept[1] = L::fma(L::f(n[3]), L::mul(z[0], z[0]), L::mul(L::f(n[2]), kept[1]));
+    return L::div(L::mul(L::f(n[4]), kept[0]),
+                  L::add(L::sqrt(L::mul(L::f(n[5]), kept[1])), L::f(eps)));
+  }
+};
+
+// HiZOO (arXiv 2402.15173): D is a curvature, and displacements are shorter where it is large.
+//   d = z / sqrt(D)      D <- D + D (a c z^2 - a)      step = p z / sqrt(D)
+// where c is the curvature along d. In this form D keeps what 1 - a would lose: a may be 1e-8.
+struct Hizoo {
+  static constexpr int kDirections = 1, kBuffers = 1;
+  static constexpr bool kBends = true;
+
+  template <class L>
+  static ADAMEZO_HD typename L::F direction(const typename L::F z[1], const typename L::F kept[1],
+                                            const float*) {
+    return L::div(z[0], L::sqrt(kept[0]));
+  }
+  template <class L>
+  static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[1],
+                                       const float n[kRuleNumbers], float) {
+    const auto change = L::fma(L::f(n[1]), L::mul(z[0], z[0]), L::f(n[0]));
+    kept[0] = L::fma(kept[0], change, kept[0]);
+    return L::div(L::mul(L::f(n[2]), z[0]), L::sqrt(kept[0]));
+  }
+};
+
+// HELENE (arXiv 2411.10696): momentum over a clipped Gauss-Newton curvature.
+//   m <- beta1 m + alpha p z      h <- beta2 h + (1 - beta2) B p_hat^2 z^2
+//   step = m / (gamma max(h, lambda) + eps)
+struct Helene {
+  static constexpr int kDirections = 1, kBuffers = 2;
+  static constexpr bool kBends = false;
+
+  template <class L>
+  static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[2],
+                                       const float n[kRuleNumbers], float eps) {
+    kept[0] = L::fma(L::f(n[1]), z[0], L::mul(L::f(n[0]), kept[0]));
+    kept[1] = L::fma(L::f(n[3]), L::mul(z[0], z[0]), L::mul(L::f(n[2]), kept[1]));
+    const auto clipped = L::mul(L::f(n[4]), L::max(kept[1], L::f(n[5])));
+    return L::div(kept[0], L::add(clipped, L::f(eps)));
+  }
+};
+
+// ZO-AdaMU (arXiv 2312.15184): the direction itself has momentum; m is the last one.
+//   z' = sqrt(alpha) u_0      z'' = m + sqrt(1 - alpha) u_1      d = beta1 z' + (1 - beta1) z''
+//   step = p d / sqrt(beta2 z'^2 + (1 - beta2) z''^2 + eps)      m <- d
+struct Adamu {
+  static constexpr int kDirections = 2, kBuffers = 1;
+  static constexpr bool kBends = true;
+
+  template <class L>
+  struct Parts {
+    typename L::F fresh, moving, both;  // z', z'' and d
+  };
+  template <class L>
+  static ADAMEZO_HD Parts<L> parts(const typename L::F z[2], const typename L::F kept[1],
+                                   const float n[kRuleNumbers]) {
+    const auto fresh = L::mul(L::f(n[0]), z[0]);
+    const auto moving = L::fma(L::f(n[1]), z[1], kept[0]);
+    return {fresh, moving, L::fma(L::f(n[2]), fresh, L::mul(L::f(n[3]), moving))};
+  }
+  template <class L>
+  static ADAMEZO_HD typename L::F direction(const typename L::F z[2], const typename L::F kept[1],
+                                            const float n[kRuleNumbers]) {
+    return parts<L>(z, kept, n).both;
+  }
+  template <class L>
+  static ADAMEZO_HD typename L::F step(const typename L::F z[2], typename L::F kept[1],
+                                       const float n[kRuleNumbers], float eps) {
+    const auto of = parts<L>(z, kept, n);
+    const auto v = L::fma(L::f(n[4]), L::mul(of.fresh, of.fresh),
+                          L::mul(L::f(n[5]), L::mul(of.moving, of.moving)));
+    kept[0] = of.both;
+    return L::div(L::mul(L::f(n[6]), of.both), L::sqrt(L::add(v, L::f(eps))));
+  }
+};
+
+// What the weights are displaced along.
+template <class R, class L>
+ADAMEZO_HD typename L::F displaced_along(const typename L::F* z, const typename L::F* kept,
+                                         const float* n) {
+  if constexpr (R::kBends)
+    return R::template direction<L>(z, kept, n);
+  else
+    return z[0];
+}
+
+}  // namespace adamezo
