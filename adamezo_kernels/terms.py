@@ -178,8 +178,8 @@ class Terms:
 
 
 Direction = PhiloxState | Terms
-"""z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms with
-a rule that bends: what it displaces along."""
+"""z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms
+with a rule that bends: what it displaces along."""
 
 
 def _subnormal_bits(number: float) -> int:
