@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from conftest import needs_native
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamezo import AdaMeZO
+from adamezo import FZOO, MEAZO, AdaMeZO, AdaZeta, MeZO, ScalarAdaMeZO
+from adamezo.arithmetic import alike, quotient, square_root, steps_to_one, total, usable, where
 
 SEED = 0x13198A2E03707344
 
@@ -22,16 +24,33 @@ def gpu(test):
     return pytest.mark.gpu(no_device(test))
 
 
-OPTIONS = {"lr": 0.01, "zo_eps": 1e-2, "horizon": 4, "seed": SEED}
+OPTIONS = {"lr": 0.01, "zo_eps": 1e-2, "seed": SEED}
+H = {"horizon": 4}
 CASES = {
-    "paper": {},
-    "bias corrected": {"normalization": "bias_corrected", "weight_decay": 0.1},
-    "official": {"normalization": "official", "lr": 1e-4},
-    "momentum, ascending": {"betas": (0.8, 0.0), "maximize": True},
-    "MeZO": {"betas": (0.0, 0.0), "horizon": 1},
-    "no first beta": {"betas": (0.0, 0.9)},
-    "signs": {"distribution": "rademacher"},
+    "paper": (AdaMeZO, H),
+    "bias corrected": (AdaMeZO, {"normalization": "bias_corrected", "weight_decay": 0.1, **H}),
+    "official": (AdaMeZO, {"normalization": "official", "lr": 1e-4, **H}),
+    "momentum, ascending": (AdaMeZO, {"betas": (0.8, 0.0), "maximize": True, **H}),
+    "no betas": (AdaMeZO, {"betas": (0.0, 0.0), "horizon": 1}),
+    "no first beta": (AdaMeZO, {"betas": (0.0, 0.9), **H}),
+    "signs": (AdaMeZO, {"distribution": "rademacher", **H}),
+    "control": (ScalarAdaMeZO, H),
+    "control, bias corrected": (ScalarAdaMeZO, {"normalization": "bias_corrected", **H}),
+    "control, momentum": (ScalarAdaMeZO, {"betas": (0.8, 0.0), **H}),
+    "MeZO": (MeZO, {}),
+    "MeZO, 3 directions": (MeZO, {"queries": 3, "weight_decay": 0.1, "maximize": True}),
+    "MeZO, exact": (MeZO, {"queries": 2, "perturbation": "exact"}),
+    "MEAZO": (MEAZO, {"weight_decay": 0.1}),
+    "MEAZO, soon corrected": (MEAZO, {"beta": 1e-3, "maximize": True}),  # within 9 steps
+    "MEAZO, no memory": (MEAZO, {"beta": 0.0}),
+    "FZOO": (FZOO, {"queries": 5, "lr": 1e-3}),
+    "FZOO, normals, exact": (
+        FZOO,
+        {"queries": 2, "lr": 1e-3, "distribution": "exact", "perturbation": "exact"},
+    ),
 }
+all_cases = pytest.mark.parametrize("case", CASES)
+all_methods = pytest.mark.parametrize("case", ["paper", "control", "MeZO", "MEAZO", "FZOO"])
 
 
 def make_model(device: str = "cpu") -> nn.Module:
@@ -56,12 +75,14 @@ def closure_of(model: nn.Module, scale: torch.Tensor | None = None):
     return closure
 
 
-def make(model: nn.Module, capturable: bool, **options) -> AdaMeZO:
+def make(model: nn.Module, capturable: bool, case: str = "paper", **options):
     groups = [
-        {"params": list(model[0].parameters()), "lr": 0.02},
+        {"params": list(model[0].parameters()), "lr": 2 * CASES[case][1].get("lr", 0.01)},
         {"params": list(model[2].parameters())},
     ]
-    return AdaMeZO(groups, **{**OPTIONS, **options}, capturable=capturable)
+    method, own = CASES[case]
+    options = {**OPTIONS, **own, **options}
+    return method(groups, **options, capturable=capturable, model=model)
 
 
 def bits(model: nn.Module) -> list[torch.Tensor]:
@@ -72,13 +93,14 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(map(torch.equal, a, b))
 
 
-def history(optimizer: AdaMeZO) -> list[dict]:
-    names = ("directions", "projected_grads", "steps", "next_direction")
+def history(optimizer) -> list[dict]:
+    names = (*optimizer.history, "steps", "next_direction", "skipped_in_a_row")
     return [{n: g[n] for n in names} for g in optimizer.state_dict()["param_groups"]]
 
 
 class ReadBacks(TorchDispatchMode):
-    """Counts what makes a program wait for the numbers of a device."""
+    """Counts what makes a program wait for the numbers of a device; and divisions by a number, for
+    which torch's CUDA kernels have other bits."""
 
     waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
@@ -88,51 +110,60 @@ class ReadBacks(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in self.waits:
+        by_number = name.startswith("div") and not isinstance(args[1], torch.Tensor)
+        if name in self.waits or by_number:
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_a_capturable_run_has_the_bits_of_an_ordinary_one(options):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@all_cases
+def test_a_capturable_run_has_the_bits_of_an_ordinary_one(case, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     ends = []
     for capturable in (False, True):
-        model = make_model()
-        optimizer = make(model, capturable, **options)
+        model = make_model(device)
+        optimizer = make(model, capturable, case)
         results = []
         for _ in range(9):
             mean = optimizer.step(closure_of(model))
-            results.append((mean.item(), float(optimizer.projected_grad)))
+            results.append((mean.item(), [*map(float, optimizer.measured)]))
         ends.append((bits(model), results, history(optimizer)))
     assert same(ends[0][0], ends[1][0])
     assert ends[0][1:] == ends[1][1:]
     assert not same(ends[0][0], bits(make_model()))
 
 
+@all_methods
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_with_a_non_finite_loss_is_skipped_on_the_device(value):
+def test_a_step_with_a_non_finite_loss_is_skipped_on_the_device(case, value):
     ends = []
     for capturable in (False, True):
         model, scale = make_model(), torch.ones(())
-        optimizer = make(model, capturable)
+        optimizer = make(model, capturable, case)
         closure = closure_of(model, scale)
-        for t in range(8):
-            scale.fill_(value if t in (0, 3, 4) else 1.0)
+        kept = []
+        for t in range(9):
+            scale.fill_(value if t in (0, 3, 4, 8) else 1.0)
             if capturable or t:
                 optimizer.step(closure)
             else:
                 with pytest.warns(RuntimeWarning, match="skipped"):
                     optimizer.step(closure)
-        ends.append((bits(model), int(optimizer.skipped), history(optimizer)))
+            kept.append(history(optimizer))
+        ends.append((bits(model), int(optimizer.skipped), kept))
     assert same(ends[0][0], ends[1][0])
     assert ends[0][1:] == ends[1][1:]
-    assert ends[1][1] == 3
+    assert ends[1][1] == 4
+    assert [group["skipped_in_a_row"] for group in ends[1][2][4]] == [2, 2]
 
 
 @needs_native
-def test_nothing_is_read_back():
+@all_cases
+def test_nothing_is_read_back(case):
     model = make_model()
-    optimizer = make(model, True)
+    optimizer = make(model, True, case)
     closure = closure_of(model)
     optimizer.step(closure)  # puts the numbers on the device
     with ReadBacks() as reads:
@@ -140,14 +171,31 @@ def test_nothing_is_read_back():
             optimizer.step(closure)
     assert reads.seen == []
     with ReadBacks() as reads:  # the detector detects
-        optimizer.projected_grad.item()
-    assert reads.seen == ["_local_scalar_dense"]
+        optimizer.measured[0].item()
+        optimizer.measured[0] / 3
+        bool(optimizer.losses[0] < optimizer.losses[1])
+    assert len(reads.seen) == 3
+
+
+@all_methods
+def test_a_state_has_plain_numbers(case):
+    model = make_model()
+    optimizer = make(model, True, case)
+    for _ in range(3):
+        optimizer.step(closure_of(model))
+    for group in optimizer.state_dict()["param_groups"]:
+        del group["lr"]  # a tensor, as torch's own optimizers have it with capturable
+        assert json.loads(json.dumps(group)) == {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in group.items()
+        }
 
 
 @needs_native
-def test_an_ordinary_step_reads_once(monkeypatch):
+@all_methods
+def test_an_ordinary_step_reads_once(case, monkeypatch):
     model = make_model()
-    optimizer = make(model, False)
+    optimizer = make(model, False, case)
     closure = closure_of(model)
     reads = []
     for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy"):
@@ -162,11 +210,44 @@ def test_an_ordinary_step_reads_once(monkeypatch):
     assert reads == ["tolist"]
 
 
-def test_the_learning_rate_is_read_at_each_step():
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.3, 0.7, 0.7, 0.7],  # thirds do not sum exactly: sigma by its formula is no 0
+        [0.7, 0.7, 0.7, 0.7],
+        [1e-200, 0.0, 1e-200, 0.0],
+        [0.5, 0.7, 0.8, 0.7],
+        [math.nan, 0.7, 0.7, 0.7],
+        [0.7, 0.7, math.nan, 0.7],
+        [1e200, -1e200, 1e200, 0.0],
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:the losses of a step")
+def test_fzoo_guards_its_scale_without_a_look(losses):
     ends = []
     for capturable in (False, True):
         model = make_model()
-        optimizer = make(model, capturable)
+        optimizer = make(model, capturable, "FZOO", queries=3, weight_decay=0.5)
+        values = iter(losses)
+        optimizer.step(lambda values=values: torch.tensor(next(values), dtype=torch.float64))
+        measured = [repr(float(value)) for value in optimizer.measured]
+        ends.append((bits(model), measured, int(optimizer.skipped), history(optimizer)))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+    usable = all(abs(value) < 1e19 for value in losses)
+    assert ends[1][2] == (not usable)
+    flat = losses[1] == losses[2] == losses[3] or max(losses) == 1e-200
+    if usable:
+        assert (ends[1][1] == ["0.0"] * 3) == flat
+
+
+@all_methods
+def test_the_learning_rate_is_read_at_each_step(case):
+    ends = []
+    for capturable in (False, True):
+        model = make_model()
+        optimizer = make(model, capturable, case)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
         for _ in range(5):
             optimizer.step(closure_of(model))
@@ -177,14 +258,30 @@ def test_the_learning_rate_is_read_at_each_step():
     assert same(*ends)
 
 
-def test_a_state_goes_from_capturable_to_ordinary_and_back():
+@pytest.mark.parametrize("lr", [0.3, torch.tensor([0.3])], ids=str)
+def test_a_learning_rate_that_is_set_by_hand(lr):
+    ends = []
+    for capturable in (False, True):
+        model = make_model()
+        optimizer = make(model, capturable, "MeZO")
+        optimizer.step(closure_of(model))
+        optimizer.param_groups[0]["lr"] = lr
+        for _ in range(2):
+            optimizer.step(closure_of(model))
+        ends.append((bits(model), history(optimizer)))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+@all_methods
+def test_a_state_goes_from_capturable_to_ordinary_and_back(case):
     straight = make_model()
-    optimizer = make(straight, False)
+    optimizer = make(straight, False, case)
     for _ in range(9):
         optimizer.step(closure_of(straight))
     model, state = make_model(), None
     for capturable in (True, False, True):
-        optimizer = make(model, capturable)
+        optimizer = make(model, capturable, case)
         if state is not None:
             for group in state["param_groups"]:
                 group["capturable"] = capturable
@@ -212,8 +309,92 @@ def test_an_option_that_changes_takes_effect():
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("MeZO", {"queries": 3}), ("FZOO", {"queries": 3}), ("MEAZO", {"beta": 0.5})],
+    ids=str,
+)
+def test_an_option_of_the_method_that_changes_takes_effect(case, options):
+    """Also one that changes the number of directions."""
+    ends = []
+    for capturable in (False, True):
+        model = make_model()
+        optimizer = make(model, capturable, case)
+        for t in range(6):
+            if t == 3:
+                for group in optimizer.param_groups:
+                    group.update(options)
+            optimizer.step(closure_of(model))
+        ends.append((bits(model), history(optimizer)))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-300, 0.1, 0.5, 0.9, 0.99, 0.999, 1 - 2.0**-14])
+def test_the_table_of_a_correction_ends_where_it_is_one(beta):
+    steps = steps_to_one(beta)
+    assert all(1 - beta**t == 1 for t in range(steps, steps + 100))
+    assert steps <= 3 or 1 - beta ** (steps * 0.97 - 3) < 1  # and is not much longer than that
+
+
+@all_methods
+def test_capturable_may_be_set_and_unset_in_the_groups(case):
+    ends = []
+    for changing in (False, True):
+        model = make_model()
+        optimizer = make(model, False, case)
+        for t in range(8):
+            if changing and t in (2, 4, 6):
+                for group in optimizer.param_groups:
+                    group["capturable"] = not group["capturable"]
+            optimizer.step(closure_of(model))
+        ends.append((bits(model), history(optimizer)))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_records_and_capturable_steps_may_take_turns():
+    model, replica = make_model(), make_model()
+    optimizer, twin = make(model, False), make(replica, True)
+    records = []
+    optimizer.recorder = records.append
+    for t in range(6):
+        optimizer.step(closure_of(model))
+        if t % 2:
+            twin.replay(records[-1])
+        else:
+            twin.step(closure_of(replica))
+    assert same(bits(model), bits(replica))
+    assert history(optimizer) == history(twin)
+
+
+def test_arithmetic_of_floats_and_of_tensors():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [*torch.randn(60, dtype=torch.float64, generator=generator).exp()]
+    floats = [tensor.item() for tensor in tensors]
+    for a, b in ((tensors, floats), (floats[:1] * 3, [floats[0]] * 3)):
+        assert float(total(a)) == total(b)
+        assert [float(quotient(x, 0.3)) for x in a] == [quotient(x, 0.3) for x in b]
+        assert [float(quotient(0.3, x)) for x in a] == [0.3 / x for x in b]
+        assert [float(square_root(x)) for x in a] == [math.sqrt(x) for x in b]
+        assert bool(alike(a)) == alike(b) == (len(b) == 3)
+    for to in (float, lambda value: torch.tensor(value, dtype=torch.float64)):
+        assert total(map(to, (1e16, 1.0, -1e16))) == 0  # one after the other, uncompensated
+        assert usable([to(1.0), to(-9e18)])
+        assert not any(usable([to(1.0), to(v)]) for v in (math.nan, math.inf, -math.inf, 1e19))
+        assert not alike([to(math.nan), to(math.nan)])
+        x = to(2.0)
+        assert (where(x == 2, 0.5, x), where(x == 3, 0.5, x)) == (0.5, 2)
+
+
 def test_what_cannot_be_captured_is_refused():
     model = make_model()
+    with pytest.raises(ValueError, match=r"linear_over=9 with capturable=True: .* directions"):
+        MeZO(model.parameters(), queries=2, linear_over=9, capturable=True)
+    with pytest.raises(ValueError, match=r"AdaZeta cannot do capturable=True: .* directions"):
+        AdaZeta(model.parameters(), steps_per_epoch=9, exponent=1.0, capturable=True)
+    with pytest.raises(ValueError, match=r"beta=0\.99999 with capturable=True: .* a table"):
+        MEAZO(model.parameters(), beta=0.99999, capturable=True)
     with pytest.raises(ValueError, match="warmup_lr=0.1 with capturable=True"):
         AdaMeZO(model.parameters(), warmup_lr=0.1, capturable=True)
     optimizer = make(model, True)
@@ -251,7 +432,7 @@ def test_a_closure_that_raises_leaves_no_trace_in_the_history():
 # --- on a GPU -----------------------------------------------------------------------------------
 
 
-def captured(optimizer: AdaMeZO, closure) -> torch.cuda.CUDAGraph:
+def captured(optimizer, closure) -> torch.cuda.CUDAGraph:
     """A graph of one step, after as many steps as it takes to warm up: one."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -265,12 +446,12 @@ def captured(optimizer: AdaMeZO, closure) -> torch.cuda.CUDAGraph:
 
 
 @gpu
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_a_replayed_step_equals_an_eager_one(options):
+@all_cases
+def test_a_replayed_step_equals_an_eager_one(case):
     ends = []
     for replayed in (False, True):
         model = make_model("cuda")
-        optimizer = make(model, True, **options)
+        optimizer = make(model, True, case)
         closure = closure_of(model)
         if replayed:
             graph = captured(optimizer, closure)

@@ -538,9 +538,23 @@ def test_the_control_warms_up_as_adamezo_does():
 
 
 @all_methods
-def test_capturable_is_refused_at_once(name):
-    with pytest.raises(ValueError, match="cannot do capturable=True"):
-        make(name, Model(), capturable=True)
+def test_a_capturable_run_has_the_bits_of_an_ordinary_one(name):
+    """Where a step has a constant number of directions. Others say so at once."""
+    if METHODS[name].directions(0) != METHODS[name].directions(STEPS - 1):
+        with pytest.raises(ValueError, match=r"capturable=True: .* its number of directions"):
+            make(name, Model(), capturable=True)
+        return
+    ends = []
+    for capturable in (False, True):
+        model = Model()
+        optimizer = make(name, model, capturable=capturable)
+        losses = [optimizer.step(loss_of(model)).item() for _ in range(8)]
+        losses += [float(loss) for loss in optimizer.losses]
+        kept = (*optimizer.history, "steps", "next_direction")
+        groups_ = optimizer.state_dict()["param_groups"]
+        ends.append((tensors(model), losses, [{k: g[k] for k in kept} for g in groups_]))
+    assert same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
 
 
 @all_methods

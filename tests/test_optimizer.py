@@ -914,6 +914,42 @@ def test_too_many_skipped_steps_in_a_row_are_an_error():
     assert optimizer.param_groups[0]["directions"] == [6, 2]
 
 
+@pytest.mark.parametrize("how", ["a state", "records"])
+def test_skipped_steps_in_a_row_are_counted_over_a_resume(how):
+    options = {"seed": SEED, "max_skipped": 3}
+    nan = [(math.nan, 1.0)]
+    before = AdaMeZO(weights(50), **options)
+    records = []
+    before.recorder = records.append
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        take_steps(before, loss_pairs(1) + nan * 2)
+    after = AdaMeZO(weights(50), **options)
+    if how == "a state":
+        after.load_state_dict(before.state_dict())
+    else:
+        for record in records:
+            after.replay(record)
+        assert after.state_dict() == before.state_dict()
+    with pytest.raises(FloatingPointError, match="skipped, as were the 2 before it"):
+        take_steps(after, nan)
+    take_steps(after, loss_pairs(1))
+    assert after.param_groups[0]["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("count", [None, -1, 1.0, True])
+def test_a_state_without_the_skipped_steps_is_refused(count):
+    optimizer = take_steps(AdaMeZO(weights(5)), loss_pairs(2))
+    state = optimizer.state_dict()
+    message = r"group 0 of the state is damaged: skipped_in_a_row is"
+    if count is None:
+        del state["param_groups"][0]["skipped_in_a_row"]
+        message = r"group 0 of the state lacks skipped_in_a_row: .* an earlier version"
+    else:
+        state["param_groups"][0]["skipped_in_a_row"] = count
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+
+
 def test_a_non_finite_loss_can_be_an_error():
     (parameter,) = weights(50)
     start = parameter.detach().clone()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 from weakref import ref
 
@@ -21,30 +21,29 @@ from adamezo_kernels import (
     Direction,
     PhiloxState,
     Plan,
-    update_terms_,
 )
 from adamezo_kernels.backends import BACKENDS, choose
-from adamezo_kernels.plan import memory_of
 
+from .arithmetic import Number, usable
+from .evaluation import Closure, forked_generators, mean_loss, numbers
+from .evaluation import checked_loss as _checked_loss
 from .exact import Exact, Readers
+from .guard import Guard
+from .layout import Layout
 from .perturbation import PERTURBATIONS, Displacement, InPlace
-from .resident import Resident, ResidentHistory
+from .resident import Made, Resident, ResidentGroup
 from .signals import HeldSignals
 
 _Optimizer = TypeVar("_Optimizer", bound="ZerothOrder")
 
-Closure = Callable[[], Tensor | float]
-
 Probe = tuple[PhiloxState, float]
 """(z, scale): the loss is evaluated at ``theta + scale z``."""
 
-Number = Any
-"""A float, or with ``capturable`` a float64 tensor on the device: arithmetic is the same."""
-
-# A number whose square float32 cannot hold is as useless as an infinite one.
-_HUGE = 1e19
-
 NONFINITE = ("skip", "raise")
+
+_COUNTED = ("next_direction", "skipped_in_a_row")
+"""What all groups know alike: index of the next step's first direction; how many steps have been
+skipped since the last that was not."""
 
 # Put into a group by torch, its schedulers and whoever wraps the optimizer.
 _NOT_SAVED = ("params", "param_names", "initial_lr")
@@ -108,7 +107,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     recorder: Callable[[StepRecord], None] | None = None
 
-    _resident: tuple[Any, Resident] | None = None
+    _resident: Resident | None = None
     _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
 
     def __init__(
@@ -155,34 +154,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self.losses: tuple[Number, ...] = ()
         self.measured: tuple[Number, ...] = ()
         self.skipped: Number = 0
-        self._skipped_in_a_row = 0
         self._resident = None
-        self._layout: tuple[Any, list[Plan]] | None = None
+        self._layout = Layout()
         self._readers: Readers | None = None
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's: options come with the state, and parameters keep theirs.
-
-        Raises:
-            ValueError: the state is of another method, stream of directions, distribution or
-                normalization, which this run cannot go on with; or it is damaged. Nothing has
-                changed then.
-        """
-        try:
-            super().load_state_dict(state_dict)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"this is not the state of an optimizer: {error!r}") from error
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "param_groups" in self.__dict__:  # loading, and not unpickling
-            for i, (saved, group) in enumerate(
-                zip(state["param_groups"], self.param_groups, strict=True)
-            ):
-                self._check_state(saved, group, f"group {i} of the state")
-        super().__setstate__(state)
-        self._forget_last_step()
-
-    # --- what a method defines ------------------------------------------------------------------
+    # --- what a method defines --------------------------------------------------------------------
 
     @abstractmethod
     def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
@@ -207,85 +183,11 @@ class ZerothOrder(torch.optim.Optimizer):
         ``restore`` times the direction of the last probe is to be added to the weights.
         """
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Raises ValueError for an option of a group, in torch's own words where torch has some."""
-        lr = options["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= float(lr) < math.inf:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0.0 <= options["weight_decay"] < math.inf:
-            raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
-        if not 0.0 < options["zo_eps"] < math.inf:
-            raise ValueError(f"Invalid zo_eps value: {options['zo_eps']}")
-        for name, choices in (
-            ("distribution", DISTRIBUTIONS),
-            ("perturbation", PERTURBATIONS),
-            ("rounding", ROUNDINGS),
-            ("nonfinite", NONFINITE),
-        ):
-            if options[name] not in choices:
-                raise ValueError(f"Invalid {name}: {options[name]!r}, expected one of {choices}")
-        limit = options["max_skipped"]
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"Invalid max_skipped: {limit!r}, expected an integer of at least 1")
-        seed = options["seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
-        can_capture = type(self)._resident_history is not ZerothOrder._resident_history
-        if options["capturable"] and not can_capture:
-            raise ValueError(f"{type(self).__name__} cannot do capturable=True")
-
-    def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
-        """Raises ValueError unless the saved group can go on as ``group``."""
-        missing = [name for name in group if name not in saved and name not in _NOT_SAVED]
-        if missing:
-            raise ValueError(f"{where} lacks {', '.join(missing)}: it is of another optimizer")
-        for name in self.fixed_options:
-            if saved[name] != group[name]:
-                raise ValueError(
-                    f"{where} has {name} {saved[name]!r}, this optimizer has {group[name]!r}: a "
-                    f"run keeps its {name} from its first step to its last"
-                )
-        for name, value in saved.items():
-            if isinstance(value, int) and abs(value) >= 2**64:
-                raise ValueError(f"{where} is damaged: {name} is beyond 64 bits")
-        try:
-            self._check_options(saved)
-        except TypeError as error:
-            raise ValueError(f"{where} is damaged: {error}") from error
-        for name, limit in (("steps", 2**63), ("next_direction", 2**32)):
-            if type(saved[name]) is not int or not 0 <= saved[name] <= limit:
-                raise ValueError(f"{where} is damaged: {name} is {saved[name]!r}")
-
-    # --- groups -----------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters. Their history begins now: earlier directions never moved them."""
-        self._read_back()
-        self._resident = None
-        shared = self.param_groups[0] if self.param_groups else self.defaults
-        options = {
-            **self.defaults,
-            **{name: shared[name] for name in self.shared_options},
-            **param_group,
-        }
-        self._check_options(options)
-        for name in self.shared_options:
-            if options[name] != shared[name]:
-                raise ValueError(
-                    f"{name} is {shared[name]!r} for the whole step, a group cannot set it to "
-                    f"{options[name]!r}"
-                )
-            param_group[name] = shared[name]  # not the default: a loaded state has its own
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.update(self.history)
-        group["method"], group["stream_version"] = type(self).__name__, STREAM_VERSION
-        group["steps"] = 0
-        group["next_direction"] = self.param_groups[0].get("next_direction", 0)
-        if group["fused"]:
-            self._backend(group, group["params"])
+    def _resident_group(
+        self, group: dict[str, Any], directions: int, device: torch.device
+    ) -> ResidentGroup:
+        """The same on a device, for ``capturable``, of steps that draw this many directions."""
+        raise ValueError(f"{type(self).__name__} cannot do capturable=True")
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -311,6 +213,8 @@ class ZerothOrder(torch.optim.Optimizer):
             return None
         groups = self.param_groups
         options = self._shared_options()
+        if not options["capturable"]:
+            self._leave_device()
         first = PhiloxState(options["seed"], groups[0]["next_direction"])
         probes = self._probes(first, options)
         plans = self._plans()
@@ -320,7 +224,7 @@ class ZerothOrder(torch.optim.Optimizer):
         evaluated: list[tuple[Direction, float]] = [
             *(probes if resident is None else resident.probes(probes))
         ]
-        guard = _Guard(plans)
+        guard = Guard(plans)
         results: list[Tensor | float] = []
         self.measured = ()
         outcome = "failed"
@@ -331,27 +235,27 @@ class ZerothOrder(torch.optim.Optimizer):
                     guard.look()
                     with ExitStack() as stack:
                         if i < len(probes) - 1:  # all see the random numbers that the last leaves
-                            stack.enter_context(_forked_generators())
+                            stack.enter_context(forked_generators())
                         stack.enter_context(weights.evaluation())
                         with signals.through():
                             result = closure()
                     results.append(_checked_loss(result))
                     guard.check()
-                if resident is not None:
-                    outcome = "broken"
-                    mean = self._finish_on_device(results, resident, weights, plans, backend)
-                    outcome = "updated"
-                    return mean
-                losses = _numbers(results)
+                losses = numbers(results) if resident is None else resident.losses(results)
                 self.losses = tuple(losses)
                 self.measured = self._measure(losses, options)
-                self._use_up(probes)
-                outcome = "skipped"
-                if all(abs(value) < _HUGE for value in (*losses, *self.measured)):
-                    self._skipped_in_a_row = 0
+                if resident is not None:
                     outcome = "broken"
-                    self._update_groups(weights, plans, first, backend)
+                    resident.update(self.losses, self.measured, weights, plans, backend)
                     outcome = "updated"
+                else:
+                    self._use_up(probes)
+                    outcome = "skipped"
+                    if usable((*self.losses, *self.measured)):
+                        self._count_skipped(0)
+                        outcome = "broken"
+                        self._update_groups(weights, plans, first, backend)
+                        outcome = "updated"
             finally:
                 try:
                     guard.put_back()
@@ -365,13 +269,43 @@ class ZerothOrder(torch.optim.Optimizer):
                         self.recorder(StepRecord(outcome, first.counter, made, self.measured, lrs))
         if outcome == "skipped":
             self._skip(options["nonfinite"], options["max_skipped"])
-        last = results[-1]
-        like = last if isinstance(last, Tensor) and last.is_floating_point() else None
-        return torch.tensor(
-            sum(losses) / len(losses),
-            dtype=None if like is None else like.dtype,
-            device=None if like is None else like.device,
-        )
+        return mean_loss(losses, results)
+
+    def _update_groups(
+        self, weights: Displacement, plans: Sequence[Plan], first: PhiloxState, backend: str
+    ) -> None:
+        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            self._update(group, plan, first, self.measured, -weights.in_weights(i), backend)
+            weights.updated(i)
+
+    def _use_up(self, probes: Sequence[Probe]) -> None:
+        for group in self.param_groups:
+            group["next_direction"] = 1 + max(direction.counter for direction, _ in probes)
+
+    def _skip(self, nonfinite: str, limit: int) -> None:
+        in_a_row = self.param_groups[0]["skipped_in_a_row"] + 1
+        self._count_skipped(in_a_row)
+        self.skipped += 1
+        what = f"the losses of a step were {self.losses}: the weights are restored and the step"
+        if nonfinite == "raise":
+            raise FloatingPointError(f"{what} left out. nonfinite='skip' would go on")
+        if in_a_row >= limit:
+            raise FloatingPointError(
+                f"{what} skipped, as were the {in_a_row - 1} before it: the run is lost. Go back "
+                "to an earlier state with a smaller lr or zo_eps, or set max_skipped"
+            )
+        if self.skipped == 1:
+            warnings.warn(
+                f"{what} is skipped. Later ones are only counted, in `skipped`",
+                RuntimeWarning,
+                stacklevel=5,  # the caller of step, above torch's two wrappers around it
+            )
+
+    def _count_skipped(self, in_a_row: int) -> None:
+        for group in self.param_groups:
+            group["skipped_in_a_row"] = in_a_row
+
+    # --- the same step again ----------------------------------------------------------------------
 
     @torch.no_grad()
     def replay(self, record: StepRecord) -> None:
@@ -383,6 +317,7 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: a record that cannot be of the next step; nothing has happened then.
         """
+        self._leave_device()
         groups = self.param_groups
         options = self._shared_options()
         first = PhiloxState(options["seed"], groups[0]["next_direction"])
@@ -403,11 +338,11 @@ class ZerothOrder(torch.optim.Optimizer):
                 if record.outcome == "updated":
                     for group, lr in zip(groups, record.lrs, strict=True):
                         _set_lr(group, lr)
-                    self._skipped_in_a_row = 0
+                    self._count_skipped(0)
                     self._update_groups(weights, plans, first, backend)
                 elif record.outcome == "skipped":
                     self.skipped += 1
-                    self._skipped_in_a_row += 1
+                    self._count_skipped(groups[0]["skipped_in_a_row"] + 1)
             finally:
                 weights.restore()
 
@@ -428,101 +363,39 @@ class ZerothOrder(torch.optim.Optimizer):
             expected = len(self._measure([0.0] * probes, self.param_groups[0]))
             if len(record.measured) != expected:
                 problem = f"it has {len(record.measured)} measured values, expected {expected}"
-            elif not all(abs(value) < _HUGE for value in record.measured):
+            elif not usable(record.measured):
                 problem = f"what it measured is {record.measured}"
         if problem is not None:
             raise ValueError(f"a record cannot be replayed: {problem}")
 
-    def _on_device(self, first: PhiloxState, probes: Sequence[Probe]) -> Resident:
-        """The numbers of all steps so far; brought there anew where an option has changed."""
-        groups = self.param_groups
-        if self.recorder is not None:
+    # --- what a step works with -------------------------------------------------------------------
+
+    def _shared_options(self) -> dict[str, Any]:
+        """The options of the whole step, read anew as a user may have set them in the groups."""
+        first = self.param_groups[0]
+        for name in (*self.shared_options, *_COUNTED):
+            values = [group[name] for group in self.param_groups]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{name} must be the same in all parameter groups, got {values}")
+        return {name: first[name] for name in self.shared_options}
+
+    def _plans(self) -> list[Plan]:
+        return self._layout.plans(self.param_groups)
+
+    def _backend(self, options: dict[str, Any], params: Sequence[Tensor]) -> str:
+        fused, distribution = options["fused"], options["distribution"]
+        if fused is False:
+            return "reference"
+        devices = {p.device for p in params if p.requires_grad}
+        name: str = choose(devices, distribution=distribution).NAME
+        if fused and name == "reference":
+            reasons = "; ".join(f"{b}: {m.availability()[1]}" for b, m in BACKENDS.items())
             raise RuntimeError(
-                "capturable=True keeps the numbers of a step on the device, where no recorder can "
-                "see them: set `recorder` to None, or take capturable=False"
+                f"fused=True, but no compiled kernels for {distribution!r} directions run on "
+                f"{', '.join(map(str, devices))} here, or ADAMEZO_BACKEND forbids them "
+                f"({reasons}). Pass fused=None to take the best there is"
             )
-        devices = {p.device for group in groups for p in group["params"] if p.requires_grad}
-        if len(devices) != 1:
-            raise ValueError(
-                "capturable=True needs all weights on one device, where the numbers of a step are; "
-                f"got {', '.join(sorted(map(str, devices))) or 'none'}"
-            )
-        (device,) = devices
-        counters = {direction.counter for direction, _ in probes}
-        fixed = self.defaults.keys() - {"lr"}
-        options = [{k: v for k, v in group.items() if k in fixed} for group in groups]
-        made_of = (device, len(counters), options)
-        if self._resident is None or self._resident[0] != made_of:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "the numbers of a step are not on the device yet, or an option was changed: "
-                    "take one step before capturing"
-                )
-            self._read_back()
-            for group in groups:
-                lr = group["lr"]
-                kind = lr.dtype if isinstance(lr, Tensor) else torch.float64
-                group["lr"] = torch.as_tensor(lr, dtype=kind, device=device)
-            histories = [self._resident_history(group, device) for group in groups]
-            next_direction = groups[0]["next_direction"]
-            resident = Resident(first.key, next_direction, len(counters), histories, device)
-            resident.skipped.fill_(self.skipped)
-            self._resident, self.skipped = (made_of, resident), resident.skipped
-        return self._resident[1]
-
-    def _resident_history(self, group: dict[str, Any], device: torch.device) -> ResidentHistory:
-        raise ValueError(f"{type(self).__name__} cannot do capturable=True")
-
-    def _finish_on_device(
-        self,
-        results: Sequence[Tensor | float],
-        resident: Resident,
-        weights: Displacement,
-        plans: Sequence[Plan],
-        backend: str,
-    ) -> Tensor:
-        """Measures and updates without a look at any number."""
-        device = resident.skipped.device
-        losses = []
-        for loss in results:
-            if not isinstance(loss, Tensor) or loss.device != device:
-                got = loss.device if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(
-                    f"capturable=True needs the loss as a tensor on {device}, got {got}"
-                )
-            losses.append(loss.double().reshape(()))
-        self.losses = tuple(losses)
-        self.measured = self._measure(losses, self.param_groups[0])
-        numbers = torch.stack([*self.losses, *self.measured])
-        resident.advance(self.measured, (numbers.abs() < _HUGE).all())
-        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
-            restore = -weights.in_weights(i)
-            update_terms_(
-                plan,
-                resident.histories[i].terms,
-                eps=group["eps"],
-                restore=restore,
-                distribution=group["distribution"],
-                rounding=group["rounding"],
-                backend=backend,
-            )
-            weights.updated(i)
-        mean = torch.stack(losses).sum() / len(losses)
-        last = results[-1]
-        return mean.to(last.dtype) if isinstance(last, Tensor) else mean
-
-    def _read_back(self) -> None:
-        """Brings the groups up to date, where steps on the device have left them behind."""
-        if self._resident is not None:
-            self._resident[1].read_back(self.param_groups)
-
-    def state_dict(self) -> dict[str, Any]:
-        self._read_back()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._read_back()
-        return super().__getstate__()
+        return name
 
     def _displacement(
         self, options: dict[str, Any], plans: list[Plan], backend: str
@@ -563,143 +436,157 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return model
 
-    def _use_up(self, probes: Sequence[Probe]) -> None:
-        for group in self.param_groups:
-            group["next_direction"] = 1 + max(direction.counter for direction, _ in probes)
+    # --- numbers on the device --------------------------------------------------------------------
 
-    def _update_groups(
-        self, weights: Displacement, plans: Sequence[Plan], first: PhiloxState, backend: str
-    ) -> None:
-        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
-            self._update(group, plan, first, self.measured, -weights.in_weights(i), backend)
-            weights.updated(i)
-
-    def _skip(self, nonfinite: str, limit: int) -> None:
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        what = f"the losses of a step were {self.losses}: the weights are restored and the step"
-        if nonfinite == "raise":
-            raise FloatingPointError(f"{what} left out. nonfinite='skip' would go on")
-        if self._skipped_in_a_row >= limit:
-            raise FloatingPointError(
-                f"{what} skipped, as were the {limit - 1} before it: the run is lost. Go back to "
-                "an earlier state with a smaller lr or zo_eps, or set max_skipped"
-            )
-        if self.skipped == 1:
-            warnings.warn(
-                f"{what} is skipped. Later ones are only counted, in `skipped`",
-                RuntimeWarning,
-                stacklevel=5,  # the caller of step, above torch's two wrappers around it
-            )
-
-    def _shared_options(self) -> dict[str, Any]:
-        """The options of the whole step, read anew as a user may have set them in the groups."""
-        first = self.param_groups[0]
-        for name in (*self.shared_options, "next_direction"):
-            values = [group[name] for group in self.param_groups]
-            if any(value != values[0] for value in values):
-                raise ValueError(f"{name} must be the same in all parameter groups, got {values}")
-        return {name: first[name] for name in self.shared_options}
-
-    def _plans(self) -> list[Plan]:
-        """A plan for each group, made again when a parameter has been replaced, moved or frozen."""
-        layout = [
-            # Frozen ones may be of a kind that has no address, such as sparse.
-            [(id(p), p.requires_grad and memory_of(p)) for p in params]
-            for params in (group["params"] for group in self.param_groups)
-        ]
-        if self._layout is None or self._layout[0] != layout:
-            if self._layout is not None:
-                _check_sizes(self._layout[0], layout, self.param_groups)
-            self._layout = layout, _make_plans(self.param_groups)
-        return self._layout[1]
-
-    def _backend(self, options: dict[str, Any], params: Sequence[Tensor]) -> str:
-        fused, distribution = options["fused"], options["distribution"]
-        if fused is False:
-            return "reference"
-        devices = {p.device for p in params if p.requires_grad}
-        name: str = choose(devices, distribution=distribution).NAME
-        if fused and name == "reference":
-            reasons = "; ".join(f"{b}: {m.availability()[1]}" for b, m in BACKENDS.items())
+    def _on_device(self, first: PhiloxState, probes: Sequence[Probe]) -> Resident:
+        """The numbers of all steps so far; brought there anew where an option has changed."""
+        if self.recorder is not None:
             raise RuntimeError(
-                f"fused=True, but no compiled kernels for {distribution!r} directions run on "
-                f"{', '.join(map(str, devices))} here, or ADAMEZO_BACKEND forbids them "
-                f"({reasons}). Pass fused=None to take the best there is"
+                "capturable=True keeps the numbers of a step on the device, where no recorder can "
+                "see them: set `recorder` to None, or take capturable=False"
             )
-        return name
+        groups = self.param_groups
+        made = Made.of(groups, self.defaults, probes)
+        if self._resident is None or not self._resident.fits(made):
+            made.check_not_capturing()
+            self._read_back()
+            first = first._replace(counter=groups[0]["next_direction"])
+            in_a_row = groups[0]["skipped_in_a_row"]
+            there = [self._resident_group(group, made.directions, made.device) for group in groups]
+            self._resident = Resident(made, first, there, self.skipped, in_a_row)
+            self.skipped = self._resident.skipped
+        return self._resident
 
+    def _read_back(self) -> None:
+        """Brings the groups up to date, where steps on the device have left them behind."""
+        if self._resident is not None:
+            self._resident.read_back()
 
-def _check_sizes(before: Any, now: Any, groups: Sequence[dict[str, Any]]) -> None:
-    """Along the directions kept, a weight of another shape would move as if at random."""
-    for old, new, group in zip(before, now, groups, strict=False):  # groups may have been added
-        for i, ((_, was), (_, is_now)) in enumerate(zip(old, new, strict=False)):
-            if was and is_now and was[2] != is_now[2]:
-                names = group.get("param_names")
+    def _leave_device(self) -> None:
+        """The next step begins from what is in the groups."""
+        if self._resident is not None:
+            self._read_back()
+            self.skipped = int(self.skipped)
+            self._resident = None
+
+    # --- groups and their options -----------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters. Their history begins now: earlier directions never moved them."""
+        self._leave_device()
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        options = {
+            **self.defaults,
+            **{name: shared[name] for name in self.shared_options},
+            **param_group,
+        }
+        self._check_options(options)
+        for name in self.shared_options:
+            if options[name] != shared[name]:
                 raise ValueError(
-                    f"{names[i] if names else f'parameter {i} of its group'} has shape "
-                    f"{tuple(is_now[2])} and had {tuple(was[2])} at the last step: the "
-                    "history is of the weights as they were. Give it its shape back, or make a new "
-                    "optimizer"
+                    f"{name} is {shared[name]!r} for the whole step, a group cannot set it to "
+                    f"{options[name]!r}"
                 )
+            param_group[name] = shared[name]  # not the default: a loaded state has its own
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.update(self.history)
+        group["method"], group["stream_version"] = type(self).__name__, STREAM_VERSION
+        group["steps"] = 0
+        for name in _COUNTED:
+            group[name] = self.param_groups[0].get(name, 0)
+        if group["fused"]:
+            self._backend(group, group["params"])
 
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raises ValueError for an option of a group, in torch's own words where torch has some."""
+        lr = options["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not 0.0 <= float(lr) < math.inf:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not 0.0 <= options["weight_decay"] < math.inf:
+            raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
+        if not 0.0 < options["zo_eps"] < math.inf:
+            raise ValueError(f"Invalid zo_eps value: {options['zo_eps']}")
+        for name, choices in (
+            ("distribution", DISTRIBUTIONS),
+            ("perturbation", PERTURBATIONS),
+            ("rounding", ROUNDINGS),
+            ("nonfinite", NONFINITE),
+        ):
+            if options[name] not in choices:
+                raise ValueError(f"Invalid {name}: {options[name]!r}, expected one of {choices}")
+        limit = options["max_skipped"]
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ValueError(f"Invalid max_skipped: {limit!r}, expected an integer of at least 1")
+        seed = options["seed"]
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
+        can_capture = type(self)._resident_group is not ZerothOrder._resident_group
+        if options["capturable"] and not can_capture:
+            raise ValueError(f"{type(self).__name__} cannot do capturable=True")
 
-class _Guard:
-    """Sees what a closure does to the weights themselves, which it must not."""
+    # --- state ------------------------------------------------------------------------------------
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        self._names = [name for plan in plans for name in plan.names]
-        self._weights = [segment.tensor for plan in plans for segment in plan]
-        self._memory = [memory_of(p) for p in self._weights]
-        self._data = [p.detach() for p in self._weights]  # keeps memory that p may let go of
-        # Inference tensors do not count their versions.
-        self._counting = [not p.is_inference() for p in self._weights]
-        self._versions: list[int] = []
-        self._replaced = False
-        self.written = False
+    def state_dict(self) -> dict[str, Any]:
+        self._read_back()
+        return super().state_dict()
 
-    def look(self) -> None:
-        """The weights are in order: what they are now is what :meth:`check` expects."""
-        pairs = zip(self._weights, self._counting, strict=True)
-        self._versions = [p._version if counts else 0 for p, counts in pairs]
+    def __getstate__(self) -> dict[str, Any]:
+        self._read_back()
+        return super().__getstate__()
 
-    def check(self) -> None:
-        """Raises RuntimeError if weights were written or replaced since."""
-        problems = self._find()
-        if problems:
-            raise RuntimeError(
-                f"the closure has {'; '.join(problems)}. It must only evaluate the model: the "
-                "weights move in the step around it"
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's: options come with the state, and parameters keep theirs.
+
+        Raises:
+            ValueError: the state is of another method, stream of directions, distribution or
+                normalization, which this run cannot go on with; or it is damaged. Nothing has
+                changed then.
+        """
+        try:
+            super().load_state_dict(state_dict)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not the state of an optimizer: {error!r}") from error
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "param_groups" in self.__dict__:  # loading, and not unpickling
+            for i, (saved, group) in enumerate(
+                zip(state["param_groups"], self.param_groups, strict=True)
+            ):
+                self._check_state(saved, group, f"group {i} of the state")
+        super().__setstate__(state)
+        self._forget_last_step()
+
+    def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        """Raises ValueError unless the saved group can go on as ``group``."""
+        missing = [name for name in group if name not in saved and name not in _NOT_SAVED]
+        if missing:
+            raise ValueError(
+                f"{where} lacks {', '.join(missing)}: it is of another optimizer, or of an earlier "
+                "version of this one"
             )
-
-    def put_back(self) -> None:
-        """Gives weights their memory back, and notices what :meth:`check` did not come to see."""
-        self._find()
-        if self._replaced:
-            for p, memory, data in zip(self._weights, self._memory, self._data, strict=True):
-                if memory_of(p) != memory:
-                    p.data = data
-
-    def _find(self) -> list[str]:
-        if not self._versions:
-            return []
-        written, replaced = [], []
-        for i, p in enumerate(self._weights):
-            if memory_of(p) != self._memory[i]:
-                replaced.append(self._names[i])
-            elif self._counting[i] and p._version != self._versions[i]:
-                written.append(self._names[i])
-        self._versions = []
-        self.written = self.written or bool(written)
-        self._replaced = self._replaced or bool(replaced)
-        return [
-            f"{did} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" * (len(names) > 3))
-            for did, names in (
-                ("written to", written),
-                ("replaced, resized or moved (what they were is put back)", replaced),
-            )
-            if names
-        ]
+        for name in self.fixed_options:
+            if saved[name] != group[name]:
+                raise ValueError(
+                    f"{where} has {name} {saved[name]!r}, this optimizer has {group[name]!r}: a "
+                    f"run keeps its {name} from its first step to its last"
+                )
+        for name, value in saved.items():
+            if isinstance(value, int) and abs(value) >= 2**64:
+                raise ValueError(f"{where} is damaged: {name} is beyond 64 bits")
+        try:
+            self._check_options(saved)
+        except TypeError as error:
+            raise ValueError(f"{where} is damaged: {error}") from error
+        for name, limit in (
+            ("steps", 2**63),
+            ("next_direction", 2**32),
+            ("skipped_in_a_row", 2**63),
+        ):
+            if type(saved[name]) is not int or not 0 <= saved[name] <= limit:
+                raise ValueError(f"{where} is damaged: {name} is {saved[name]!r}")
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
@@ -707,80 +594,3 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"].fill_(lr)
     else:
         group["lr"] = lr
-
-
-def _make_plans(groups: Iterable[dict[str, Any]]) -> list[Plan]:
-    """Trainable parameters of each group. A parameter's index counts all of them, frozen ones too,
-    so that freezing one does not change the others' directions."""
-    members: list[tuple[list[Tensor], list[int], list[str]]] = []
-    seen = set()
-    index = 0
-    for group in groups:
-        tensors, parameters, names = [], [], []
-        given = group.get("param_names")
-        for i, p in enumerate(group["params"]):
-            # Two Parameters over the same memory are one weight, and must move once.
-            if p.requires_grad and (p.numel() == 0 or memory_of(p) not in seen):
-                seen.add(memory_of(p))
-                tensors.append(p)
-                parameters.append(index)
-                names.append(given[i] if given else f"parameter {index}")
-            index += 1
-        members.append((tensors, parameters, names))
-    plans = [
-        Plan(tensors, parameters=parameters, names=names) for tensors, parameters, names in members
-    ]
-    if len(plans) > 1:  # also across groups no two may share memory
-        tensors, parameters, names = (sum(lists, []) for lists in zip(*members, strict=True))
-        Plan(tensors, parameters=parameters, names=names)
-    return plans
-
-
-@contextmanager
-def _forked_generators() -> Iterator[None]:
-    """Inside, torch's generators advance as usual; on leaving they are back where they were."""
-    # All devices in use: a trained CPU tensor may feed a frozen model on a GPU, with dropout there.
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
-        for kind in ("cuda", "xpu"):
-            module = torch.get_device_module(kind)
-            if module.is_initialized():
-                # In a capture torch refuses to tell a generator's state (docs/adamezo.md).
-                if kind == "cuda" and torch.cuda.is_current_stream_capturing():
-                    continue
-                devices = range(module.device_count())
-                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-        yield
-
-
-def _checked_loss(loss: Any) -> Tensor | float:
-    """What a closure returned, if it is one real number."""
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1 or loss.is_complex():
-            raise ValueError(
-                f"the closure must return one real number, got a tensor of shape "
-                f"{tuple(loss.shape)} and dtype {loss.dtype}: reduce it, for example by `mean()`"
-            )
-        if not loss.is_floating_point():
-            raise TypeError(
-                f"the closure must return the loss as a floating-point number, got a tensor of "
-                f"dtype {loss.dtype}: convert a count by `float()`"
-            )
-        if loss.is_meta:
-            raise ValueError("the closure returned a tensor on the meta device, which has no value")
-        # Of its own memory: a closure may return the same tensor again, with another value.
-        return loss.detach().clone()
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-        return float(loss)
-    raise TypeError(
-        f"the closure must return the loss as a scalar tensor or a number, got "
-        f"{type(loss).__name__}" + (": does it lack a `return`?" if loss is None else "")
-    )
-
-
-def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
-    """All losses as numbers. Those on a GPU are waited for and copied once, and not one by one."""
-    tensors = [loss.double().reshape(()) for loss in losses if isinstance(loss, Tensor)]
-    if len(tensors) == len(losses) and len({t.device for t in tensors}) == 1:
-        return torch.stack(tensors).tolist()
-    return [float(loss) for loss in losses]

@@ -3,63 +3,226 @@
 Losses, what is measured from them, the history, its coefficients and the counters are tensors, and
 kernels read them when they run. So nothing waits for the device, and a step that was captured in a
 CUDA graph goes on from where the last one ended when it is replayed. All arithmetic is that of the
-steps on the host, in float64 and in the same order, and so are the bits.
+steps on the host, in float64 and in the same order (arithmetic.py), and so are the bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adamezo_kernels import PhiloxState, Terms
+from adamezo_kernels import PhiloxState, Plan, Terms, update_terms_
+
+from .arithmetic import Number, usable
+from .perturbation import Displacement
+
+Groups = Sequence[dict[str, Any]]
+
+LONGEST_SCHEDULE = 2**20
+"""Steps, of 8 bytes each on the device."""
 
 
-class ResidentHistory(Protocol):
-    """A group's history on the device, as a method defines it."""
+class ResidentGroup(ABC):
+    """A parameter group on the device: its history, and the numbers of its next update.
 
-    terms: Terms
-    """Of the group's update."""
+    A method says what stands in front of which directions (:meth:`sums`), and what of its history
+    goes back into the group (:meth:`read_back`). If its update is another operation than sums of
+    directions, it also overrides :meth:`update`, and :meth:`advance` to set that operation's
+    numbers: with ``masked_fill``, to those that change nothing where the step is left out.
 
-    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
-        """Takes in what a step measured, unless that is not ``finite``; sets ``terms``.
+    Args:
+        group: with the history so far. Its lr becomes a tensor, which schedulers write into.
+        terms: of its update, on the device.
+    """
 
-        Without it the terms are such that an update restores the weights and moves them nowhere.
+    def __init__(self, group: dict[str, Any], terms: Terms) -> None:
+        self.group = group
+        self.terms = terms
+        self.steps = self.tensor(group["steps"], torch.int64)
+        lr = group["lr"]
+        kind = lr.dtype if isinstance(lr, Tensor) else torch.float64
+        group["lr"] = torch.as_tensor(lr, dtype=kind, device=self.steps.device)
+
+    def tensor(self, values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.terms.words.device)
+
+    @abstractmethod
+    def sums(
+        self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor | None]:
+        """Takes in what a step measured, unless that is not ``finite``.
 
         Args:
             measured: float64 scalars.
             counter: int64 scalar, the step's first direction.
             finite: bool scalar.
+
+        Returns:
+            (counters, first, second): as many of each as ``terms`` has directions, and with the
+            meaning that :func:`adamezo_kernels.update_` gives them. The newest direction comes
+            first, also where the step is left out: the weights are restored along it.
         """
 
-    def read_back(self, group: dict[str, Any]) -> None:
+    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
+        """Sets the terms of this step's update. Where it is not ``finite`` they are such that the
+        weights are restored and move nowhere."""
+        counters, first, second = self.sums(measured, counter, finite)
+        left_out = finite.logical_not()
+        sign = -1 if self.group["maximize"] else 1
+        self.terms.counters.copy_(counters)
+        self.terms.first.copy_((sign * _stacked(first)).masked_fill(left_out, 0))
+        if second is not None:
+            self.terms.second.copy_(_stacked(second).masked_fill(left_out, 0))
+        lr = self.group["lr"].double().reshape(()).masked_fill(left_out, 0)
+        self.terms.step[0].copy_(-lr)
+        self.terms.step[1].copy_(1 - lr * self.group["weight_decay"])
+        self.steps.add_(finite)
+
+    def update(self, plan: Plan, restore: float, backend: str) -> None:
+        """Restores and updates the weights, with the terms as they are when it runs."""
+        group = self.group
+        update_terms_(
+            plan,
+            self.terms,
+            **({"eps": group["eps"]} if self.terms.with_second else {}),
+            restore=restore,
+            distribution=group["distribution"],
+            rounding=group["rounding"],
+            backend=backend,
+        )
+
+    def read_back(self) -> None:
         """Writes the history into the group, as plain numbers and lists. Waits for the device."""
+        self.group["steps"] = int(self.steps)
+
+
+class ResidentNumbers(ResidentGroup):
+    """One whose history is a few numbers, from which its method computes as it does on the host.
+
+    Args:
+        group, terms: as above.
+        compute: from what a step measured, the history (whose numbers it replaces) and the group:
+            what stands in front of the step's directions, in the order of the probes.
+        history: names of the numbers in the group.
+        schedule: of numbers that ``compute`` finds beside the history, what they are at a group's
+            steps 1, 2, ...; after the last they stay.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        terms: Terms,
+        compute: Callable[[Sequence[Number], dict[str, Number], dict[str, Any]], Sequence[Number]],
+        history: Iterable[str],
+        schedule: Mapping[str, Sequence[float]],
+    ) -> None:
+        super().__init__(group, terms)
+        self._compute = compute
+        self._history = {name: self.tensor(group[name]) for name in history}
+        self._schedule = {name: self.tensor(values) for name, values in schedule.items()}
+        self._newest_first = self.tensor(range(terms.horizon)[::-1], torch.int64)
+
+    def computed(self, measured: Sequence[Tensor], finite: Tensor) -> Sequence[Tensor]:
+        """What the method computes. It is in the history then, unless not ``finite``."""
+        kept = dict(self._history)
+        for name, values in self._schedule.items():
+            kept[name] = values.gather(0, self.steps.clamp(max=values.numel() - 1)[None])[0]
+        numbers = self._compute(measured, kept, self.group)
+        for name, value in self._history.items():
+            torch.where(finite, kept[name], value, out=value)
+        return numbers
+
+    def sums(
+        self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor], None]:
+        return counter + self._newest_first, self.computed(measured, finite)[::-1], None
+
+    def read_back(self) -> None:
+        super().read_back()
+        for name, value in self._history.items():
+            self.group[name] = float(value)
+
+
+def _stacked(values: Sequence[Tensor] | Tensor) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.stack([*values])
+
+
+class Made(NamedTuple):
+    """What the numbers on a device were made of. A change asks for others."""
+
+    device: torch.device
+    directions: int
+    """How many a step draws."""
+    options: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, groups: Groups, options: Collection[str], probes: Sequence[tuple[PhiloxState, float]]
+    ) -> Made:
+        """Raises ValueError unless all weights are on one device."""
+        devices = {p.device for group in groups for p in group["params"] if p.requires_grad}
+        if len(devices) != 1:
+            raise ValueError(
+                "capturable=True needs all weights on one device, where the numbers of a step are; "
+                f"got {', '.join(sorted(map(str, devices))) or 'none'}"
+            )
+        counters = {direction.counter for direction, _ in probes}
+        return cls(
+            devices.pop(),
+            len(counters),
+            [{k: v for k, v in group.items() if k in options and k != "lr"} for group in groups],
+        )
+
+    def check_not_capturing(self) -> None:
+        """Numbers cannot be brought to the device while it is captured what happens there."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the numbers of a step are not on the device yet, or an option was changed: "
+                "take one step before capturing"
+            )
 
 
 class Resident:
     """The numbers of an optimizer's steps on one device.
 
     Args:
-        key: the run's seed.
-        next_direction: index of the next step's first direction.
-        directions: how many a step draws.
-        histories: one for each parameter group.
+        made: what they are made of.
+        first: the next step's first direction.
+        groups: one for each parameter group.
+        skipped: how many steps were left out.
+        skipped_in_a_row: how many of them since the last that was not.
+
+    Attributes:
+        skipped: an int64 tensor.
     """
 
     def __init__(
         self,
-        key: int,
-        next_direction: int,
-        directions: int,
-        histories: Sequence[ResidentHistory],
-        device: torch.device,
+        made: Made,
+        first: PhiloxState,
+        groups: Sequence[ResidentGroup],
+        skipped: Any,
+        skipped_in_a_row: int,
     ) -> None:
-        self.histories = histories
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._next = torch.tensor(next_direction, dtype=torch.int64, device=device)
-        self._directions = [Terms(key, device=device) for _ in range(directions)]
+        def count(value: Any) -> Tensor:
+            return torch.tensor(int(value), dtype=torch.int64, device=made.device)
+
+        self.made = made
+        self.skipped = count(skipped)
+        self._skipped_in_a_row = count(skipped_in_a_row)
+        self._groups = groups
+        self._next = count(first.counter)
+        self._directions = [Terms(first.key, device=made.device) for _ in range(made.directions)]
+
+    def fits(self, made: Made) -> bool:
+        """Whether steps may go on with these numbers."""
+        lrs = [group.group["lr"] for group in self._groups]
+        on_device = all(isinstance(lr, Tensor) and lr.device == made.device for lr in lrs)
+        return self.made == made and on_device
 
     def probes(self, probes: Sequence[tuple[PhiloxState, float]]) -> list[tuple[Terms, float]]:
         """The same, along directions whose indices are read from the device."""
@@ -68,14 +231,42 @@ class Resident:
             terms.counters.copy_(self._next + i)
         return [(self._directions[direction.counter - first], to) for direction, to in probes]
 
-    def advance(self, measured: Sequence[Tensor], finite: Tensor) -> None:
-        for history in self.histories:
-            history.advance(measured, self._next, finite)
-        self.skipped.add_(finite.logical_not())
-        self._next.add_(len(self._directions))
+    def losses(self, results: Sequence[Tensor | float]) -> list[Tensor]:
+        """What the closure returned, in float64. Raises TypeError unless it is on the device."""
+        device = self.made.device
+        losses = []
+        for loss in results:
+            if not isinstance(loss, Tensor) or loss.device != device:
+                got = loss.device if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(
+                    f"capturable=True needs the loss as a tensor on {device}, got {got}"
+                )
+            losses.append(loss.double().reshape(()))
+        return losses
 
-    def read_back(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Writes everything into the groups. Waits for the device."""
-        for group, history in zip(groups, self.histories, strict=True):
-            history.read_back(group)
-            group["next_direction"] = int(self._next)
+    def update(
+        self,
+        losses: Sequence[Tensor],
+        measured: Sequence[Tensor],
+        weights: Displacement,
+        plans: Sequence[Plan],
+        backend: str,
+    ) -> None:
+        """Ends a step: history, counters and weights, without a look at any number."""
+        finite = usable([*losses, *measured])
+        for group in self._groups:
+            group.advance(measured, self._next, finite)
+        left_out = finite.logical_not()
+        self.skipped.add_(left_out)
+        self._skipped_in_a_row.add_(1).mul_(left_out)
+        self._next.add_(self.made.directions)
+        for i, (group, plan) in enumerate(zip(self._groups, plans, strict=True)):
+            group.update(plan, -weights.in_weights(i), backend)
+            weights.updated(i)
+
+    def read_back(self) -> None:
+        """Writes everything into the parameter groups. Waits for the device."""
+        for group in self._groups:
+            group.read_back()
+            group.group["next_direction"] = int(self._next)
+            group.group["skipped_in_a_row"] = int(self._skipped_in_a_row)

@@ -13,7 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState, Plan, update_
 
-from ..optimizer import Number, Probe, ZerothOrder
+from ..arithmetic import Number, quotient
+from ..optimizer import Probe, ZerothOrder
 from .history import NORMALIZATIONS, ResidentHistory, coefficients
 
 
@@ -57,7 +58,7 @@ class AdaMeZO(ZerothOrder):
         nonfinite: what a non-finite loss does: ``"skip"`` the step, or ``"raise"`` a
             FloatingPointError. Either way the weights are restored and the history stays as it was.
         max_skipped: how many steps in a row may be skipped before a FloatingPointError says that
-            the run is lost.
+            the run is lost. The count is in the state: a resumed run goes on with it.
         maximize: ascend instead of descend (a reward, an accuracy), by group.
         fused: None uses the compiled kernels where there are some; True is an error without them;
             False uses the reference backend, which is plain torch and slow.
@@ -147,7 +148,7 @@ class AdaMeZO(ZerothOrder):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         loss_plus, loss_minus = losses
-        return ((loss_plus - loss_minus) / (2 * options["zo_eps"]),)
+        return (quotient(loss_plus - loss_minus, 2 * options["zo_eps"]),)
 
     def _update(
         self,
@@ -189,8 +190,10 @@ class AdaMeZO(ZerothOrder):
         """Of z_k in m and of z_k^2 in v."""
         return coefficients(grads, group["betas"], group["normalization"])
 
-    def _resident_history(self, group: dict[str, Any], device: torch.device) -> ResidentHistory:
-        return ResidentHistory(group, group["seed"], device)
+    def _resident_group(
+        self, group: dict[str, Any], directions: int, device: torch.device
+    ) -> ResidentHistory:
+        return ResidentHistory(group, device, with_second=group["betas"][1] != 0)
 
     def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
         super()._check_state(saved, group, where)

@@ -22,12 +22,14 @@ class AdaZeta(MeZO):
     The authors' code has ``exponent = ln(NUM / alpha) / ln(epochs)`` with NUM = 20, so that the
     bare power comes to NUM in the last epoch.
 
+    ``capturable`` is refused, as a captured step has a fixed number of directions.
+
     Deviations: the mean is never formed as a gradient. Epochs are whole, counted from 0 by steps
     that were not skipped. The paper trains tensor-train adapters, which are not part of this: give
     ``params`` of any adapter.
 
     Args:
-        params, lr, zo_eps, common: as for :class:`MeZO`.
+        params, lr, zo_eps, common: as for :class:`MeZO`, but for ``capturable``.
         queries: Q_max, the most directions that a step has.
         steps_per_epoch: how many steps an epoch has.
         exponent: of the epoch.
@@ -80,3 +82,8 @@ class AdaZeta(MeZO):
         for name in ("exponent", "alpha"):
             if not 0.0 < options[name] < math.inf:
                 raise ValueError(f"Invalid {name}: {options[name]}, expected a positive number")
+        if options["capturable"]:
+            raise ValueError(
+                "AdaZeta cannot do capturable=True: a captured step cannot change its number of "
+                "directions, and MeZO has a constant one"
+            )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import PhiloxState, Plan
+from adamezo_kernels import PhiloxState
 
-from ..optimizer import Number, Probe
+from ..arithmetic import Number, alike, quotient, square_root, total, where
+from ..optimizer import Probe
 from .memoryless import Memoryless, check_count, directions_from
 
 
@@ -63,26 +63,13 @@ class FZOO(Memoryless):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         start, *others = losses
-        mean = sum(others) / len(others)
+        mean = quotient(total(others), len(others))
         apart = [loss - mean for loss in others]
-        sigma = math.sqrt(sum(x * x for x in apart) / (len(others) - 1))
-        if sigma == 0 or min(others) == max(others):  # it may be a rounding error then
-            return (0.0,) * len(others)
-        return tuple((loss - start) / (options["zo_eps"] * sigma) for loss in others)
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        first: PhiloxState,
-        measured: tuple[float, ...],
-        restore: float,
-        backend: str,
-    ) -> None:
-        count = len(measured)
-        directions = directions_from(first, count)
-        mean = [value / count for value in measured]
-        self._step_along(group, plan, directions, mean, restore, backend)
+        sigma = square_root(quotient(total(x * x for x in apart), len(others) - 1))
+        unit = options["zo_eps"] * sigma
+        flat = (unit == 0) | alike(others)  # of equal losses sigma may be a rounding error
+        unit = where(flat, 1.0, unit)
+        return tuple(where(flat, 0.0, loss - start) / unit for loss in others)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from adamezo_kernels import Terms
 
+from ..resident import ResidentGroup
+
 NORMALIZATIONS = ("paper", "bias_corrected", "official")
 
 
@@ -57,7 +59,7 @@ def _scales(count: int, betas: tuple[float, float], normalization: str) -> tuple
     return 1 / sum(beta1**age for age in range(count)), 1 / sum(beta2**age for age in range(count))
 
 
-class ResidentHistory:
+class ResidentHistory(ResidentGroup):
     """A group's history and its coefficients on a device, in the arithmetic of `coefficients`.
 
     There are always ``horizon`` terms. Those for which there is no direction yet have a projected
@@ -65,32 +67,30 @@ class ResidentHistory:
 
     Args:
         group: a parameter group, with the history so far.
-        key: the run's seed.
         device: of its weights.
+        with_second: whether the update has a sum S2.
     """
 
-    def __init__(self, group: dict[str, Any], key: int, device: torch.device) -> None:
+    def __init__(self, group: dict[str, Any], device: torch.device, with_second: bool) -> None:
         horizon, betas = group["horizon"], group["betas"]
         terms = horizon if any(betas) else 1
-
-        def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+        on_device = Terms(group["seed"], horizon=terms, with_second=with_second, device=device)
+        super().__init__(group, on_device)
 
         def filled(values: Sequence[float]) -> list[float]:
             return [*values, *[0] * horizon][:horizon]
 
-        self.terms = Terms(key, horizon=terms, with_second=betas[1] != 0, device=device)
-        self._group = group
-        self._projected_grads = tensor(filled(group["projected_grads"]))
-        self._counters = tensor(filled(group["directions"]), torch.int64)
-        self._count = tensor(min(len(group["directions"]), horizon), torch.int64)
-        self._steps = tensor(group["steps"], torch.int64)
+        self._projected_grads = self.tensor(filled(group["projected_grads"]))
+        self._counters = self.tensor(filled(group["directions"]), torch.int64)
+        self._count = self.tensor(min(len(group["directions"]), horizon), torch.int64)
         # By the number of directions there are, and by age.
         scales = [_scales(count, betas, group["normalization"]) for count in range(1, terms + 1)]
-        self._scales = [tensor(column) for column in zip(*scales, strict=True)]
-        self._weights = [tensor([beta**age for age in range(terms)]) for beta in betas]
+        self._scales = [self.tensor(column) for column in zip(*scales, strict=True)]
+        self._weights = [self.tensor([beta**age for age in range(terms)]) for beta in betas]
 
-    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
+    def sums(
+        self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor | None]:
         (p,) = measured
         horizon, terms = self._counters.numel(), self.terms.horizon
         projected_grads = torch.cat([p[None], self._projected_grads[:-1]])
@@ -98,23 +98,17 @@ class ResidentHistory:
         torch.where(finite, projected_grads, self._projected_grads, out=self._projected_grads)
         torch.where(finite, counters, self._counters, out=self._counters)
         self._count.add_(finite).clamp_(max=horizon)
-        self._steps.add_(finite)
 
-        # A step that is left out still restores, along its own direction.
-        self.terms.counters.copy_(counters[:terms])
         at = (self._count.clamp(1, terms) - 1)[None]
-        p, zero = projected_grads[:terms], torch.zeros((), dtype=torch.float64, device=p.device)
-        first = self._scales[0].gather(0, at) * self._weights[0] * p
-        first = -first if self._group["maximize"] else first
-        self.terms.first.copy_(torch.where(finite, first, zero))
-        second = self._scales[1].gather(0, at) * self._weights[1] * p * p
-        self.terms.second.copy_(torch.where(finite, second, zero))
-        lr = torch.where(finite, self._group["lr"], zero)
-        self.terms.step[0].copy_(-lr)
-        self.terms.step[1].copy_(1 - lr * self._group["weight_decay"])
+        kept = projected_grads[:terms]
+        scale1, scale2 = (scales.gather(0, at) for scales in self._scales)
+        first = scale1 * self._weights[0] * kept
+        if self.group["betas"][1] == 0:
+            return counters[:terms], first, None
+        return counters[:terms], first, scale2 * self._weights[1] * kept * kept
 
-    def read_back(self, group: dict[str, Any]) -> None:
+    def read_back(self) -> None:
+        super().read_back()
         count = int(self._count)
-        group["projected_grads"] = self._projected_grads[:count].tolist()
-        group["directions"] = self._counters[:count].tolist()
-        group["steps"] = int(self._steps)
+        self.group["projected_grads"] = self._projected_grads[:count].tolist()
+        self.group["directions"] = self._counters[:count].tolist()

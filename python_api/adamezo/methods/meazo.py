@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import PhiloxState, Plan
+from adamezo_kernels import PhiloxState
 
-from ..optimizer import Number, Probe
+from ..arithmetic import Number, quotient, square_root, steps_to_one
+from ..optimizer import Probe
+from ..resident import LONGEST_SCHEDULE
 from .memoryless import Memoryless
 
 
@@ -31,7 +33,8 @@ class MEAZO(Memoryless):
     Args:
         params: as for :class:`AdaMeZO`.
         lr: step size, by group; about what MeZO's is times a typical p.
-        beta: of the moving average of p^2, in [0, 1), by group.
+        beta: of the moving average of p^2, in [0, 1), by group; with ``capturable`` up to 0.99996,
+            as the correction is read from a table then.
         eps: added to the root, by group.
         zo_eps: the perturbation scale mu.
         common: as for :class:`MeZO`.
@@ -59,24 +62,25 @@ class MEAZO(Memoryless):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         loss_plus, loss_minus = losses
-        return ((loss_plus - loss_minus) / (2 * options["zo_eps"]),)
+        return (quotient(loss_plus - loss_minus, 2 * options["zo_eps"]),)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        first: PhiloxState,
-        measured: tuple[float, ...],
-        restore: float,
-        backend: str,
-    ) -> None:
+    @staticmethod
+    def _coefficients(
+        measured: Sequence[Number], kept: dict[str, Number], group: dict[str, Any]
+    ) -> Sequence[Number]:
         (p,) = measured
         beta = group["beta"]
-        s = beta * group["s"] + (1 - beta) * p * p
-        s_hat = s / (1 - beta ** (group["steps"] + 1))
-        step = p / (math.sqrt(s_hat) + group["eps"])
-        self._step_along(group, plan, [first], [step], restore, backend)
-        group["s"] = s
+        kept["s"] = beta * kept["s"] + (1 - beta) * p * p
+        s_hat = kept["s"] / kept["correction"]
+        return [p / (square_root(s_hat) + group["eps"])]
+
+    @staticmethod
+    def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
+        return {"correction": 1 - group["beta"] ** step}
+
+    @staticmethod
+    def _settled(group: dict[str, Any]) -> int:
+        return steps_to_one(group["beta"])
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
@@ -84,6 +88,12 @@ class MEAZO(Memoryless):
             raise ValueError(f"Invalid beta parameter: {options['beta']}")
         if not 0.0 < options["eps"] < math.inf:  # all p may be 0
             raise ValueError(f"Invalid epsilon value: {options['eps']}")
+        if options["capturable"] and self._settled(options) > LONGEST_SCHEDULE:
+            raise ValueError(
+                f"beta={options['beta']} with capturable=True: the correction 1 - beta**t is read "
+                f"from a table, which would have more than {LONGEST_SCHEDULE} steps. Take a "
+                "smaller beta, or leave out capturable"
+            )
 
     def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
         super()._check_state(saved, group, where)

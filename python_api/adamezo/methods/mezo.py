@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import PhiloxState, Plan
+from adamezo_kernels import PhiloxState
 
-from ..optimizer import Number, Probe
+from ..arithmetic import Number, quotient
+from ..optimizer import Probe
 from .memoryless import Memoryless, check_count, directions_from
 
 
@@ -37,8 +38,9 @@ class MeZO(Memoryless):
             at step t = 0, 1, ... Steps that were skipped are not counted.
         zo_eps: the perturbation scale mu.
         common: weight_decay, distribution, perturbation, rounding, nonfinite, max_skipped,
-            maximize, fused, seed, differentiable and model, as for :class:`AdaMeZO`. ``capturable``
-            is refused: ``AdaMeZO(betas=(0.0, 0.0), capturable=True)`` has it for one direction.
+            maximize, fused, capturable, seed, differentiable and model, as for :class:`AdaMeZO`.
+            ``capturable`` is refused beside ``linear_over``, as a captured step has a fixed number
+            of directions.
 
     Attributes:
         measured (tuple[float, ...]): p_q of the last step in the order of the directions, then
@@ -75,26 +77,17 @@ class MeZO(Memoryless):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         pairs = zip(losses[::2], losses[1::2], strict=True)
-        grads = [(plus - minus) / (2 * options["zo_eps"]) for plus, minus in pairs]
+        grads = [quotient(plus - minus, 2 * options["zo_eps"]) for plus, minus in pairs]
         # As many numbers in every step, so that records of steps are all alike.
         return (*grads, *[0.0] * (options["queries"] - len(grads)))
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        first: PhiloxState,
-        measured: tuple[float, ...],
-        restore: float,
-        backend: str,
-    ) -> None:
-        count = group["next_direction"] - first.counter  # that this step has used up
-        directions = directions_from(first, count)
-        mean = [p / count for p in measured[:count]]
-        self._step_along(group, plan, directions, mean, restore, backend)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
         check_count("queries", options["queries"])
         if options.get("linear_over") is not None:
             check_count("linear_over", options["linear_over"])
+            if options["capturable"]:
+                raise ValueError(
+                    f"linear_over={options['linear_over']} with capturable=True: a captured step "
+                    "cannot change its number of directions. Leave out one of them"
+                )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..optimizer import ZerothOrder
+import torch
+from torch import Tensor
+
+from ..arithmetic import Number, square_root, total
 from .adamezo import AdaMeZO
+from .history import ResidentHistory
 
 
 class ScalarAdaMeZO(AdaMeZO):
@@ -20,17 +23,32 @@ class ScalarAdaMeZO(AdaMeZO):
         theta <- theta (1 - lr weight_decay) - lr m / (rms + eps)
 
     What AdaMeZO does better than this, it owes to a v of each weight's own. Arguments are those of
-    :class:`AdaMeZO`; ``capturable`` is refused.
+    :class:`AdaMeZO`.
     """
-
-    # AdaMeZO's forms v.
-    _resident_history = ZerothOrder._resident_history  # type: ignore[assignment]
 
     def _coefficients(
         self, grads: Sequence[float], group: dict[str, Any]
     ) -> tuple[Sequence[float], Sequence[float] | None]:
         m, v = super()._coefficients(grads, group)
-        if v is None:
-            return m, None
-        root = math.sqrt(sum(v)) + group["eps"]
-        return [value / root for value in m], None
+        return _over_rms(m, v, group["eps"]), None
+
+    def _resident_group(
+        self, group: dict[str, Any], directions: int, device: torch.device
+    ) -> ResidentHistory:
+        return _OnDevice(group, device, with_second=False)
+
+
+class _OnDevice(ResidentHistory):
+    def sums(
+        self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor], None]:
+        counters, m, v = super().sums(measured, counter, finite)
+        return counters, _over_rms(m, v, self.group["eps"]), None
+
+
+def _over_rms(m: Iterable[Number], v: Iterable[Number] | None, eps: float) -> list[Number]:
+    """``m / (sqrt(sum v) + eps)``, or m where v stands for 1."""
+    if v is None:
+        return [*m]
+    root = square_root(total(v)) + eps
+    return [value / root for value in m]
