@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -25,16 +25,27 @@ class Rule(NamedTuple):
     """The step's own numbers, in the order of `Terms.numbers`."""
     bends: bool = False
     """Whether weights are displaced along something else than z."""
+    idle: Mapping[int, float] | None = None
+    """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
+    are; None where there are none such."""
 
 
 RULES = {
     "moments": Rule(0, 0, ()),  # as many directions as one likes
     "adam": Rule(
-        1, 2, ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2")
+        1,
+        2,
+        ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2"),
+        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
     ),
-    "hizoo": Rule(1, 1, ("-alpha", "alpha curvature", "p"), bends=True),
+    "hizoo": Rule(
+        1, 1, ("-alpha", "alpha curvature", "p"), bends=True, idle={0: 0.0, 1: 0.0, 2: 0.0}
+    ),
     "helene": Rule(
-        1, 2, ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip")
+        1,
+        2,
+        ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip"),
+        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
     ),
     "adamu": Rule(
         2,

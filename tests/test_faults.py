@@ -46,7 +46,7 @@ def test_the_attacks_see_what_they_are_for(monkeypatch):
     with pytest.raises(SystemExit, match="weights are lost"):
         attacks.interrupted_inside(20, exact=False)
     monkeypatch.undo()
-    monkeypatch.setattr("adamezo.optimizer._checked_loss", lambda loss: 1.0)
+    monkeypatch.setattr("adamezo.optimizer.checked_loss", lambda loss: 1.0)
     with pytest.raises(SystemExit, match="a bad loss was accepted"):
         attacks.bad_inputs(100)
 

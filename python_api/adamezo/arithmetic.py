@@ -36,6 +36,10 @@ def square_root(x: Number) -> Number:
     return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
+def magnitude(x: Number) -> Number:
+    return x.abs() if isinstance(x, Tensor) else abs(x)
+
+
 def total(values: Iterable[Number]) -> Number:
     """Their sum from first to last. ``sum`` of floats is another one from Python 3.12 on, and
     torch's has an order of its own."""

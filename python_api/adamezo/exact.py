@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from adamezo_kernels import Direction, Plan, Terms, perturb_
+from adamezo_kernels import Direction, Plan, Segment, Terms, perturb_
 from adamezo_kernels.plan import memory_of
 
 from .perturbation import forget_casts
@@ -226,12 +226,13 @@ class _Watch(TorchDispatchMode):
 class _Weight:
     """A trainable weight, and all of a model's parameters that are this memory."""
 
-    def __init__(self, name: str, index: int, tensor: Tensor, scratch: _Scratch) -> None:
+    def __init__(self, name: str, segment: Segment, scratch: _Scratch) -> None:
         self.name = name
-        self.index = index
+        self.index = segment.parameter
         self.scratch = scratch
-        self.clean = tensor.detach()
-        self.bytes = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.clean = segment.tensor.detach()
+        self.buffers = segment.buffers
+        self.bytes = -(-self.clean.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.parameters: list[Tensor] = []
         self.displaced = False
 
@@ -271,7 +272,7 @@ class Readers:
                 if tensor.device not in self._scratch:
                     self._scratch[tensor.device] = _Scratch(tensor.device)
                 scratch = self._scratch[tensor.device]
-                weight = _Weight(names[id(tensor)], segment.parameter, tensor, scratch)
+                weight = _Weight(names[id(tensor)], segment, scratch)
                 by_memory[memory_of(tensor)] = weight
                 self._under.setdefault(_storage(tensor), []).append(weight)
         for module in model.modules():
@@ -349,11 +350,12 @@ class _Copies:
                 copy.set_(memory, offset, like.shape)  # type: ignore[call-overload]
                 self.tensors.append(copy)
                 start += weight.bytes
-        self.plan = Plan(
+        clean = Plan(
             [weight.clean for weight in weights],
             parameters=[weight.index for weight in weights],
             names=[weight.name for weight in weights],
-        ).into(self.tensors)
+        )
+        self.plan = clean.with_buffers([weight.buffers for weight in weights]).into(self.tensors)
         self._users = _users(memory)
 
     def held_elsewhere(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,9 @@ from adamezo_kernels.plan import memory_of
 
 Groups = Sequence[dict[str, Any]]
 
+BuffersOf = Callable[[Tensor, dict[str, Any]], Sequence[Tensor]]
+"""Of a weight in a parameter group."""
+
 
 class Layout:
     """Plans that are made again when a parameter has been replaced, moved or frozen."""
@@ -19,8 +22,8 @@ class Layout:
     def __init__(self) -> None:
         self._made: tuple[Any, list[Plan]] | None = None
 
-    def plans(self, groups: Groups) -> list[Plan]:
-        """One for each group.
+    def plans(self, groups: Groups, buffers_of: BuffersOf) -> list[Plan]:
+        """One for each group, with the buffers of its weights.
 
         Raises:
             ValueError: a weight has another shape than it had the last time.
@@ -33,7 +36,7 @@ class Layout:
         if self._made is None or self._made[0] != layout:
             if self._made is not None:
                 _check_sizes(self._made[0], layout, groups)
-            self._made = layout, _make_plans(groups)
+            self._made = layout, _make_plans(groups, buffers_of)
         return self._made[1]
 
 
@@ -51,7 +54,7 @@ def _check_sizes(before: Any, now: Any, groups: Groups) -> None:
                 )
 
 
-def _make_plans(groups: Groups) -> list[Plan]:
+def _make_plans(groups: Groups, buffers_of: BuffersOf) -> list[Plan]:
     """Trainable parameters of each group. A parameter's index counts all of them, frozen ones too,
     so that freezing one does not change the others' directions."""
     members: list[tuple[list[Tensor], list[int], list[str]]] = []
@@ -70,7 +73,10 @@ def _make_plans(groups: Groups) -> list[Plan]:
             index += 1
         members.append((tensors, parameters, names))
     plans = [
-        Plan(tensors, parameters=parameters, names=names) for tensors, parameters, names in members
+        Plan(tensors, parameters=parameters, names=names).with_buffers(
+            [buffers_of(p, group) for p in tensors]
+        )
+        for group, (tensors, parameters, names) in zip(groups, members, strict=True)
     ]
     if len(plans) > 1:  # also across groups no two may share memory
         tensors, parameters, names = (sum(lists, []) for lists in zip(*members, strict=True))

@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import (
     DISTRIBUTIONS,
     ROUNDINGS,
+    RULES,
     STREAM_VERSION,
     Direction,
     PhiloxState,
@@ -25,8 +26,7 @@ from adamezo_kernels import (
 from adamezo_kernels.backends import BACKENDS, choose
 
 from .arithmetic import Number, usable
-from .evaluation import Closure, forked_generators, mean_loss, numbers
-from .evaluation import checked_loss as _checked_loss
+from .evaluation import Closure, checked_loss, forked_generators, mean_loss, numbers
 from .exact import Exact, Readers
 from .guard import Guard
 from .layout import Layout
@@ -104,6 +104,9 @@ class ZerothOrder(torch.optim.Optimizer):
     """What a group keeps from step to step, besides its number of steps, and how it begins. Plain
     numbers, or lists of them that are replaced and never changed, as a state_dict shares them: that
     survives every way of saving and loading."""
+
+    rule: ClassVar[str] = "moments"
+    """What an update is, and what it keeps for each weight: one of adamezo_kernels.RULES."""
 
     recorder: Callable[[StepRecord], None] | None = None
 
@@ -183,6 +186,18 @@ class ZerothOrder(torch.optim.Optimizer):
         ``restore`` times the direction of the last probe is to be added to the weights.
         """
 
+    def _along(self, z: PhiloxState, options: dict[str, Any]) -> Direction:
+        """What a probe displaces the weights along: z, unless the method's rule bends it."""
+        return z
+
+    def _closures(self, closure: Closure, probes: Sequence[Probe]) -> list[Closure]:
+        """What is evaluated at each probe."""
+        return [closure] * len(probes)
+
+    def _buffers_of(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What the method's rule keeps for each element of a weight, made here if need be."""
+        return ()
+
     def _resident_group(
         self, group: dict[str, Any], directions: int, device: torch.device
     ) -> ResidentGroup:
@@ -221,9 +236,10 @@ class ZerothOrder(torch.optim.Optimizer):
         backend = self._backend(options, [p for group in groups for p in group["params"]])
         weights = self._displacement(options, plans, backend)
         resident = self._on_device(first, probes) if options["capturable"] else None
-        evaluated: list[tuple[Direction, float]] = [
-            *(probes if resident is None else resident.probes(probes))
-        ]
+        evaluated: Sequence[tuple[Direction, float]] = (
+            self._displaced_along(probes, options) if resident is None else resident.probes(probes)
+        )
+        closures = self._closures(closure, probes)
         guard = Guard(plans)
         results: list[Tensor | float] = []
         self.measured = ()
@@ -238,8 +254,8 @@ class ZerothOrder(torch.optim.Optimizer):
                             stack.enter_context(forked_generators())
                         stack.enter_context(weights.evaluation())
                         with signals.through():
-                            result = closure()
-                    results.append(_checked_loss(result))
+                            result = closures[i]()
+                    results.append(checked_loss(result))
                     guard.check()
                 losses = numbers(results) if resident is None else resident.losses(results)
                 self.losses = tuple(losses)
@@ -280,7 +296,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _use_up(self, probes: Sequence[Probe]) -> None:
         for group in self.param_groups:
-            group["next_direction"] = 1 + max(direction.counter for direction, _ in probes)
+            last = max(direction.counter for direction, _ in probes)
+            group["next_direction"] = last + max(RULES[self.rule].directions, 1)
 
     def _skip(self, nonfinite: str, limit: int) -> None:
         in_a_row = self.param_groups[0]["skipped_in_a_row"] + 1
@@ -330,7 +347,7 @@ class ZerothOrder(torch.optim.Optimizer):
         )
         with HeldSignals():
             try:
-                for direction, to in probes[: record.displacements]:
+                for direction, to in self._displaced_along(probes, options)[: record.displacements]:
                     weights.displace(direction, to)
                 if record.outcome != "failed":
                     self.losses, self.measured = (), record.measured
@@ -380,7 +397,14 @@ class ZerothOrder(torch.optim.Optimizer):
         return {name: first[name] for name in self.shared_options}
 
     def _plans(self) -> list[Plan]:
-        return self._layout.plans(self.param_groups)
+        return self._layout.plans(self.param_groups, self._buffers_of)
+
+    def _displaced_along(
+        self, probes: Sequence[Probe], options: dict[str, Any]
+    ) -> list[tuple[Direction, float]]:
+        # One object for each direction: a displacement is to see that it is the same.
+        along = {z: self._along(z, options) for z, _ in probes}
+        return [(along[z], to) for z, to in probes]
 
     def _backend(self, options: dict[str, Any], params: Sequence[Tensor]) -> str:
         fused, distribution = options["fused"], options["distribution"]
@@ -453,7 +477,7 @@ class ZerothOrder(torch.optim.Optimizer):
             first = first._replace(counter=groups[0]["next_direction"])
             in_a_row = groups[0]["skipped_in_a_row"]
             there = [self._resident_group(group, made.directions, made.device) for group in groups]
-            self._resident = Resident(made, first, there, self.skipped, in_a_row)
+            self._resident = Resident(made, first, there, self.skipped, in_a_row, self.rule)
             self.skipped = self._resident.skipped
         return self._resident
 

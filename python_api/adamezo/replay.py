@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamezo_kernels import PhiloxState
+from adamezo_kernels import RULES, PhiloxState
 from adamezo_kernels.plan import memory_of
 
 from . import methods
@@ -482,7 +482,8 @@ class StepLog:
 
         Raises:
             FileExistsError: there is a file already.
-            LogError: the optimizer has a recorder, or is ``capturable``.
+            LogError: the optimizer has a recorder, or is ``capturable``, or has taken steps and
+                keeps tensors for the weights.
         """
         path = Path(path)
         _check_free(optimizer)
@@ -638,6 +639,11 @@ def _check_free(optimizer: ZerothOrder) -> None:
         raise LogError(
             "with capturable=True what a step measures stays on the device, so that no log can be "
             "written. Leave one of them out"
+        )
+    if RULES[optimizer.rule].buffers and any(group["steps"] for group in optimizer.param_groups):
+        raise LogError(
+            f"{type(optimizer).__name__} keeps tensors for its weights, which a log does not "
+            "hold: a log can only begin before the first step"
         )
 
 

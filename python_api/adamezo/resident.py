@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamezo_kernels import PhiloxState, Plan, Terms, update_terms_
+from adamezo_kernels import RULES, PhiloxState, Plan, Terms, update_terms_
 
 from .arithmetic import Number, usable
 from .perturbation import Displacement
@@ -26,23 +26,25 @@ LONGEST_SCHEDULE = 2**20
 """Steps, of 8 bytes each on the device."""
 
 
-class ResidentGroup(ABC):
-    """A parameter group on the device: its history, and the numbers of its next update.
+Schedule = Mapping[str, Sequence[float]]
+"""Numbers that depend on the step alone: what they are at a group's steps 1, 2, ...; after the last
+they stay."""
 
-    A method says what stands in front of which directions (:meth:`sums`), and what of its history
-    goes back into the group (:meth:`read_back`). If its update is another operation than sums of
-    directions, it also overrides :meth:`update`, and :meth:`advance` to set that operation's
-    numbers: with ``masked_fill``, to those that change nothing where the step is left out.
+
+class ResidentGroup(ABC):
+    """A parameter group on the device: its history, and the terms of its next update.
 
     Args:
         group: with the history so far. Its lr becomes a tensor, which schedulers write into.
         terms: of its update, on the device.
+        schedule: what :meth:`scheduled` reads.
     """
 
-    def __init__(self, group: dict[str, Any], terms: Terms) -> None:
+    def __init__(self, group: dict[str, Any], terms: Terms, schedule: Schedule | None = None):
         self.group = group
         self.terms = terms
         self.steps = self.tensor(group["steps"], torch.int64)
+        self._schedule = {name: self.tensor(row) for name, row in (schedule or {}).items()}
         lr = group["lr"]
         kind = lr.dtype if isinstance(lr, Tensor) else torch.float64
         group["lr"] = torch.as_tensor(lr, dtype=kind, device=self.steps.device)
@@ -50,48 +52,40 @@ class ResidentGroup(ABC):
     def tensor(self, values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.terms.words.device)
 
+    def scheduled(self) -> dict[str, Number]:
+        """What is scheduled for this step."""
+        return {
+            name: row.gather(0, self.steps.clamp(max=row.numel() - 1)[None])[0]
+            for name, row in self._schedule.items()
+        }
+
     @abstractmethod
-    def sums(
-        self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor | None]:
-        """Takes in what a step measured, unless that is not ``finite``.
+    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
+        """Takes in what a step measured, unless that is not ``finite``, and sets the terms of its
+        update: to such that restore the weights and change nothing, where it is not.
 
         Args:
             measured: float64 scalars.
             counter: int64 scalar, the step's first direction.
             finite: bool scalar.
-
-        Returns:
-            (counters, first, second): as many of each as ``terms`` has directions, and with the
-            meaning that :func:`adamezo_kernels.update_` gives them. The newest direction comes
-            first, also where the step is left out: the weights are restored along it.
         """
 
-    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
-        """Sets the terms of this step's update. Where it is not ``finite`` they are such that the
-        weights are restored and move nowhere."""
-        counters, first, second = self.sums(measured, counter, finite)
-        left_out = finite.logical_not()
-        sign = -1 if self.group["maximize"] else 1
-        self.terms.counters.copy_(counters)
-        self.terms.first.copy_((sign * _stacked(first)).masked_fill(left_out, 0))
-        if second is not None:
-            self.terms.second.copy_(_stacked(second).masked_fill(left_out, 0))
-        lr = self.group["lr"].double().reshape(()).masked_fill(left_out, 0)
+    def end_of_step(self, finite: Tensor) -> None:
+        """Of :meth:`advance`: the step size, and the number of steps."""
+        lr = self.group["lr"].double().reshape(()).masked_fill(finite.logical_not(), 0)
         self.terms.step[0].copy_(-lr)
         self.terms.step[1].copy_(1 - lr * self.group["weight_decay"])
         self.steps.add_(finite)
 
     def update(self, plan: Plan, restore: float, backend: str) -> None:
         """Restores and updates the weights, with the terms as they are when it runs."""
-        group = self.group
         update_terms_(
             plan,
             self.terms,
-            **({"eps": group["eps"]} if self.terms.with_second else {}),
+            eps=self.group.get("eps", 0.0),
             restore=restore,
-            distribution=group["distribution"],
-            rounding=group["rounding"],
+            distribution=self.group["distribution"],
+            rounding=self.group["rounding"],
             backend=backend,
         )
 
@@ -100,16 +94,41 @@ class ResidentGroup(ABC):
         self.group["steps"] = int(self.steps)
 
 
-class ResidentNumbers(ResidentGroup):
+class ResidentSums(ResidentGroup):
+    """One whose update is sums of directions: a method says what stands in front of which."""
+
+    @abstractmethod
+    def sums(
+        self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor | None]:
+        """Takes in what a step measured, with the arguments of :meth:`advance`.
+
+        Returns:
+            (counters, first, second): as many of each as ``terms`` has directions, and with the
+            meaning that :func:`adamezo_kernels.update_` gives them. The newest direction comes
+            first, also where the step is left out: the weights are restored along it.
+        """
+
+    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
+        counters, first, second = self.sums(measured, counter, finite)
+        left_out = finite.logical_not()
+        sign = -1 if self.group["maximize"] else 1
+        self.terms.counters.copy_(counters)
+        self.terms.first.copy_((sign * _stacked(first)).masked_fill(left_out, 0))
+        if second is not None:
+            self.terms.second.copy_(_stacked(second).masked_fill(left_out, 0))
+        self.end_of_step(finite)
+
+
+class ResidentNumbers(ResidentSums):
     """One whose history is a few numbers, from which its method computes as it does on the host.
 
     Args:
-        group, terms: as above.
-        compute: from what a step measured, the history (whose numbers it replaces) and the group:
-            what stands in front of the step's directions, in the order of the probes.
+        group, terms, schedule: as above.
+        compute: from what a step measured, the history (whose numbers it replaces) with what is
+            scheduled, and the group: what stands in front of the step's directions, in the order of
+            the probes.
         history: names of the numbers in the group.
-        schedule: of numbers that ``compute`` finds beside the history, what they are at a group's
-            steps 1, 2, ...; after the last they stay.
     """
 
     def __init__(
@@ -118,19 +137,16 @@ class ResidentNumbers(ResidentGroup):
         terms: Terms,
         compute: Callable[[Sequence[Number], dict[str, Number], dict[str, Any]], Sequence[Number]],
         history: Iterable[str],
-        schedule: Mapping[str, Sequence[float]],
+        schedule: Schedule,
     ) -> None:
-        super().__init__(group, terms)
+        super().__init__(group, terms, schedule)
         self._compute = compute
         self._history = {name: self.tensor(group[name]) for name in history}
-        self._schedule = {name: self.tensor(values) for name, values in schedule.items()}
         self._newest_first = self.tensor(range(terms.horizon)[::-1], torch.int64)
 
     def computed(self, measured: Sequence[Tensor], finite: Tensor) -> Sequence[Tensor]:
         """What the method computes. It is in the history then, unless not ``finite``."""
-        kept = dict(self._history)
-        for name, values in self._schedule.items():
-            kept[name] = values.gather(0, self.steps.clamp(max=values.numel() - 1)[None])[0]
+        kept = {**self._history, **self.scheduled()}
         numbers = self._compute(measured, kept, self.group)
         for name, value in self._history.items():
             torch.where(finite, kept[name], value, out=value)
@@ -145,6 +161,46 @@ class ResidentNumbers(ResidentGroup):
         super().read_back()
         for name, value in self._history.items():
             self.group[name] = float(value)
+
+
+class ResidentRule(ResidentGroup):
+    """One whose update is a rule with buffers, for which its method computes the numbers.
+
+    Args:
+        group, terms, schedule: as above.
+        compute: from p (negated where the group maximizes), what was measured besides, the number
+            of the step's first direction, what is scheduled, and the group: the rule's numbers.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        terms: Terms,
+        compute: Callable[
+            [Number, Sequence[Number], Number, dict[str, Number], dict[str, Any]], Sequence[Number]
+        ],
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(group, terms, schedule)
+        self._compute = compute
+        self._newer = self.tensor(range(terms.horizon), torch.int64)
+        idle = RULES[terms.rule].idle
+        if idle is None:
+            raise ValueError(f"the rule {terms.rule!r} cannot leave a step out on a device")
+        self._idle = idle
+
+    def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
+        sign = -1 if self.group["maximize"] else 1
+        p, others = sign * measured[0], measured[1:]
+        numbers = self._compute(p, others, counter, self.scheduled(), self.group)
+        for i, number in enumerate(numbers):
+            if not isinstance(number, Tensor):
+                number = torch.full_like(p, number)
+            if i in self._idle:
+                number = number.masked_fill(finite.logical_not(), self._idle[i])
+            self.terms.numbers[i].copy_(number)
+        self.terms.counters.copy_(counter + self._newer)
+        self.end_of_step(finite)
 
 
 def _stacked(values: Sequence[Tensor] | Tensor) -> Tensor:
@@ -195,6 +251,7 @@ class Resident:
         groups: one for each parameter group.
         skipped: how many steps were left out.
         skipped_in_a_row: how many of them since the last that was not.
+        rule: of the updates; it may bend what the weights are displaced along.
 
     Attributes:
         skipped: an int64 tensor.
@@ -207,6 +264,7 @@ class Resident:
         groups: Sequence[ResidentGroup],
         skipped: Any,
         skipped_in_a_row: int,
+        rule: str,
     ) -> None:
         def count(value: Any) -> Tensor:
             return torch.tensor(int(value), dtype=torch.int64, device=made.device)
@@ -216,7 +274,10 @@ class Resident:
         self._skipped_in_a_row = count(skipped_in_a_row)
         self._groups = groups
         self._next = count(first.counter)
-        self._directions = [Terms(first.key, device=made.device) for _ in range(made.directions)]
+        along = rule if RULES[rule].bends else "moments"
+        self._directions = [
+            Terms(first.key, rule=along, device=made.device) for _ in range(made.directions)
+        ]
 
     def fits(self, made: Made) -> bool:
         """Whether steps may go on with these numbers."""

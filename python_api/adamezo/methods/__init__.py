@@ -3,8 +3,23 @@
 from .adamezo import AdaMeZO
 from .adazeta import AdaZeta
 from .fzoo import FZOO
+from .helene import HELENE
+from .hizoo import HiZOO
 from .meazo import MEAZO
 from .mezo import MeZO
 from .scalar_adamezo import ScalarAdaMeZO
+from .zo_adam import ZOAdam
+from .zo_adamu import ZOAdaMU
 
-__all__ = ["FZOO", "MEAZO", "AdaMeZO", "AdaZeta", "MeZO", "ScalarAdaMeZO"]
+__all__ = [
+    "FZOO",
+    "HELENE",
+    "MEAZO",
+    "AdaMeZO",
+    "AdaZeta",
+    "HiZOO",
+    "MeZO",
+    "ScalarAdaMeZO",
+    "ZOAdaMU",
+    "ZOAdam",
+]

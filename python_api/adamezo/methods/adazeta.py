@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .memoryless import Memoryless, check_count
+from .common import check_count
+from .memoryless import Memoryless
 from .mezo import MeZO
 
 

@@ -12,7 +12,8 @@ from adamezo_kernels import PhiloxState
 
 from ..arithmetic import Number, alike, quotient, square_root, total, where
 from ..optimizer import Probe
-from .memoryless import Memoryless, check_count, directions_from
+from .common import check_count, directions_from
+from .memoryless import Memoryless
 
 
 class FZOO(Memoryless):

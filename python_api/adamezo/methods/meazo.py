@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number, quotient, square_root, steps_to_one
+from ..arithmetic import Number, square_root, steps_to_one
 from ..optimizer import Probe
-from ..resident import LONGEST_SCHEDULE
+from .common import check_fraction, two_sided
 from .memoryless import Memoryless
 
 
@@ -62,7 +62,7 @@ class MEAZO(Memoryless):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         loss_plus, loss_minus = losses
-        return (quotient(loss_plus - loss_minus, 2 * options["zo_eps"]),)
+        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
     @staticmethod
     def _coefficients(
@@ -84,16 +84,10 @@ class MEAZO(Memoryless):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        if not 0.0 <= options["beta"] < 1.0:
-            raise ValueError(f"Invalid beta parameter: {options['beta']}")
+        check_fraction("beta parameter", options["beta"])
         if not 0.0 < options["eps"] < math.inf:  # all p may be 0
             raise ValueError(f"Invalid epsilon value: {options['eps']}")
-        if options["capturable"] and self._settled(options) > LONGEST_SCHEDULE:
-            raise ValueError(
-                f"beta={options['beta']} with capturable=True: the correction 1 - beta**t is read "
-                f"from a table, which would have more than {LONGEST_SCHEDULE} steps. Take a "
-                "smaller beta, or leave out capturable"
-            )
+        self._check_schedule(options, "beta")
 
     def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
         super()._check_state(saved, group, where)

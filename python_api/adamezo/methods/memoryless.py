@@ -6,32 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState, Plan, Terms, update_
 
 from ..arithmetic import Number, quotient
-from ..optimizer import ZerothOrder
 from ..resident import ResidentGroup, ResidentNumbers
-
-COMMON: dict[str, Any] = dict(
-    weight_decay=0.0,
-    distribution="exact",
-    perturbation="inplace",
-    rounding="stochastic",
-    nonfinite="skip",
-    max_skipped=20,
-    maximize=False,
-    fused=None,
-    capturable=False,
-    seed=None,
-    differentiable=False,
-    model=None,
-)
-"""Options of every method, with the meaning and the defaults that :class:`AdaMeZO` has."""
+from .common import Method, directions_from
 
 
-class Memoryless(ZerothOrder):
+class Memoryless(Method):
     """Base of methods whose update is coefficients in front of directions of the step itself.
 
     A method says what these are (:meth:`_coefficients`), in one text for floats and for tensors on
@@ -42,17 +25,6 @@ class Memoryless(ZerothOrder):
         own: the method's own options and their values, ``lr`` and ``zo_eps`` among them.
         common: those of COMMON that are to have another value.
     """
-
-    def __init__(self, params: ParamsT, own: dict[str, Any], common: dict[str, Any]) -> None:
-        unknown = sorted(common.keys() - COMMON.keys())
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no option {', '.join(unknown)}, expected some of "
-                f"{', '.join([*own, *COMMON])}"
-            )
-        options: dict[str, Any] = {**own, **COMMON, **common}
-        differentiable, model = options.pop("differentiable"), options.pop("model")
-        super().__init__(params, options, differentiable, model)
 
     @staticmethod
     def _coefficients(
@@ -67,16 +39,6 @@ class Memoryless(ZerothOrder):
             group: its options.
         """
         return [quotient(value, len(measured)) for value in measured]
-
-    @staticmethod
-    def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
-        """Numbers that depend on nothing but how often the group has moved: 1 at the first step."""
-        return {}
-
-    @staticmethod
-    def _settled(group: dict[str, Any]) -> int:
-        """A step from which on they are what they are there."""
-        return 1
 
     def _update(
         self,
@@ -111,22 +73,10 @@ class Memoryless(ZerothOrder):
     def _resident_group(
         self, group: dict[str, Any], directions: int, device: torch.device
     ) -> ResidentGroup:
-        rows = [self._scheduled(step, group) for step in range(1, self._settled(group) + 1)]
         return ResidentNumbers(
             group,
             Terms(group["seed"], horizon=directions, device=device),
             self._coefficients,
             self.history,
-            {name: [row[name] for row in rows] for name in rows[0]},
+            self._schedule(group),
         )
-
-
-def directions_from(first: PhiloxState, count: int) -> list[PhiloxState]:
-    """``count`` directions, of which ``first`` is the first."""
-    return [first._replace(counter=first.counter + q) for q in range(count)]
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raises ValueError unless it is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Invalid {name}: {value!r}, expected an integer of at least {least}")

@@ -10,9 +10,10 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number, quotient
+from ..arithmetic import Number
 from ..optimizer import Probe
-from .memoryless import Memoryless, check_count, directions_from
+from .common import check_count, directions_from, two_sided
+from .memoryless import Memoryless
 
 
 class MeZO(Memoryless):
@@ -77,7 +78,7 @@ class MeZO(Memoryless):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         pairs = zip(losses[::2], losses[1::2], strict=True)
-        grads = [quotient(plus - minus, 2 * options["zo_eps"]) for plus, minus in pairs]
+        grads = [two_sided(plus, minus, options["zo_eps"]) for plus, minus in pairs]
         # As many numbers in every step, so that records of steps are all alike.
         return (*grads, *[0.0] * (options["queries"] - len(grads)))
 

@@ -1,0 +1,167 @@
+"""What methods share that keep one or two numbers for each weight: those, and their one update."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adamezo_kernels import RULES, Direction, PhiloxState, Plan, Terms, update_terms_
+
+from ..arithmetic import Number
+from ..resident import ResidentGroup, ResidentRule
+from .common import Method, directions_from
+
+BUFFER_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Buffered(Method):
+    """Base of methods whose update is one of the kernels' rules (:data:`adamezo_kernels.RULES`).
+
+    A method names its rule and its buffers, and says what the rule's own numbers are
+    (:meth:`_numbers`), in one text for floats and for tensors on a device (arithmetic.py). Buffers
+    are tensors shaped like their weight in ``state``, made at the first step, and they come and go
+    with ``state_dict``.
+
+    Args:
+        params: as for :class:`AdaMeZO`.
+        own: the method's own options and their values, ``lr`` and ``zo_eps`` among them.
+        common: those of COMMON that are to have another value, and ``buffer_dtype``: the type of
+            the buffers, "float32" unless said. 16-bit ones are rounded as ``rounding`` says.
+    """
+
+    buffers: ClassVar[dict[str, float]]
+    """Their names, in the order of the rule, and how they begin."""
+
+    def __init__(self, params: ParamsT, own: dict[str, Any], common: dict[str, Any]) -> None:
+        own["buffer_dtype"] = common.pop("buffer_dtype", "float32")
+        super().__init__(params, own, common)
+
+    @staticmethod
+    @abstractmethod
+    def _numbers(
+        p: Number, others: Sequence[Number], counter: Number, kept: dict[str, Number],
+        group: dict[str, Any],
+    ) -> Sequence[Number]:  # fmt: skip
+        """The rule's own numbers at an update.
+
+        Args:
+            p: the projected gradient, negated where the group maximizes.
+            others: what was measured besides.
+            counter: the number of the step's first direction.
+            kept: what is scheduled.
+            group: its options.
+        """
+
+    def _bend(self, first: PhiloxState, options: dict[str, Any]) -> Sequence[float]:
+        """Those of the rule's numbers that a displacement needs: the first few, or none."""
+        return ()
+
+    def _along(self, z: PhiloxState, options: dict[str, Any]) -> Direction:
+        rule = RULES[self.rule]
+        if not rule.bends:
+            return z
+        states = directions_from(z, rule.directions)
+        return Terms.of(states, rule=self.rule, numbers=self._bend(z, options))
+
+    def _buffers_of(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        state = self.state[p]
+        for name, start in self.buffers.items():
+            if name not in state:
+                dtype = getattr(torch, group["buffer_dtype"])
+                state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
+        return tuple(state[name] for name in self.buffers)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        plan: Plan,
+        first: PhiloxState,
+        measured: tuple[float, ...],
+        restore: float,
+        backend: str,
+    ) -> None:
+        sign = -1 if group["maximize"] else 1
+        kept: dict[str, Number] = {**self._scheduled(group["steps"] + 1, group)}
+        numbers = self._numbers(sign * measured[0], measured[1:], first.counter, kept, group)
+        lr = float(group["lr"])
+        terms = Terms.of(
+            directions_from(first, RULES[self.rule].directions),
+            minus_lr=-lr,
+            decay=1 - lr * group["weight_decay"],
+            rule=self.rule,
+            numbers=numbers,
+        )
+        update_terms_(
+            plan,
+            terms,
+            eps=group.get("eps", 0.0),
+            restore=restore,
+            distribution=group["distribution"],
+            rounding=group["rounding"],
+            backend=backend,
+        )
+        group["steps"] += 1
+
+    def _resident_group(
+        self, group: dict[str, Any], directions: int, device: torch.device
+    ) -> ResidentGroup:
+        return ResidentRule(
+            group,
+            Terms(group["seed"], horizon=directions, rule=self.rule, device=device),
+            self._numbers,
+            self._schedule(group),
+        )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if options["buffer_dtype"] not in BUFFER_DTYPES:
+            raise ValueError(
+                f"Invalid buffer_dtype: {options['buffer_dtype']!r}, expected one of "
+                f"{BUFFER_DTYPES}"
+            )
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but that buffers keep their type, which torch would make the weights'.
+
+        Raises:
+            ValueError: also where a buffer is missing or has another shape than its weight.
+        """
+        loaded = self._checked_buffers(state_dict)
+        super().load_state_dict(state_dict)
+        for p, buffers in loaded:
+            self.state[p] = {name: b.to(p.device, copy=True) for name, b in buffers.items()}
+
+    def _checked_buffers(
+        self, state_dict: dict[str, Any]
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        try:
+            saved, groups = state_dict["state"], state_dict["param_groups"]
+            numbers = [number for group in groups for number in group["params"]]
+            pairs = [(p, saved[n], n) for p, n in zip(params, numbers, strict=True) if n in saved]
+        except (KeyError, TypeError, ValueError):
+            return []  # torch, or the check of the groups, has the words for it
+        found = []
+        for p, state, number in pairs:
+            for name in self.buffers:
+                buffer = state.get(name)
+                kind = getattr(buffer, "dtype", None)
+                if kind not in (torch.float32, torch.bfloat16, torch.float16):
+                    raise ValueError(
+                        f"the state of parameter {number} has {name} {type(buffer).__name__} of "
+                        f"dtype {kind}, expected a tensor, one of {', '.join(BUFFER_DTYPES)}"
+                    )
+                if buffer.shape != p.shape:
+                    raise ValueError(
+                        f"the state of parameter {number} has {name} of shape "
+                        f"{tuple(buffer.shape)}, its weight has {tuple(p.shape)}"
+                    )
+            found.append((p, {name: state[name] for name in self.buffers}))
+        return found
