@@ -156,6 +156,8 @@ def update_terms_(
     _check_in_place(plan)
     _check_rounding(rounding)
     _check_buffers(plan, terms)
+    if not RULES[terms.rule].updates:
+        raise ValueError(f"the rule {terms.rule!r} only displaces: expected terms of an update")
     eps = _number("eps", eps)
     if terms.with_second and eps <= _FLOAT32_HALF_MIN:
         raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")

@@ -25,6 +25,8 @@ class Rule(NamedTuple):
     """The step's own numbers, in the order of `Terms.numbers`."""
     bends: bool = False
     """Whether weights are displaced along something else than z."""
+    updates: bool = True
+    """Whether it has an update, besides a displacement."""
     idle: Mapping[int, float] | None = None
     """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
     are; None where there are none such."""
@@ -53,6 +55,7 @@ RULES = {
         ("sqrt(alpha)", "sqrt(1 - alpha)", "beta1", "1 - beta1", "beta2", "1 - beta2", "p"),
         bends=True,
     ),
+    "blend": Rule(2, 0, ("of z_0", "of z_1"), bends=True, updates=False),
 }
 """By name; "moments" is the sums of `update_`, the others are formulas of csrc/adamezo/buffered.h.
 Their place here is their number there."""
@@ -178,6 +181,20 @@ class Terms:
             return self
         terms = Terms(self.key, self.offset)
         terms.words = self.words
+        return terms
+
+    @classmethod
+    def blend(cls, a: Direction, of_a: float, b: Direction, of_b: float) -> Terms | None:
+        """``of_a z_a + of_b z_b`` as a direction; None where one of them is bent already."""
+        if isinstance(a, PhiloxState) and isinstance(b, PhiloxState):
+            return cls.of([a, b], rule="blend", numbers=[of_a, of_b])
+        if not isinstance(a, Terms) or not isinstance(b, Terms) or {a.rule, b.rule} != {"moments"}:
+            return None
+        terms = cls(a.key, a.offset, 2, rule="blend", device=a.words.device)
+        terms.counters[0].copy_(a.counters[0])
+        terms.counters[1].copy_(b.counters[0])
+        terms.numbers[0].fill_(of_a)
+        terms.numbers[1].fill_(of_b)
         return terms
 
     def states(self) -> list[PhiloxState]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adamezo_kernels import RULES
 from adamezo_kernels.backends import triton as backend
 from benchmarks import cuda_budget
 from benchmarks.cuda_budget import Instruction
@@ -66,6 +67,8 @@ def compiled(
     type: str = "bfloat16",
     second: bool = True,
     stochastic: bool = False,
+    rule: str = "moments",
+    kept: str = "",
 ) -> Any:
     """The kernel, compiled for a target of TARGETS as a call would: Triton's CompiledKernel."""
     import triton
@@ -77,9 +80,11 @@ def compiled(
         "OPERATION": operation,
         "DISTRIBUTION": distribution,
         "TYPE": type,
-        "SECOND": second and operation in ("update", "moment"),
+        "SECOND": second and operation in ("update", "moment") and rule == "moments",
         "STOCHASTIC": stochastic,
-        "WINDOW": backend.WINDOWS[operation],
+        "RULE": rule,
+        "KEPT": kept,
+        "WINDOW": backend.window_of(operation, rule),
         "ON": gpu.backend,
     }
     source = ASTSource(
@@ -92,7 +97,8 @@ def compiled(
 
 @dataclass(frozen=True)
 class Count:
-    """Of one kernel for bfloat16 weights: instructions issued for a warp (AMD: a wave)."""
+    """Of one kernel for bfloat16 weights and buffers: instructions issued for a warp (AMD: a
+    wave)."""
 
     target: str
     operation: str
@@ -101,17 +107,22 @@ class Count:
     registers: int
     spilled_bytes: int
     direction: Counter[str]
-    """By pipe, for each direction after the first of a thread's elements; empty for perturb."""
+    """By pipe, for each direction after the first of a thread's elements; empty for perturb, and
+    where a rule decides how many there are."""
     window: Counter[str]
     """By pipe, once for a thread's elements, the first direction included."""
+    rule: str = "moments"
 
     @property
     def elements(self) -> int:
         """Of a thread."""
-        return backend.WINDOWS[self.operation] // backend.THREADS
+        return backend.window_of(self.operation, self.rule) // backend.THREADS
 
     @property
     def per_normal(self) -> float:
+        """Where a rule decides how many there are: all instructions, over those."""
+        if self.rule != "moments":
+            return self.window.total() / self.elements / RULES[self.rule].directions
         return self.direction.total() / self.elements
 
     @property
@@ -121,7 +132,24 @@ class Count:
 
     @property
     def variant(self) -> str:
-        return self.distribution + (", stochastic" if self.stochastic else "")
+        kind = self.distribution + (", stochastic" if self.stochastic else "")
+        return kind + (", bfloat16 numbers" if RULES[self.rule].buffers else "")
+
+    @property
+    def what(self) -> str:
+        return self.operation if self.rule == "moments" else f"{self.operation} {self.rule}"
+
+    @property
+    def horizons(self) -> Sequence[int]:
+        """That a prediction is made for."""
+        if self.rule != "moments":
+            return (RULES[self.rule].directions,)
+        return (1, 10, 20) if self.operation == "update" else (1,)
+
+    @property
+    def bytes(self) -> int:
+        """That a weight moves: its own, and those of what is kept for it."""
+        return 2 * 2 + RULES[self.rule].buffers * (2 * 2 if self.operation == "update" else 2)
 
     def seconds(self, horizon: int, elements: int = cuda_budget.WEIGHTS) -> float:
         """The prediction of cuda_budget for an H100."""
@@ -131,11 +159,18 @@ class Count:
         warps = elements / (self.elements * cuda_budget.LANES)
         schedulers = cuda_budget.MULTIPROCESSORS * cuda_budget.SCHEDULERS
         cycles = max(slots, special) * warps / schedulers
-        return max(cycles / cuda_budget.CLOCK_HZ, 2 * 2 * elements / cuda_budget.BYTES_PER_S)
+        return max(cycles / cuda_budget.CLOCK_HZ, self.bytes * elements / cuda_budget.BYTES_PER_S)
 
 
-def count(target: str, operation: str, distribution: str, stochastic: bool = False) -> Count:
-    kernel = compiled(target, operation, distribution, stochastic=stochastic)
+def count(
+    target: str,
+    operation: str,
+    distribution: str,
+    stochastic: bool = False,
+    rule: str = "moments",
+) -> Count:
+    kept = "bfloat16" if RULES[rule].buffers else ""
+    kernel = compiled(target, operation, distribution, stochastic=stochastic, rule=rule, kept=kept)
     if target.startswith("hip"):
         text = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s*(\d+)", text)
@@ -150,7 +185,8 @@ def count(target: str, operation: str, distribution: str, stochastic: bool = Fal
             code = list(cuda_budget.instructions(cuda_budget.run(dumper, "-sass", str(binary))))
         registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     direction, window = on_the_usual_way(code)
-    return Count(target, operation, distribution, stochastic, registers, spilled, direction, window)
+    made = (registers, spilled, direction, window)
+    return Count(target, operation, distribution, stochastic, *made, rule)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -270,7 +306,7 @@ def _reached(start: set[int], following: dict[int, set[int]], inside: set[int]) 
     return found
 
 
-def rows(found: Sequence[Count], horizons: Sequence[int] = (1, 10, 20)) -> list:
+def rows(found: Sequence[Count]) -> list:
     import triton
 
     from benchmarks.rows import Row, conditions
@@ -293,13 +329,13 @@ def rows(found: Sequence[Count], horizons: Sequence[int] = (1, 10, 20)) -> list:
                 "clock_hz": cuda_budget.CLOCK_HZ,
                 "clock_source": "assumed",
             }
-        for horizon in horizons if c.operation == "update" else (1,):
+        for horizon in c.horizons:
             seconds = c.seconds(horizon) if predicted else None
             weights = cuda_budget.WEIGHTS
             made.append(
                 Row(
                     benchmark="triton_budget",
-                    what=c.operation,
+                    what=c.what,
                     variant=c.variant,
                     type="bfloat16",
                     elements=weights,
@@ -308,7 +344,7 @@ def rows(found: Sequence[Count], horizons: Sequence[int] = (1, 10, 20)) -> list:
                     median_s=seconds,
                     elements_per_s=weights / seconds if seconds else None,
                     normals_per_s=weights * horizon / seconds if seconds else None,
-                    bytes_per_s=2 * 2 * weights / seconds if seconds else None,
+                    bytes_per_s=c.bytes * weights / seconds if seconds else None,
                     cycles_per_normal=c.per_normal or None,
                     **where,
                 )
@@ -331,14 +367,20 @@ def main() -> None:
         for distribution in distributions(target)
         for stochastic in (False, True)
     ]
+    found += [
+        count(target, operation, "exact", True, rule)
+        for target in TARGETS
+        for rule in RULES
+        if rule != "moments"
+        for operation in ("perturb", "update")
+        if (RULES[rule].bends if operation == "perturb" else RULES[rule].updates)
+    ]
     print("bfloat16 weights; instructions issued for each normal, and once for each weight")
     for c in found:
         by_pipe = ", ".join(f"{pipe} {n / c.elements:.2f}" for pipe, n in c.direction.most_common())
-        times = ", ".join(
-            f"H={h} {1e3 * c.seconds(h):.1f} ms" for h in ((1, 10, 20) if c.direction else (1,))
-        )
+        times = ", ".join(f"H={h} {1e3 * c.seconds(h):.1f} ms" for h in c.horizons)
         print(
-            f"{c.target:<11} {c.operation:<8}{c.variant:<23} {c.registers} registers, "
+            f"{c.target:<11} {c.what:<15}{c.variant:<35} {c.registers} registers, "
             f"{c.spilled_bytes} B spilled; {c.per_normal:.2f} a normal ({by_pipe}); "
             f"{c.once:.1f} once" + (f"; an H100 at best {times}" if c.target == "cuda:90" else "")
         )

@@ -13,9 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_native
-from test_operations import KEY, OFFSET, TYPES, assert_same_bits, coefficients, states, weights
+from test_buffered import EPS, NUMBERS, RESTORE, filled, terms_of
+from test_operations import (
+    KEY,
+    OFFSET,
+    TYPES,
+    assert_same_bits,
+    coefficients,
+    states,
+    unguarded,
+    weights,
+)
 
-from adamezo_kernels import PhiloxState, Plan, moments, perturb_, sample_, update_
+from adamezo_kernels import (
+    RULES,
+    PhiloxState,
+    Plan,
+    moments,
+    perturb_,
+    sample_,
+    update_,
+    update_terms_,
+)
 from adamezo_kernels.backends import choose, cuda, reference, triton
 
 HERE = Path(__file__).parent
@@ -292,6 +311,30 @@ class TestOnAGpu:
             update_(plan, states(5), *coefficients(5, True), lr=1e-3, backend=backend, **options)
 
         on_every_device(operation, gpu_tensors(dtype), "reference")
+
+    @pytest.mark.parametrize("kept_type", TYPES, ids=str)
+    @pytest.mark.parametrize("dtype", TYPES, ids=str)
+    @pytest.mark.parametrize("rule", NUMBERS)
+    def test_rules(self, rule, dtype, kept_type):
+        for distribution, rounding in (("exact", "stochastic"), ("rademacher", "nearest")):
+            options = {"distribution": distribution, "rounding": rounding}
+
+            def operation(plan, backend, options=options):
+                buffers = [
+                    [
+                        filled(rule, i, like, 2 * k + i, unguarded).to(segment.tensor.device)
+                        for i in range(RULES[rule].buffers)
+                    ]
+                    for k, segment in enumerate(plan)
+                    for like in [torch.empty(segment.tensor.shape, dtype=kept_type, device="meta")]
+                ]
+                plan, terms = plan.with_buffers(buffers), terms_of(rule)
+                perturb_(plan, terms, -RESTORE, backend=backend, **options)
+                if RULES[rule].updates:
+                    update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend, **options)
+                return [buffer.cpu() for kept in buffers for buffer in kept]
+
+            on_every_device(operation, gpu_tensors(dtype))
 
     def test_subnormal_sums_and_quotients(self):
         for scale in (1e-38, 1e-42):

@@ -8,9 +8,18 @@ import shutil
 
 import pytest
 import torch
+from test_buffered import NUMBERS, terms_of
 from test_operations import coefficients, states
 
-from adamezo_kernels import PhiloxState, Plan, perturb_, update_
+from adamezo_kernels import (
+    RULES,
+    PhiloxState,
+    Plan,
+    Terms,
+    perturb_,
+    update_,
+    update_terms_,
+)
 from adamezo_kernels.backends import triton
 from benchmarks import triton_budget
 from benchmarks.triton_budget import TARGETS, compiled, distributions
@@ -47,12 +56,33 @@ def code(kernel) -> str:
     return kernel.asm.get("ptx") or kernel.asm["amdgcn"]
 
 
+# (operation, rule): those that a call can ask for.
+RULE_CASES = [("update", rule) for rule in NUMBERS if RULES[rule].updates]
+RULE_CASES += [("perturb", rule) for rule in NUMBERS if RULES[rule].bends]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_exact_kernel(target, case):
     needs_linker(target)
     operation, kind, second, stochastic = case
-    kernel = compiled(target, operation, "exact", kind, second, stochastic)
+    rounds_as_the_core_says(target, compiled(target, operation, "exact", kind, second, stochastic))
+
+
+@pytest.mark.parametrize("case", RULE_CASES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_rule(target, case):
+    """With types of weights and buffers that go round, and stochastic stores where they can be."""
+    needs_linker(target)
+    operation, rule = case
+    for i, kind in enumerate(TYPES):
+        kept = TYPES[(i + 1) % 3] if RULES[rule].buffers else ""
+        rounds_as_the_core_says(
+            target, compiled(target, operation, "exact", kind, False, i != 0, rule, kept)
+        )
+
+
+def rounds_as_the_core_says(target: str, kernel) -> None:
     assert kernel.metadata.enable_fp_fusion is False
     text = code(kernel)
     if target.startswith("cuda"):
@@ -115,6 +145,27 @@ def test_nothing_is_fused_or_left_out(target):
         assert count(r"v_(pk_)?(fma|fmac|fmaak|fmamk)_f32\w*") >= FMAS * pairs
         assert count(r"v_(pk_)?(add|sub|subrev)_f32\w*") == SUMS * pairs
         assert count(r"v_sqrt_f32\w*") == pairs
+
+
+# Of an element in buffered.h, with the update's three: a displacement taken back, decay, the step.
+# (fma, products, sums, roots, quotients); common parts once.
+OF_A_RULE = {
+    "adam": (4, 6, 1, 1, 1),
+    "hizoo": (4, 3, 0, 2, 2),
+    "helene": (4, 5, 1, 0, 1),
+    "adamu": (5, 7, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("rule", OF_A_RULE)
+def test_nothing_of_a_rule_is_fused_or_left_out(rule):
+    elements = triton.WINDOWS["update"] // triton.THREADS
+    text = code(
+        compiled("cuda:90", "update", "rademacher", "float32", False, False, rule, "float32")
+    )
+    names = ("fma", "mul", "add", "sqrt", "div")
+    got = [len(re.findall(rf"\t{name}\.rn\.f32", text)) for name in names]
+    assert got == [n * elements for n in OF_A_RULE[rule]]
 
 
 def test_the_compiler_can_be_told_not_to_fuse():
@@ -189,6 +240,27 @@ def test_no_number_of_a_call_is_compiled_in(compilations):
     assert compilations() == 2
 
 
+def test_a_rule_and_its_buffers_are_compiled_in(compilations):
+    """And no number of it, nor whose shape the buffers have."""
+
+    def step(rule, shapes, kept_type, scale):
+        plan = Plan([torch.zeros(shape) for shape in shapes])
+        plan = plan.with_buffers(
+            [[torch.zeros(s, dtype=kept_type) for _ in range(RULES[rule].buffers)] for s in shapes]
+        )
+        numbers = [scale * n for n in NUMBERS[rule]]
+        terms = Terms.of(terms_of(rule).states(), minus_lr=scale, rule=rule, numbers=numbers)
+        perturb_(plan, terms, scale, backend="triton")
+        update_terms_(plan, terms, restore=scale, backend="triton")
+
+    for expected, rule in ((2, "adam"), (3, "helene"), (5, "hizoo"), (7, "adamu")):
+        for shapes, scale in (([3], 1.0), ([5000, (2, 16), 1], 0.0), ([16] * 16, -1.5)):
+            step(rule, shapes, torch.float32, scale)
+            assert compilations() == expected
+    step("hizoo", [3], torch.bfloat16, 1.0)
+    assert compilations() == 9
+
+
 def test_what_is_compiled_in(compilations):
     w = [torch.zeros(9, dtype=t) for t in (torch.float32, torch.bfloat16, torch.float16)]
     perturb_(Plan(w), PhiloxState(0, 0), 1.0, backend="triton")
@@ -220,6 +292,29 @@ def test_instructions_of_a_normal(distribution):
     assert 2 / 3 < perturb.once / MOST_ONCE[distribution] <= 1
 
 
+# For an element, its directions included.
+# Stochastic weights and bfloat16 buffers; a few per cent of room for another compiler.
+MOST_OF_A_RULE = {
+    ("update", "adam"): 155.0,
+    ("update", "hizoo"): 150.0,
+    ("update", "helene"): 145.0,
+    ("update", "adamu"): 170.0,
+    ("perturb", "hizoo"): 100.0,
+    ("perturb", "adamu"): 120.0,
+    ("perturb", "blend"): 110.0,
+}
+
+
+@pytest.mark.parametrize("case", MOST_OF_A_RULE, ids="-".join)
+def test_instructions_of_a_rule(case):
+    operation, rule = case
+    counted = triton_budget.count("cuda:90", operation, "exact", True, rule)
+    assert counted.spilled_bytes == 0
+    assert counted.registers <= 96
+    assert not counted.direction
+    assert 2 / 3 < counted.once / MOST_OF_A_RULE[case] <= 1
+
+
 def test_an_aligned_window_takes_four_elements_an_access():
     text = code(compiled("cuda:90", "perturb"))
     assert len(re.findall(r"ld\.global\.v2\.b32", text)) == 4
@@ -234,6 +329,9 @@ def test_the_budget_is_a_table(tmp_path, monkeypatch):
     from benchmarks.rows import read_rows
 
     rows = read_rows(output)
-    assert len(rows) == 2 * (3 + 3 * 3)
+    assert len(rows) == 2 * (3 + 3 * 3) + len(RULE_CASES)
     by = {(r.what, r.variant, r.horizon): r.median_s for r in rows}
     assert by["update", "fast", 10] < by["update", "exact", 10] < by["update", "exact", 20]
+    kept = "exact, stochastic, bfloat16 numbers"
+    assert by["update", "exact, stochastic", 1] < by["update helene", kept, 1]
+    assert by["perturb blend", "exact, stochastic", 2] < by["perturb adamu", kept, 2]

@@ -6,9 +6,12 @@ one. By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import INSTRUCTION_SETS
+from test_buffered import EPS, NUMBERS, RESTORE, terms_of, with_buffers
 from test_operations import (
     KEY,
     OFFSET,
@@ -20,9 +23,19 @@ from test_operations import (
     weights,
 )
 
-from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
+from adamezo_kernels import (
+    RULES,
+    PhiloxState,
+    Plan,
+    Shard,
+    Terms,
+    moments,
+    perturb_,
+    sample_,
+    update_,
+    update_terms_,
+)
 from adamezo_kernels.backends import triton
-from adamezo_kernels.terms import Terms
 
 pytestmark = pytest.mark.skipif(
     not triton.availability()[0], reason=f"no interpreter: {triton.availability()[1]}"
@@ -242,6 +255,161 @@ def test_sizes_about_a_window(guarded, numel, offset, dtype):
         assert_same_bits(w, sample_(torch.empty_like(w), state, backend=NATIVE), shift)
 
 
+# --- rules that keep numbers for each weight ------------------------------------------------------
+
+# Each kind with each pair of types and with each rule.
+UPDATING = [rule for rule in NUMBERS if RULES[rule].updates]
+RULE_CASES = [
+    (rule, dtype, kept, KINDS[(r + 3 * i + j) % 4])
+    for r, rule in enumerate(NUMBERS)
+    for i, dtype in enumerate(TYPES)
+    for j, kept in enumerate(TYPES)
+]
+
+
+def both_steps(plan: Plan, rule: str, kind: tuple[str, str], backend: str) -> None:
+    """A displacement, and an update that takes another one back."""
+    options = {"distribution": kind[0], "rounding": kind[1], "backend": backend}
+    perturb_(plan, terms_of(rule), -RESTORE, **options)
+    if RULES[rule].updates:
+        update_terms_(plan, terms_of(rule), eps=EPS, restore=RESTORE, **options)
+
+
+@pytest.mark.parametrize("case", RULE_CASES, ids=str)
+def test_rules(guarded, case):
+    rule, dtype, kept_type, kind = case
+    ends = []
+    for backend, make in (("triton", guarded), ("reference", unguarded)):
+        tensors, arguments = zoo(dtype, make)
+        plan, buffers = with_buffers(rule, tensors, arguments, kept_type, make)
+        both_steps(plan, rule, kind, backend)
+        ends.append([*tensors, *(buffer for kept in buffers for buffer in kept)])
+    for i, (got, expected) in enumerate(zip(*ends, strict=True)):
+        assert_same_bits(got, expected, i)
+
+
+@pytest.mark.parametrize("rule", UPDATING)
+@pytest.mark.parametrize(("dtype", "kept_type"), [*zip(TYPES, reversed(TYPES), strict=True)])
+def test_four_at_once_where_weights_and_buffers_are_aligned(
+    guarded, monkeypatch, rule, dtype, kept_type
+):
+    """Window 1 of elements 3 to 3002 is whole. Which way it takes is seen by how pointers are
+    made, once for each load and store of a window; the bits are the same on both."""
+    made: Counter[bool] = Counter()
+    pointers = triton.kernels()._pointers
+
+    def counted(address, ALIGNED, *rest):
+        made[bool(ALIGNED)] += 1
+        return pointers(address, ALIGNED, *rest)
+
+    monkeypatch.setattr(triton.kernels(), "_pointers", counted)
+    assert terms_of(rule).offset == OFFSET == 3
+    count = RULES[rule].buffers
+    # From an aligned address, in elements: the window begins 1021 behind the first.
+    shifts = [(3, *[3] * count), (4, *[3] * count)]
+    shifts += [tuple(4 if i == j else 3 for j in range(-1, count)) for i in range(count)]
+    for n, (of_weights, *of_buffers) in enumerate(shifts):
+        ends = []
+        for backend, make in (("triton", guarded), ("reference", unguarded)):
+            w = make(3000, dtype, of_weights).copy_(weights(3000, dtype, 0))
+            kept = [make(3000, kept_type, shift) for shift in of_buffers]
+            for i, buffer in enumerate(kept):
+                buffer.copy_(weights(3000, kept_type, i + 1).abs() + 0.5)
+            made.clear()
+            plan = Plan([w]).with_buffers([kept])
+            options = {"eps": EPS, "restore": RESTORE, "backend": backend}
+            update_terms_(plan, terms_of(rule), **options)
+            if backend == "triton":
+                accesses = 2 * (1 + count)
+                aligned = accesses if n == 0 else 0
+                assert made[True] == aligned, (of_weights, of_buffers)
+                assert made[False] == 3 * accesses - aligned
+            ends.append([w, *kept])
+        for i, (got, expected) in enumerate(zip(*ends, strict=True)):
+            assert_same_bits(got, expected, (n, i))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+def test_a_rule_out_of_place(guarded, rule):
+    tensors, arguments = zoo(torch.bfloat16, guarded)
+    plan, buffers = with_buffers(rule, tensors, arguments, torch.float32, guarded)
+    before = [t.clone() for t in (*tensors, *(b for kept in buffers for b in kept))]
+    outs = [guarded(t.numel(), t.dtype, i % 8).view(t.shape) for i, t in enumerate(tensors)]
+    perturb_(plan.into(outs), terms_of(rule), RESTORE, backend="triton")
+    after = [*tensors, *(b for kept in buffers for b in kept)]
+    for i, (a, b) in enumerate(zip(after, before, strict=True)):
+        assert_same_bits(a, b, i)
+    perturb_(plan, terms_of(rule), RESTORE, backend="reference")
+    for i, (out, tensor) in enumerate(zip(outs, tensors, strict=True)):
+        assert_same_bits(out, tensor.contiguous(), i)
+
+
+@pytest.mark.parametrize("restore", [0.0, RESTORE])
+@pytest.mark.parametrize("rule", UPDATING)
+def test_buffers_with_what_they_should_not_hold(rule, restore):
+    """Zeros of both signs, subnormals, negative numbers, infinities and NaN; and where nothing is
+    restored, what would be infinite along them changes nothing."""
+    ends = []
+    for backend in ("triton", "reference"):
+        w = torch.zeros(1200)
+        kept = [weights(1200, torch.float32, i) for i in range(RULES[rule].buffers)]
+        plan = Plan([w]).with_buffers([kept])
+        update_terms_(plan, terms_of(rule), eps=EPS, restore=restore, backend=backend)
+        ends.append([w, *kept])
+    for i, (got, expected) in enumerate(zip(*ends, strict=True)):
+        assert_same_bits(got, expected, i)
+    assert not ends[0][0].isfinite().all()
+    assert ends[0][0].isfinite().any()
+
+
+# The places of the numbers that what is kept or stepped is proportional to.
+@pytest.mark.parametrize(
+    ("rule", "places"), [("adam", (1, 3)), ("hizoo", (2,)), ("helene", (1, 3)), ("adamu", (0, 1))]
+)
+def test_rules_among_subnormals(rule, places):
+    seen = 0
+    for scale in (1e-38, 1e-42):
+        numbers = [n * scale if i in places else n for i, n in enumerate(NUMBERS[rule])]
+        terms = Terms.of(terms_of(rule).states(), minus_lr=-1.0, rule=rule, numbers=numbers)
+        ends = []
+        for backend in ("triton", "reference"):
+            w = torch.zeros(1200)
+            size = 1.0 if rule == "hizoo" else scale
+            kept = [torch.full((1200,), size) for _ in range(RULES[rule].buffers)]
+            update_terms_(Plan([w]).with_buffers([kept]), terms, eps=1.0, backend=backend)
+            ends.append([w, *kept])
+        for i, (got, expected) in enumerate(zip(*ends, strict=True)):
+            assert_same_bits(got, expected, (scale, i))
+        w = ends[0][0]
+        seen += int(((w != 0) & (w.abs() < 2.0**-126)).sum())
+    assert seen > 1000
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept_type"), [(rule, HALVES[r % 2]) for r, rule in enumerate(NUMBERS)], ids=str
+)
+def test_rules_of_rows_and_types_that_mix(rule, kept_type):
+    """Rows that buffers follow without gaps, in memory, in the parameter or in both."""
+    ends = []
+    for backend in ("triton", "reference"):
+        tensors = [
+            torch.zeros(1, dtype=torch.float16),
+            weights(7 * 131, torch.bfloat16, 1).view(7, 131)[:, 2:129],
+            weights(1026, torch.float16, 2),
+            weights(3 * 9, torch.bfloat16, 3).view(3, 9)[:, 1:5],
+            weights(3 * 4, torch.float16, 4).view(3, 4),
+        ]
+        shards = [None, None, Shard(2**34 - 600), Shard(7, 3, 2**35), Shard(0, 3, 1024)]
+        plan, buffers = with_buffers(rule, tensors, {"shards": shards}, kept_type, unguarded)
+        both_steps(plan, rule, ("exact", "stochastic"), backend)
+        ends.append([*tensors, *(buffer for kept in buffers for buffer in kept)])
+    for i, (got, expected) in enumerate(zip(*ends, strict=True)):
+        assert_same_bits(got, expected, i)
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
 def test_many_small_tensors_in_one_launch(guarded, monkeypatch):
     sizes = [0, 0, *range(1, 60, 3), 0, 3000, 0, 2, 0]
     tensors = [guarded(n, torch.float16, i % 9) for i, n in enumerate(sizes)]
@@ -268,16 +436,19 @@ def test_more_programs_than_a_launch_takes(guarded, monkeypatch):
     on_both(lambda plan, _, backend: perturb(plan, KINDS[0], backend), torch.float32, guarded)
 
 
-def test_programs_and_rows_beyond_32_bits():
-    """Row 2^40 + 1 of a segment whose rows all lie at the same place: of 700 elements, each may
-    reach into two windows."""
+@pytest.mark.parametrize("rule", ["moments", "hizoo"])
+def test_programs_and_rows_beyond_32_bits(rule):
+    """Row 2^40 + 1 of a segment whose rows all lie at the same place, but for those of its buffer:
+    of 700 elements, each may reach into two windows."""
     w, row, stride = torch.zeros(700), 2**40 + 1, 2**22
-    state = PhiloxState(KEY, 9)
-    segment = [w.data_ptr(), w.data_ptr(), row + 5, 700, 0, 0, 0, stride, 3, 0]
+    kept = weights(700, torch.float32, 1).exp()
+    terms = Terms.of([PhiloxState(KEY, 9)], rule=rule)
+    address, buffer = w.data_ptr(), kept.data_ptr() - row * 700 * 4
+    segment = [address, address, row + 5, 700, 0, 0, 0, stride, 3, buffer, 0, 0]
     triton.start(
         (1,),
         torch.tensor([segment]),
-        Terms.of([state]).words,
+        terms.words,
         1,
         1,
         0,
@@ -289,12 +460,14 @@ def test_programs_and_rows_beyond_32_bits():
         TYPE="float32",
         SECOND=False,
         STOCHASTIC=False,
+        RULE=rule,
+        KEPT="float32",
         WINDOW=2048,
         ON="interpreter",
     )
     expected = torch.zeros(700)
-    plan = Plan([expected], parameters=[3], shards=[Shard(row * stride)])
-    perturb_(plan, state, 1.0, backend="reference")
+    plan = Plan([expected], parameters=[3], shards=[Shard(row * stride)]).with_buffers([[kept]])
+    perturb_(plan, terms, 1.0, backend="reference")
     assert_same_bits(w, expected)
 
 
@@ -328,6 +501,11 @@ def test_autograd_sees_what_was_written():
     before = w._version
     perturb_(Plan([w]), PhiloxState(KEY, 1), 1.0, backend="triton")
     assert w._version > before
+    kept = torch.ones(5)
+    before = kept._version
+    plan = Plan([w]).with_buffers([[kept]])
+    update_terms_(plan, terms_of("hizoo"), eps=EPS, backend="triton")
+    assert kept._version > before
 
 
 def test_a_failed_launch_names_everything(monkeypatch):

@@ -208,7 +208,7 @@ def _direction(
     return z0, z1, z2, z3
 
 
-# --- weights: csrc/adamezo/rounding.h -----------------------------------------------------------
+# --- weights and buffers: csrc/adamezo/rounding.h -----------------------------------------------
 
 
 @part
@@ -287,27 +287,23 @@ def _stochastic(value, random, TYPE: tl.constexpr):
 
 @part
 def _store(
-    v0,
-    v1,
-    v2,
-    v3,
-    key_low,
-    key_high,
-    index,
-    direction,
-    parameter,
+    values,
     address,
-    low,
-    high,
-    whole,
+    call,
+    span,
+    PURPOSE: tl.constexpr,
     TYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
 ):
+    """`call` and PURPOSE say which random words a stochastic one takes."""
+    v0, v1, v2, v3 = values
+    key_low, key_high, index, direction, parameter = call
+    low, high, whole = span
     if STOCHASTIC and TYPE != "float32":
         block = (index >> 2).to(tl.uint32) + tl.arange(0, WINDOW // 4).to(tl.uint32)
-        y0, y1, y2 = _group(key_low, key_high, block, parameter | (1 << 24))
+        y0, y1, y2 = _group(key_low, key_high, block, parameter | (PURPOSE << 24))
         block_high = (index >> 34).to(tl.uint32)
         r0, r1, r2, r3 = _words(key_low, key_high, y0, y1, y2, block_high, direction)
         v0 = _stochastic(v0, r0, TYPE)
@@ -328,6 +324,69 @@ def _store(
         tl.store(_pointers(address, False, TYPE, WINDOW), values, mask=inside)
 
 
+# --- rules that keep numbers for each weight: csrc/adamezo/buffered.h ---------------------------
+
+# Of every fourth element: z, a tensor for each of two directions; kept, one for each of two
+# buffers; n, the step's own numbers. A rule with fewer has another tensor in the place.
+
+
+@part
+def _numbers(words):
+    """As many as any rule has. Compiled, those that a rule does not use are not read."""
+    return (
+        _float(tl.load(words)),
+        _float(tl.load(words + 1)),
+        _float(tl.load(words + 2)),
+        _float(tl.load(words + 3)),
+        _float(tl.load(words + 4)),
+        _float(tl.load(words + 5)),
+        _float(tl.load(words + 6)),
+    )
+
+
+@part
+def _adamu_parts(z, kept, n):
+    """z', z'' and d."""
+    fresh = z[0] * n[0]
+    moving = tl.fma(z[1], n[1], kept[0])
+    return fresh, moving, tl.fma(fresh, n[2], moving * n[3])
+
+
+@part
+def _displaced_along(z, kept, n, RULE: tl.constexpr, ON: tl.constexpr):
+    if RULE == "hizoo":
+        return _quotient(z[0], _root(kept[0], ON), ON)
+    elif RULE == "adamu":
+        fresh, moving, both = _adamu_parts(z, kept, n)
+        return both
+    elif RULE == "blend":
+        return tl.fma(z[1], n[1], z[0] * n[0])
+    else:
+        return z[0]
+
+
+@part
+def _rule_step(z, kept, n, eps, RULE: tl.constexpr, ON: tl.constexpr):
+    """The step, and what is kept afterwards."""
+    if RULE == "adam":
+        m = tl.fma(z[0], n[1], kept[0] * n[0])
+        v = tl.fma(z[0] * z[0], n[3], kept[1] * n[2])
+        return _quotient(m * n[4], _root(v * n[5], ON) + eps, ON), m, v
+    elif RULE == "hizoo":
+        curvature = tl.fma(kept[0], tl.fma(z[0] * z[0], n[1], n[0]), kept[0])
+        return _quotient(z[0] * n[2], _root(curvature, ON), ON), curvature, curvature
+    elif RULE == "helene":
+        m = tl.fma(z[0], n[1], kept[0] * n[0])
+        h = tl.fma(z[0] * z[0], n[3], kept[1] * n[2])
+        clipped = tl.where(h > n[5], h, n[5]) * n[4]
+        return _quotient(m, clipped + eps, ON), m, h
+    else:
+        tl.static_assert(RULE == "adamu", "no such rule")
+        fresh, moving, both = _adamu_parts(z, kept, n)
+        v = tl.fma(fresh * fresh, n[4], (moving * moving) * n[5])
+        return _quotient(both * n[6], _root(v + eps, ON), ON), both, both
+
+
 # --- the operations: csrc/cpu/loops.h -----------------------------------------------------------
 
 
@@ -336,6 +395,16 @@ def _step(s1, s2, theta, minus_lr, eps, decay, SECOND: tl.constexpr, ON: tl.cons
     if SECOND:
         s1 = _quotient(s1, _root(s2, ON) + eps, ON)
     return tl.fma(s1, minus_lr, theta * decay)
+
+
+@part
+def _rule_update(theta, z, kept, n, scalars, RULE: tl.constexpr, ON: tl.constexpr):
+    """The weights after it, and what is kept."""
+    scale, minus_lr, eps, decay = scalars
+    restored = tl.fma(_displaced_along(z, kept, n, RULE, ON), scale, theta)
+    theta = tl.where(scale != 0.0, restored, theta)  # as in an update by sums
+    step, first, second = _rule_step(z, kept, n, eps, RULE, ON)
+    return tl.fma(step, minus_lr, theta * decay), first, second
 
 
 @triton.jit(
@@ -368,6 +437,8 @@ def run(
     TYPE: tl.constexpr,
     SECOND: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RULE: tl.constexpr,
+    KEPT: tl.constexpr,
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
 ):
@@ -381,6 +452,8 @@ def run(
         first_program: what program 0 of this launch stands for.
         key_low, key_high: the words of the key, as int32.
         scale, eps: the bits of a float32, as int32: that leaves no choice of a type.
+        RULE: one of adamezo_kernels.terms.RULES, and "moments" for a perturbation along z.
+        KEPT: the type of its buffers; "" where it has none.
     """
     key_low = key_low.to(tl.uint32, bitcast=True)
     key_high = key_high.to(tl.uint32, bitcast=True)
@@ -400,10 +473,15 @@ def run(
     row_length = tl.load(table + 3)
     index = tl.load(table + 6) + offset
     parameter = tl.load(table + 8).to(tl.uint32)
+    if KEPT != "":
+        TWO: tl.constexpr = RULE == "adam" or RULE == "helene"
+        kept = tl.load(table + 9)
+        also_kept = tl.load(table + 10) if TWO else kept
     window = program - tl.load(table + 11)
 
     # Every row has as many windows as its length could take at the worst alignment.
     SIZE: tl.constexpr = 4 if TYPE == "float32" else 2
+    KEPT_SIZE: tl.constexpr = 4 if KEPT == "float32" else 2
     if tl.load(table + 2) > 1:
         windows = (row_length + (2 * WINDOW - 2)) // WINDOW
         row = window // windows
@@ -411,6 +489,9 @@ def run(
         address += row * tl.load(table + 4) * SIZE
         source += row * tl.load(table + 5) * SIZE
         index += row * tl.load(table + 7)
+        if KEPT != "":
+            kept += row * row_length * KEPT_SIZE
+            also_kept += row * row_length * KEPT_SIZE
     before = index & (WINDOW - 1)  # elements of the row's first window that lie before the row
     distance = window * WINDOW - before
     low = tl.maximum(-distance, 0).to(tl.int32)
@@ -421,6 +502,10 @@ def run(
     address += distance * SIZE
     source += distance * SIZE
     whole = (low == 0) & (high == WINDOW) & (((address | source) & (4 * SIZE - 1)) == 0)
+    if KEPT != "":
+        kept += distance * KEPT_SIZE
+        also_kept += distance * KEPT_SIZE
+        whole = whole & (((kept | also_kept) & (4 * KEPT_SIZE - 1)) == 0)
 
     four = tl.arange(0, WINDOW // 4)
     if DISTRIBUTION == "rademacher":
@@ -438,8 +523,36 @@ def run(
         key_low, key_high, y0, y1, y2, block_high, newest, DISTRIBUTION, WINDOW, ON
     )
     scale = _float(scale)
+    call, span = (key_low, key_high, index, newest, parameter), (low, high, whole)
     if OPERATION == "sample":
         v0, v1, v2, v3 = z0, z1, z2, z3
+    elif RULE != "moments":
+        n = _numbers(words + 3 * horizon + 2)
+        a0, a1, a2, a3 = z0, z1, z2, z3
+        if RULE == "adamu" or RULE == "blend":
+            direction = tl.load(words + 1).to(tl.uint32, bitcast=True)
+            a0, a1, a2, a3 = _direction(
+                key_low, key_high, y0, y1, y2, block_high, direction, DISTRIBUTION, WINDOW, ON
+            )
+        k0, k1, k2, k3 = z0, z1, z2, z3  # where nothing is kept, nothing looks at it
+        if KEPT != "":
+            k0, k1, k2, k3 = _load(kept, low, high, whole, KEPT, WINDOW)
+        m0, m1, m2, m3 = k0, k1, k2, k3
+        if OPERATION == "perturb":
+            v0 = tl.fma(_displaced_along((z0, a0), (k0, m0), n, RULE, ON), scale, v0)
+            v1 = tl.fma(_displaced_along((z1, a1), (k1, m1), n, RULE, ON), scale, v1)
+            v2 = tl.fma(_displaced_along((z2, a2), (k2, m2), n, RULE, ON), scale, v2)
+            v3 = tl.fma(_displaced_along((z3, a3), (k3, m3), n, RULE, ON), scale, v3)
+        else:
+            if TWO:
+                m0, m1, m2, m3 = _load(also_kept, low, high, whole, KEPT, WINDOW)
+            minus_lr = _float(tl.load(words + 3 * horizon))
+            decay = _float(tl.load(words + 3 * horizon + 1))
+            scalars = (scale, minus_lr, _float(eps), decay)
+            v0, k0, m0 = _rule_update(v0, (z0, a0), (k0, m0), n, scalars, RULE, ON)
+            v1, k1, m1 = _rule_update(v1, (z1, a1), (k1, m1), n, scalars, RULE, ON)
+            v2, k2, m2 = _rule_update(v2, (z2, a2), (k2, m2), n, scalars, RULE, ON)
+            v3, k3, m3 = _rule_update(v3, (z3, a3), (k3, m3), n, scalars, RULE, ON)
     elif OPERATION == "perturb":
         v0 = tl.fma(z0, scale, v0)
         v1 = tl.fma(z1, scale, v1)
@@ -498,25 +611,11 @@ def run(
             v0, v1, v2, v3 = q0, q1, q2, q3
         else:
             v0, v1, v2, v3 = s0, s1, s2, s3
-    _store(
-        v0,
-        v1,
-        v2,
-        v3,
-        key_low,
-        key_high,
-        index,
-        newest,
-        parameter,
-        address,
-        low,
-        high,
-        whole,
-        TYPE,
-        STOCHASTIC,
-        WINDOW,
-        ON,
-    )
+    _store((v0, v1, v2, v3), address, call, span, 1, TYPE, STOCHASTIC, WINDOW, ON)
+    if RULE != "moments" and OPERATION == "update":
+        _store((k0, k1, k2, k3), kept, call, span, 2, KEPT, STOCHASTIC, WINDOW, ON)
+        if TWO:
+            _store((m0, m1, m2, m3), also_kept, call, span, 3, KEPT, STOCHASTIC, WINDOW, ON)
 
 
 @triton.jit

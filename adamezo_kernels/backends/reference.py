@@ -552,6 +552,8 @@ def displaced_along(rule: str, z: Kept, kept: Kept, n: Sequence[float]) -> Tenso
     """What a rule displaces along: z_0, where it does not bend it."""
     if rule == "hizoo":
         return _divide(z[0], _sqrt(kept[0]))
+    if rule == "blend":
+        return fma(n[1], z[1], n[0] * z[0])
     return _adamu_parts(z, kept, n)[2] if rule == "adamu" else z[0]
 
 

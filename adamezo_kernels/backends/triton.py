@@ -1,10 +1,10 @@
 """The operations by Triton, which compiles them where they run: no nvcc, NVIDIA or AMD.
 
-One kernel (_triton_kernels.py), compiled anew for another operation, distribution, element type or
-rounding and for nothing else: every number of a call is given at run time. A launch is a program
-for each window of a plan's segments. What a program reads besides the weights gets there as in
-cuda.py: the table of segments, copied once for each plan and stream, and one small tensor with the
-call's directions, coefficients and scalars.
+One kernel (_triton_kernels.py), compiled anew for another operation, distribution, element type,
+rounding, rule or type of its buffers and for nothing else: every number of a call is given at run
+time. A launch is a program for each window of a plan's segments. What a program reads besides the
+weights gets there as in cuda.py: the table of segments, copied once for each plan and stream, and
+one small tensor with the call's directions, coefficients and scalars.
 
 Sizes are a rule, not a search: a trial run would change the weights.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..plan import Launch, Plan
 from ..stream import PhiloxState
-from ..terms import Terms
+from ..terms import RULES, Terms
 from .cuda import Place, shapes, words_for
 from .native import mark_written
 
@@ -165,7 +165,7 @@ def run(
         if not launch.elements:
             continue
         place = (Interpreter if INTERPRETED else Place)(launch.device)
-        window = WINDOWS[operation]
+        window = window_of(operation, terms.rule)
         try:
             with place.guard:
                 # Both are kept until the launch: their memory may then be given to another.
@@ -186,6 +186,8 @@ def run(
                         TYPE=_TYPES[launch.dtype],
                         SECOND=terms.with_second,
                         STOCHASTIC=rounding == "stochastic",
+                        RULE=terms.rule,
+                        KEPT=_TYPES[launch.buffer_dtype] if RULES[terms.rule].buffers else "",
                         WINDOW=window,
                         ON=_on(),
                         **options(_warp(launch.device)),
@@ -197,6 +199,11 @@ def run(
                 f"{availability()[1]}"
             ) from error
         mark_written(launch)
+
+
+def window_of(operation: str, rule: str) -> int:
+    """A rule's directions and buffers take registers in a perturbation too."""
+    return WINDOWS[operation if rule == "moments" else "update"]
 
 
 def table_of(launch: Launch, window: int) -> tuple[Tensor, int]:
