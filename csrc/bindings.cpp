@@ -33,6 +33,8 @@ Call make_call(int operation, int distribution, uint64_t table, int64_t segments
                bool with_second, int rule, int buffer_type, double scale, double eps,
                int rounding) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
+  if (rule < 0 || rule > int(Rule::kBlend))
+    throw std::invalid_argument("no such rule: is the compiled module older than its Python side?");
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
   const DefaultFloatingPoint guard;
   Job job{};

@@ -3,9 +3,10 @@
     python -m examples.toy_functions            # writes examples/results/toy_functions.png
 
 On the left as published: directions take turns between two, torch's ``randn(2)`` of seeds 0 and 1,
-and are given to the rule that the kernels are tested against. On the right this package's methods
-as anyone uses them, along directions of their own. Adam, by backpropagation, is on both sides. FZOO
-is out of its element: of four sign vectors in two dimensions often all lie on one line.
+and are given to the rule that the kernels are tested against. Beside them this package's methods as
+anyone uses them, along directions of their own: those that keep nothing for each weight, and those
+that do. Adam, by backpropagation, is everywhere. FZOO has normals
+for its directions: of four sign vectors in two dimensions often all lie on one line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adamezo import FZOO, MEAZO, AdaMeZO, MeZO, ScalarAdaMeZO
+from adamezo import (
+    FZOO,
+    HELENE,
+    MEAZO,
+    AdaMeZO,
+    HiZOO,
+    MeZO,
+    ScalarAdaMeZO,
+    ZOAdam,
+    ZOAdaMU,
+)
 from adamezo_kernels.backends.reference import apply_perturbation, apply_update
 
 RESULT = Path(__file__).parent / "results" / "toy_functions.png"
@@ -119,15 +130,24 @@ def adam(toy: Toy) -> Tensor:
 Make = Callable[[Sequence[nn.Parameter], float], Any]
 
 _LONG = {"horizon": HORIZON, "normalization": "bias_corrected"}
-FAMILY: dict[str, Make] = {
+MEMORYLESS: dict[str, Make] = {
     "MeZO": lambda p, lr: MeZO(p, lr, seed=0),
     "MeZO, 4 directions": lambda p, lr: MeZO(p, lr, queries=4, seed=0),
     "momentum": lambda p, lr: AdaMeZO(p, lr, betas=(0.7, 0.0), seed=0, **_LONG),
     "AdaMeZO": lambda p, lr: AdaMeZO(p, lr, seed=0, **_LONG),
     "ScalarAdaMeZO": lambda p, lr: ScalarAdaMeZO(p, lr, seed=0, **_LONG),
     "MEAZO": lambda p, lr: MEAZO(p, lr, seed=0),
-    "FZOO": lambda p, lr: FZOO(p, lr * ZO_EPS, queries=4, zo_eps=ZO_EPS, seed=0),
+    "FZOO": lambda p, lr: FZOO(
+        p, lr * ZO_EPS, queries=4, zo_eps=ZO_EPS, distribution="exact", seed=0
+    ),
 }
+BUFFERED: dict[str, Make] = {
+    "ZOAdam": lambda p, lr: ZOAdam(p, lr, betas=BETAS, seed=0),
+    "HiZOO": lambda p, lr: HiZOO(p, lr, alpha=1e-3, seed=0),
+    "HELENE": lambda p, lr: HELENE(p, lr, clip=1.0, curvature_every=1, seed=0),
+    "ZOAdaMU": lambda p, lr: ZOAdaMU(p, lr / 10, warmup=0, anneal=100, seed=0),
+}
+FAMILY = MEMORYLESS | BUFFERED
 
 
 def family(toy: Toy, method: str) -> Tensor:
@@ -141,13 +161,16 @@ def family(toy: Toy, method: str) -> Tensor:
     return torch.stack(path)
 
 
+SIDES = ("as published", "nothing for each weight", "one or two numbers for each")
+
+
 def draw(paths: dict[tuple[str, str], dict[str, Tensor]], out: Path) -> None:
     """Paths by (toy, side), over contours of equal ratio."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 13), layout="constrained")
-    axes = figure.subplots(len(TOYS), 2)
-    colours = {name: f"C{i}" for i, name in enumerate(["Adam", *FAMILY])}
+    figure = Figure(figsize=(14, 12), layout="constrained")
+    axes = figure.subplots(len(TOYS), len(SIDES))
+    colours = {"Adam": "black", **{name: f"C{i % 10}" for i, name in enumerate(FAMILY)}}
     for row, (name, toy) in zip(axes, TOYS.items(), strict=True):
         x, y = torch.meshgrid(
             torch.linspace(*toy.window[:2], 200),
@@ -155,7 +178,7 @@ def draw(paths: dict[tuple[str, str], dict[str, Tensor]], out: Path) -> None:
             indexing="xy",
         )
         heights = toy.function(x, y).clamp(min=1e-3).log10()
-        for axis, side in zip(row, ("as published", "this package's methods"), strict=True):
+        for axis, side in zip(row, SIDES, strict=True):
             axis.contour(x, y, heights, levels=20, colors="0.85", linewidths=0.6)
             for method, path in paths[name, side].items():
                 colour = colours[method]
@@ -178,10 +201,10 @@ def main() -> None:
     for name, toy in TOYS.items():
         by_adam = {"Adam": adam(toy)}
         as_published = {method: published(toy, method) for method in ("MeZO", "AdaMeZO")}
-        paths[name, "as published"] = by_adam | as_published
-        ours = {method: family(toy, method) for method in FAMILY}
-        paths[name, "this package's methods"] = by_adam | ours
-        for side in ("as published", "this package's methods"):
+        paths[name, SIDES[0]] = by_adam | as_published
+        for side, methods in ((SIDES[1], MEMORYLESS), (SIDES[2], BUFFERED)):
+            paths[name, side] = by_adam | {method: family(toy, method) for method in methods}
+        for side in SIDES:
             for method, path in paths[name, side].items():
                 head = f"{name}, {side}, {method}"
                 print(f"{head:<52} {length(path):8.4f}  {value(toy, path[-1]):.4g}")

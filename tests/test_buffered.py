@@ -18,9 +18,11 @@ NUMBERS = {  # of some step
     "hizoo": (-1e-6, 1e-6 * 3e4, -1.7),
     "helene": (0.9, 0.97 * -1.7, 0.99, 0.01 * 16 * 0.8**2, 0.5, 0.3),
     "adamu": (math.sqrt(0.6), math.sqrt(0.4), 0.9, 0.1, 0.3, 0.7, -1.7),
+    "blend": (1.0, -0.7),
 }
 EPS, LR, DECAY, RESTORE = 1e-8, 0.02, 1 - 0.02 * 0.1, 1e-2
 all_rules = pytest.mark.parametrize("rule", NUMBERS)
+all_updates = pytest.mark.parametrize("rule", [rule for rule in NUMBERS if RULES[rule].updates])
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -59,10 +61,11 @@ def run(rule, dtype, buffer_dtype, kind, backend, make):
         plan, terms_of(rule), -RESTORE, distribution=distribution, rounding=rounding,
         backend=backend,
     )  # fmt: skip
-    update_terms_(
-        plan, terms_of(rule), eps=EPS, restore=RESTORE, distribution=distribution,
-        rounding=rounding, backend=backend,
-    )  # fmt: skip
+    if RULES[rule].updates:
+        update_terms_(
+            plan, terms_of(rule), eps=EPS, restore=RESTORE, distribution=distribution,
+            rounding=rounding, backend=backend,
+        )  # fmt: skip
     return [*tensors, *(buffer for kept in buffers for buffer in kept)]
 
 
@@ -83,7 +86,7 @@ def test_bits_of_the_reference(isa, guarded, rule, dtype, buffer_dtype, kind):
 
 
 @needs_native
-@all_rules
+@all_updates
 def test_bits_do_not_depend_on_threads(rule):
     ends = []
     for threads in (1, 2, 3):
@@ -130,6 +133,8 @@ def test_a_rule_that_does_not_bend_displaces_along_z(rule, backend):
 def by_the_formula(rule, theta, kept, u):
     """(what is displaced along, step, what is kept afterwards) in float64, from the papers."""
     n = NUMBERS[rule]
+    if rule == "blend":
+        return n[0] * u[0] + n[1] * u[1], None, []
     if rule == "adam":
         m, v = n[0] * kept[0] + n[1] * u[0], n[2] * kept[1] + n[3] * u[0] ** 2
         return u[0], n[4] * m / ((n[5] * v).sqrt() + EPS), [m, v]
@@ -160,6 +165,10 @@ def test_the_formula(rule, backend):
     torch.testing.assert_close(
         theta.double(), start - RESTORE * along, rtol=1e-6, atol=1e-6, check_dtype=False
     )
+    if rule == "blend":
+        with pytest.raises(ValueError, match="'blend' only displaces"):
+            update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend)
+        return
     update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend)
     # A dozen roundings to 2^-24 of numbers up to 100; steps themselves are far above that.
     torch.testing.assert_close(

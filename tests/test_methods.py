@@ -14,6 +14,7 @@ from conftest import needs_native
 from torch import nn
 
 import adamezo.methods.memoryless
+import adamezo.perturbation
 from adamezo import (
     FZOO,
     HELENE,
@@ -402,6 +403,48 @@ def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
     make("MeZO, 3 directions", model).step(loss_of(model))
     make("FZOO", model).step(loss_of(model))
     assert calls == [(3, None), (3, None), (4, None), (4, None)]
+
+
+@all_methods
+def test_passes_over_the_weights(name, monkeypatch):
+    """A displacement, or the way from one to the next, is one; and the update, which restores."""
+    scales = []
+    displace = adamezo.perturbation.perturb_
+
+    def counted(plan, along, scale, **options):
+        scales.append(scale)
+        displace(plan, along, scale, **options)
+
+    monkeypatch.setattr(adamezo.perturbation, "perturb_", counted)
+    model = Model()
+    optimizer = make(name, model)
+    for t in range(6):
+        scales.clear()
+        optimizer.step(loss_of(model))
+        at_theta = name in ("HiZOO", "FZOO")  # the first evaluation is there
+        evaluations = METHODS[name].evaluations or 2 * METHODS[name].directions(t)
+        assert len(scales) == 2 * (evaluations - at_theta)  # in each of two groups
+
+
+@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("name", ["MeZO, 3 directions", "FZOO"])
+def test_where_a_step_of_several_directions_evaluates(name, perturbation):
+    model = Model()
+    optimizer = make(name, model, perturbation=perturbation)
+    start, seen = model.body.weight.detach().double(), []
+    hook = model.body.register_forward_pre_hook(
+        lambda module, _: seen.append(module.weight.detach().double())
+    )
+    optimizer.step(loss_of(model))
+    hook.remove()
+    scales = [0.0] + [ZO_EPS] * 4 if name == "FZOO" else [ZO_EPS, -ZO_EPS] * 3
+    distribution = optimizer.param_groups[0]["distribution"]
+    for i, (weight, scale) in enumerate(zip(seen, scales, strict=True)):
+        number = max(i - 1, 0) if name == "FZOO" else i // 2
+        z = torch.empty(8, 8)
+        sample_(z, PhiloxState(SEED, number), parameter=1, distribution=distribution)
+        # Weights of up to 4 were rounded to 2.4e-7 once for each evaluation so far.
+        torch.testing.assert_close(weight, start + scale * z.double(), rtol=0, atol=2e-6)
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -995,8 +1038,8 @@ def test_the_family_walks_on_the_toy_functions(method):
 
 def test_the_drawing_of_the_toy_functions(tmp_path):
     path = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    sides = ("as published", "this package's methods")
-    paths = {(name, side): {"MeZO": path} for name in toy_functions.TOYS for side in sides}
+    toys, sides = toy_functions.TOYS, toy_functions.SIDES
+    paths = {(name, side): {"MeZO": path} for name in toys for side in sides}
     toy_functions.draw(paths, tmp_path / "toys.png")
     assert (tmp_path / "toys.png").read_bytes()[1:4] == b"PNG"
 

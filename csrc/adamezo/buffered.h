@@ -1,4 +1,5 @@
-// Rules that keep one or two numbers for each weight. A rule R has
+// Rules for what cannot be written as sums of directions: most keep one or two numbers for each
+// weight. A rule R has
 //   kDirections, kBuffers   how many directions it draws and how many numbers it keeps, at most 2
 //   kBends                  whether what the weights are displaced along is other than z
 //   direction(z, kept, n)   that, from the directions and what is kept
@@ -12,7 +13,7 @@
 
 namespace adamezo {
 
-enum class Rule : int { kMoments = 0, kAdam = 1, kHizoo = 2, kHelene = 3, kAdamu = 4 };
+enum class Rule : int { kMoments = 0, kAdam = 1, kHizoo = 2, kHelene = 3, kAdamu = 4, kBlend = 5 };
 
 constexpr int kMostBuffers = 2;
 constexpr int kRuleNumbers = 8;
@@ -105,6 +106,23 @@ struct Adamu {
     return L::div(L::mul(L::f(n[6]), of.both), L::sqrt(L::add(v, L::f(eps))));
   }
 };
+
+// From one direction to the next in one pass, where a step has several: a displacement only.
+//   d = n_0 z_0 + n_1 z_1
+struct Blend {
+  static constexpr int kDirections = 2, kBuffers = 0;
+  static constexpr bool kBends = true;
+
+  template <class L>
+  static ADAMEZO_HD typename L::F direction(const typename L::F z[2], const typename L::F*,
+                                            const float n[kRuleNumbers]) {
+    return L::fma(L::f(n[1]), z[1], L::mul(L::f(n[0]), z[0]));
+  }
+};
+
+// Of an array with an element for each buffer, as none may be empty.
+template <class R>
+constexpr int kBuffersRoom = R::kBuffers > 0 ? R::kBuffers : 1;
 
 // What the weights are displaced along.
 template <class R, class L>

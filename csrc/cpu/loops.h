@@ -89,7 +89,7 @@ struct Kept {
   const Job& job;
   const Span<T>& span;
   int64_t first, low, high;  // the group's elements are [low, high) of it, behind `first`
-  typename L::F values[R::kBuffers][4];
+  typename L::F values[kBuffersRoom<R>][4];
 
   ADAMEZO_HD Kept(const Job& job, const Span<T>& span, const Group<T>& group)
       : job(job),
@@ -172,7 +172,7 @@ struct BentPerturb {
           const Kept<L, R, T> buffers(job, span, theta);
           F moved[4];
           for (int t = 0; t < 4; ++t) {
-            F at[kCount], kept[R::kBuffers];
+            F at[kCount], kept[kBuffersRoom<R>];
             for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
             buffers.get(t, kept);
             moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n),
@@ -202,7 +202,7 @@ struct BufferedUpdate {
           Kept<L, R, T> buffers(job, span, theta);
           F moved[4];
           for (int t = 0; t < 4; ++t) {
-            F at[kCount], kept[R::kBuffers];
+            F at[kCount], kept[kBuffersRoom<R>];
             for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
             buffers.get(t, kept);
             F value = L::load(theta.from + t * L::kWidth);
@@ -239,6 +239,7 @@ void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) 
   auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
   if (job.rule == Rule::kHizoo) kernel = by_type<BentPerturb<L, D, Hizoo>>;
   if (job.rule == Rule::kAdamu) kernel = by_type<BentPerturb<L, D, Adamu>>;
+  if (job.rule == Rule::kBlend) kernel = by_type<BentPerturb<L, D, Blend>>;
   kernel(job, room, worker, workers);
 }
 
@@ -263,6 +264,8 @@ void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
       return by_type<BufferedUpdate<L, D, Helene>>(job, room, worker, workers);
     case Rule::kAdamu:
       return by_type<BufferedUpdate<L, D, Adamu>>(job, room, worker, workers);
+    case Rule::kBlend:
+      return;  // has no update
   }
 }
 

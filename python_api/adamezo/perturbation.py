@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn.utils import parametrize
 
-from adamezo_kernels import Direction, Plan, perturb_
+from adamezo_kernels import Direction, Plan, Terms, perturb_
 
 PERTURBATIONS = ("inplace", "exact")
 
@@ -59,44 +59,60 @@ class InPlace:
         self._roundings = roundings
         self._distribution = distribution
         self._backend = backend
-        self._direction: Direction | None = None
-        self._displaced = [0.0] * len(plans)
+        # Along what and how far, for each group.
+        self._at: list[tuple[Direction | None, float]] = [(None, 0.0)] * len(plans)
 
     def displace(self, direction: Direction, to: float) -> None:
-        if direction != self._direction:
-            self.restore()
-            self._direction = direction
-        self._move(to)
+        self._move(direction, to)
         self.displacements += 1
 
     def evaluation(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def _move(self, to: float) -> None:
+    def _move(self, direction: Direction | None, to: float) -> None:
         self.broken = True
-        for i, plan in enumerate(self._plans):
-            if self._displaced[i] != to and self._direction is not None:
-                perturb_(
-                    plan,
-                    self._direction,
-                    to - self._displaced[i],
-                    distribution=self._distribution,
-                    rounding="nearest" if to else self._roundings[i],
-                    backend=self._backend,
-                )
-                self._displaced[i] = to
+        for i in range(len(self._plans)):
+            self._move_group(i, direction, to)
         self.broken = False
         forget_casts()
 
+    def _move_group(self, i: int, direction: Direction | None, to: float) -> None:
+        was, at = self._at[i]
+        if at and to and was != direction:
+            assert was is not None
+            assert direction is not None
+            over = Terms.blend(direction, to, was, -at)
+            if over is not None:  # from one to the next in one pass
+                self._perturb(i, over, 1.0, "nearest")
+                self._at[i] = direction, to
+                return
+        if at and (was != direction or not to):
+            self._perturb(i, was, -at, self._roundings[i])
+            self._at[i] = was, at = was, 0.0
+        if to != at:
+            self._perturb(i, direction, to - at, "nearest")
+        self._at[i] = direction, to
+
+    def _perturb(self, i: int, along: Direction | None, scale: float, rounding: str) -> None:
+        assert along is not None, "there is a direction where weights are displaced"
+        perturb_(
+            self._plans[i],
+            along,
+            scale,
+            distribution=self._distribution,
+            rounding=rounding,
+            backend=self._backend,
+        )
+
     def in_weights(self, group: int) -> float:
-        return self._displaced[group]
+        return self._at[group][1]
 
     def updated(self, group: int) -> None:
-        self._displaced[group] = 0.0
+        self._at[group] = None, 0.0
 
     def restore(self) -> None:
         half_way = self.broken
-        self._move(0.0)
+        self._move(None, 0.0)
         self.broken = half_way
 
 

@@ -116,9 +116,7 @@ class HELENE(Buffered):
         """
         if closure is None:
             return None
-        options = self._shared_options()
-        first = PhiloxState(options["seed"], self.param_groups[0]["next_direction"])
-        if sampled is None and len(self._probes(first, options)) > 2:
+        if sampled is None and self.due and self._shared_options()["curvature"] == "sampled":
             raise ValueError(
                 "this step updates the curvature from sampled labels: expected step(closure, "
                 "sampled), where the second evaluates the loss against them. curvature='loss' "
@@ -132,6 +130,12 @@ class HELENE(Buffered):
         if len(self.losses) == 4:
             return mean.new_tensor((self.losses[0] + self.losses[2]) / 2)
         return mean
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step updates the curvature."""
+        group = self.param_groups[0]
+        return bool(group["next_direction"] % group["curvature_every"] == 0)
 
     def _closures(self, closure: Closure, probes: Sequence[Probe]) -> list[Closure]:
         if len(probes) == 2 or self._sampled is None:
@@ -160,16 +164,17 @@ class HELENE(Buffered):
         beta1, beta2 = group["betas"]
         rests = counter % group["curvature_every"] != 0
         fresh = (1 - beta2) * group["batch_size"] * p_hat * p_hat
-        keeps = where(rests, 1.0, beta2 + 0 * p)  # a tensor where p is one
         return [
-            *(beta1, kept["alpha"] * p, keeps, where(rests, 0.0, fresh)),
+            *(beta1, kept["alpha"] * p),
+            *(where(rests, 1.0, kept["beta2"]), where(rests, 0.0, fresh)),
             *(group["gamma"], group["clip"]),
         ]
 
     @staticmethod
     def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
         beta1 = group["betas"][0]
-        return {"alpha": beta1 + (1 - beta1) * math.exp(-(step - 1) / group["anneal"])}
+        alpha = beta1 + (1 - beta1) * math.exp(-(step - 1) / group["anneal"])
+        return {"alpha": alpha, "beta2": group["betas"][1]}
 
     @staticmethod
     def _settled(group: dict[str, Any]) -> int:
