@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import methods
 from benchmarks.paper import PUBLISHED
 from benchmarks.rows import RESULTS, Row, find, linear_fit, read_rows
 from benchmarks.step import MEZO, RELEASED, Method
@@ -105,6 +107,40 @@ def plot_horizon(folder: Path) -> None:
         axis.grid(True, which="major", color="#eeeeee")
         axis.legend(frameon=False, fontsize=8)
     _save(figure, folder / "horizon.png")
+
+
+def plot_methods(path: Path) -> None:
+    """Loss on the test rows against forward passes, at the lr that the validation rows chose: the
+    mean over seeds, and a band from the lowest to the highest."""
+    runs = methods.read(path)
+    panels = []
+    for job, budget in methods.BUDGETS.items():
+        for mode in methods.MODES:
+            some = [
+                (i, entry.name, methods.best(methods.found(runs, job, mode, entry.name, budget)))
+                for i, entry in enumerate(methods.ENTRIES)
+                if not entry.backward  # far below all others
+            ]
+            if any(chosen for *_, chosen in some):
+                panels.append((f"{job}, {mode}", some))
+    figure, axes = _figure(len(panels), "Methods at equal forward passes", 5.5, 4.5)
+    for axis, (title, some) in zip(axes, panels, strict=True):
+        for i, name, chosen in some:
+            if not chosen:
+                continue
+            points = list(zip(*(r.curve() for r in chosen), strict=True))
+            x = [statistics.fmean(p[0] for p in at) for at in points]
+            columns = [[p[1] for p in at] for at in points]
+            colour, dash = f"C{i % 10}", "-" if i < 10 else "--"
+            mean = [statistics.fmean(c) for c in columns]
+            axis.plot(x, mean, dash, color=colour, label=name, marker="o", markersize=3)
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axis.fill_between(x, low, high, color=colour, alpha=0.07)
+        axis.set(xlabel="forward passes", title=title)
+        axis.grid(True, which="major", color="#eeeeee")
+        axis.legend(frameon=False, fontsize=7)
+    axes[0].set_ylabel("test loss")
+    _save(figure, path.with_suffix(".png"))
 
 
 def line_of(row: Row) -> str:
@@ -328,3 +364,5 @@ if __name__ == "__main__":
     plot_paper(RESULTS)
     if (RESULTS / "horizon_cpu.csv").exists():
         plot_horizon(RESULTS)
+    if methods.RUNS.exists():
+        plot_methods(methods.RUNS)

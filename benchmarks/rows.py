@@ -1,4 +1,4 @@
-"""The one CSV row type of all benchmarks, and the one way to time."""
+"""The CSV row type of benchmarks of speed, the one way to write a row, and the one way to time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -65,14 +66,23 @@ class Row:
     date: str = ""
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as CSV. Floats keep six significant digits, far below the noise of any timing."""
+_Kind = TypeVar("_Kind")
+
+
+def write_rows(path: Path, rows: Iterable[Any], kind: type = Row) -> None:
+    """Writes rows, of this dataclass, as CSV. Floats keep six significant digits, far below the
+    noise of any timing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(f.name for f in fields(Row))
+        writer.writerow(f.name for f in fields(kind))
         for row in rows:
-            writer.writerow(_cell(value) for value in dataclasses.astuple(row))
+            writer.writerow(cells(row))
+
+
+def cells(row: Any) -> list[str]:
+    """A row as the CSV has it."""
+    return [_cell(value) for value in dataclasses.astuple(row)]
 
 
 def _cell(value: object) -> str:
@@ -81,22 +91,22 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, kind: type[_Kind] = Row) -> list[_Kind]:  # type: ignore[assignment]
     """Reads what `write_rows` wrote; an unknown or a missing column is an error."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        expected = [f.name for f in fields(Row)]
+        expected = [f.name for f in fields(kind)]  # type: ignore[arg-type]
         if reader.fieldnames != expected:
             raise ValueError(
                 f"{path.name} has columns {reader.fieldnames}, expected {expected}: "
                 "run the benchmark again"
             )
-        return [_row(record) for record in reader]
+        return [_row(record, kind) for record in reader]
 
 
-def _row(record: dict[str, str]) -> Row:
+def _row(record: dict[str, str], of: type[_Kind]) -> _Kind:
     values: dict[str, object] = {}
-    for f in fields(Row):
+    for f in fields(of):  # type: ignore[arg-type]
         text, kind = record[f.name], str(f.type)
         if kind.endswith("| None") and text == "":
             values[f.name] = None
@@ -106,7 +116,7 @@ def _row(record: dict[str, str]) -> Row:
             values[f.name] = float(text)
         else:
             values[f.name] = text
-    return Row(**values)  # type: ignore[arg-type]
+    return of(**values)
 
 
 def find(rows: Iterable[Row], **wanted: object) -> list[Row]:

@@ -6,12 +6,14 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import drift, faithful, small_steps
+from benchmarks import drift, faithful, methods, small_steps
 from benchmarks.horizon import BETAS, HORIZONS
 from benchmarks.kernels import KINDS
+from benchmarks.method_costs import Cost, read_costs
 from benchmarks.paper import LENGTHS, METHODS, PUBLISHED, TYPES
 from benchmarks.plots import line_of, linear_lines
 from benchmarks.report import KERNELS_AND_STEP, PAPER, Demand, judged, load
@@ -77,11 +79,22 @@ def perturbation_blocks(rows: list[Row]) -> dict[str, str]:
     }
 
 
+def methods_blocks(rows: list[Row]) -> dict[str, str]:
+    runs, costs = methods.read(methods.RUNS), read_costs(methods.COSTS)
+    tables = {
+        f"methods_{job}_{mode}": compared_block(runs, costs, job, mode)
+        for job in methods.BUDGETS
+        for mode in methods.MODES
+    }
+    return {"methods_conditions": methods_conditions(runs, costs), **tables}
+
+
 PAGES: dict[Path, Callable[[list[Row]], dict[str, str]]] = {
     ROOT / "docs" / "performance.md": performance_blocks,
     ROOT / "docs" / "paper.md": paper_blocks,
     ROOT / "docs" / "horizon.md": horizon_blocks,
     ROOT / "docs" / "perturbation.md": perturbation_blocks,
+    ROOT / "docs" / "methods.md": methods_blocks,
     ROOT / "README.md": readme_blocks,
 }
 
@@ -527,6 +540,63 @@ def distance_block(rows: list[Row]) -> str:
                 markdown((*header, "the worst", 'error, "paper"', '"bias_corrected"'), body)
             )
     return "\n\n".join(tables) or "Not measured yet."
+
+
+# docs/methods.md ---------------------------------------------------------------------------------
+
+
+def methods_conditions(runs: list[methods.Run], costs: list[Cost]) -> str:
+    """Where, with what and when; the command of the first row of each."""
+    body = [
+        (f"`{r.command}`", r.device, r.threads, f"torch {r.torch}, Python {r.python}", r.commit)
+        for some in (runs, costs)
+        for r in {(r.job, r.device, r.commit, r.threads): r for r in reversed(some)}.values()
+    ]
+    if not body:
+        return "Not measured yet."
+    return markdown(("command", "device", "threads", "software", "commit"), body)
+
+
+def compared_block(runs: list[methods.Run], costs: list[Cost], job: str, mode: str) -> str:
+    """Every method at the lr that the validation rows chose, the lowest test loss first."""
+    body: list[tuple[float, tuple[object, ...]]] = []
+    for entry in methods.ENTRIES:
+        some = methods.found(runs, job, mode, entry.name, methods.BUDGETS[job])
+        chosen = methods.best(some)
+        if not chosen:
+            continue
+        of = (job, mode, entry.name)
+        cost = next((c for c in costs if (c.job, c.mode, c.method) == of), None)
+        losses, accuracies = zip(*(r.end for r in chosen), strict=True)
+        each = statistics.fmean(r.forwards / r.steps for r in chosen if r.steps)
+        time = f"{cost.ratio:.2f}x" if cost and cost.ratio else ""
+        edge = ", at an edge" if methods.at_an_edge(some) else ""
+        cells = (
+            entry.name,
+            entry.forwards or f"{each:.1f} (mean)",
+            f"{cost.kept_bytes / cost.weights:.3g}" if cost else "",
+            cost.history_bytes if cost else "",
+            time,
+            f"{cost.ratio * 2 / entry.forwards:.2f}x" if cost and cost.ratio else "",
+            _of_seeds(losses),
+            _of_seeds(accuracies),
+            f"{chosen[0].lr:g} (of {len(methods.by_lr(some))}{edge})",
+            len(chosen),
+        )
+        body.append((statistics.fmean(losses), cells))
+    if not body:
+        return "Not measured yet."
+    header = ("", "forwards a step", "bytes kept a weight", "bytes kept a group")
+    time_header = ("a step over MeZO's", "a forward over MeZO's")
+    return markdown(
+        (*header, *time_header, "test loss", "test accuracy", "lr (of so many)", "seeds"),
+        [cells for _, cells in sorted(body, key=lambda pair: pair[0])],
+    )
+
+
+def _of_seeds(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
 
 
 def rewrite(text: str, made: dict[str, str]) -> str:

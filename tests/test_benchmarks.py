@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,18 @@ from adamezo import AdaMeZO
 from adamezo.methods import history
 from adamezo_kernels import PhiloxState, ops
 from benchmarks import gate as gate_module
-from benchmarks import horizon, kernels, paper, plots, report, rows, step, tables
+from benchmarks import (
+    horizon,
+    kernels,
+    method_costs,
+    methods,
+    paper,
+    plots,
+    report,
+    rows,
+    step,
+    tables,
+)
 from benchmarks.library_calls import (
     AsReleased,
     Fair,
@@ -581,3 +594,262 @@ def test_the_advice_is_the_smallest_horizon_that_is_near_enough():
     ]
     text = tables.advice_block(made)
     assert f"| {betas[0]}, {betas[1]} | 5 (1.25x) | 10 (1.50x) | above 64 |" in text
+
+
+# The methods beside each other -------------------------------------------------------------------
+
+ENTRIES = {entry.name: entry for entry in methods.ENTRIES}
+THERE = [name for name, entry in ENTRIES.items() if entry.available()]
+
+
+class ToyJob:
+    """A least squares problem in five weights, with the interface of benchmarks/method_jobs.py."""
+
+    name, budget, batch, rows = "toy", 216, 4, 40
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(60, 5, generator=generator)
+        self.y = self.x @ torch.ones(5)
+        self.batches = []
+
+    def start(self, mode, seed):
+        model = torch.nn.Linear(5, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+
+        def loss(some):
+            self.batches.append(list(some))
+            return (model(self.x[some])[:, 0] - self.y[some]).square().mean()
+
+        @torch.no_grad()
+        def score(part):
+            some = slice(40, 50) if part == "validation" else slice(50, 60)
+            error = (model(self.x[some])[:, 0] - self.y[some]).square()
+            return error.mean().item(), (error < 1).float().mean().item()
+
+        return SimpleNamespace(module=model, weights=[model.weight], loss=loss, score=score)
+
+
+def test_the_last_layer_alone_scores_as_the_model_does():
+    transformers = pytest.importorskip("transformers")
+    from benchmarks.method_jobs import LastLayer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    prompts, words = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]], [11, 7]
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    hidden = torch.full((3, 7, 24), 100.0)  # padding, that must not be seen
+    expected = torch.empty(3, 2)
+    with torch.no_grad():
+        for row, ids in enumerate(prompts):
+            given = model(torch.tensor([ids]), output_hidden_states=True)
+            hidden[row, : len(ids)] = given.hidden_states[-2][0]
+            expected[row] = given.logits[0, -1, words]
+        scores = LastLayer(model, words)(hidden, lengths)
+    assert expected.abs().max() > 1
+    # Sums of up to 40 products in another order, in three places one after another.
+    assert (scores - expected).abs().max() <= 3 * 40 * 2**-24 * expected.abs().max()
+
+
+def _run(lr, seed, validation_loss, test_loss=1.0, **other):
+    columns = dict(job="toy", mode="full", method="MeZO", budget=216, lr=lr, seed=seed)
+    ends = dict(
+        validation_loss=validation_loss,
+        validation_accuracy=0.5,
+        curve_forwards="0 72",
+        curve_loss=f"2 {test_loss}",
+        curve_accuracy="0.25 0.5",
+    )
+    return methods.Run(**columns | ends | dict(steps=36, forwards=72, weights=5, seconds=1) | other)
+
+
+@needs_native
+@pytest.mark.parametrize("name", THERE)
+def test_a_method_takes_the_budget_and_no_forward_pass_more(name):
+    job, entry = ToyJob(), ENTRIES[name]
+    made = methods.train(job, entry, "full", entry.lr["full"], seed=0)
+    backward = 3 if entry.backward else 1  # a backward pass counts as two
+    assert made["forwards"] <= len(job.batches) * backward <= job.budget
+    if entry.forwards:
+        assert made["forwards"] == job.budget // entry.forwards * entry.forwards == job.budget
+        assert made["steps"] == job.budget // entry.forwards
+        assert made["curve_forwards"] == "0 72 144 216"
+    else:  # directions grow in number: the last step did not fit
+        assert job.budget - 30 < made["forwards"] <= job.budget
+    start, *_, end = made["curve_loss"].split()
+    assert end != start
+    assert made["weights"] == 5
+
+
+def test_a_step_that_does_not_fit_is_undone():
+    job, fits, entry = ToyJob(), ToyJob(), ENTRIES["FZOO"]
+    fits.budget, job.budget = 72, 80  # 8 steps of 9, and 8 forward passes that are no step
+    made, whole = (methods.train(j, entry, "full", 1e-6, seed=0) for j in (job, fits))
+    assert (made["steps"], made["forwards"]) == (8, 72)
+    assert len(job.batches) == 80
+    # lr falls by the budget, so the runs are not the same; their first steps and rows are.
+    assert job.batches[:72] == fits.batches
+
+
+def test_all_methods_see_the_same_rows_in_the_same_order():
+    seen = {}
+    for name in ("MeZO", "FZOO", "AdaMeZO"):
+        job = ToyJob()
+        methods.train(job, ENTRIES[name], "full", 1e-6, seed=3)
+        seen[name] = [rows for rows, _ in itertools.groupby(job.batches)]
+    assert seen["MeZO"] == seen["AdaMeZO"]
+    assert seen["FZOO"] == seen["MeZO"][: len(seen["FZOO"])]
+
+
+def test_a_search_goes_on_where_it_was_stopped(tmp_path):
+    path, job, entry = tmp_path / "runs.csv", ToyJob(), ENTRIES["MeZO"]
+    search = methods.Search(job, path, seeds=[0, 1], lrs=[1e-3, 1e-2])
+    search.deadline = -math.inf
+    assert not search.run(entry, "full")
+    search.deadline = math.inf
+    assert search.run(entry, "full")
+    made = methods.read(path)
+    assert {r.key for r in made} == {
+        ("toy", "full", "MeZO", 216, lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1)
+    }
+    job.batches.clear()
+    assert search.run(entry, "full")
+    assert not job.batches
+    assert methods.read(path) == made
+    methods.append(path, made[0])  # another process was faster
+    assert methods.read(path) == made
+    assert search.run(replace(entry, name="another", of="MeZO"), "full")
+    assert len(methods.read(path)) == 8
+
+
+@pytest.mark.parametrize(("optimum", "tried"), [(0, 5), (2, 6), (-3, 7), (9, 9), (-9, 9)])
+def test_the_grid_grows_until_the_best_is_inside(tmp_path, monkeypatch, capsys, optimum, tried):
+    entry = ENTRIES["MeZO"]
+
+    def train(job, entry, mode, lr, seed):
+        place = 2 * math.log10(lr / entry.lr[mode])
+        loss = abs(place - optimum)
+        # The test rows have another opinion, which must not count.
+        columns = dict(curve_forwards="72", curve_loss=f"{-loss}", curve_accuracy="0")
+        ends = dict(validation_loss=loss, validation_accuracy=0.0, **columns)
+        return dict(steps=36, forwards=72, weights=5, seconds=1.0, **ends)
+
+    monkeypatch.setattr(methods, "train", train)
+    path = tmp_path / "runs.csv"
+    assert methods.Search(ToyJob(), path).run(entry, "lora")
+    made = methods.read(path)
+    rates = sorted({r.lr for r in made})
+    assert len(rates) == tried
+    assert len(made) == tried * len(methods.SEEDS)
+    inside = abs(optimum) < methods.FARTHEST
+    assert (methods.at_an_edge(made) == 0) == inside
+    assert ("the last one that is tried" in capsys.readouterr().out) != inside
+    if inside:
+        assert methods.best(made)[0].lr == methods.rate(entry, "lora", optimum)
+
+
+def test_the_best_lr_is_chosen_by_the_mean_over_seeds_of_the_validation_rows():
+    good = [_run(0.2, seed, loss, 5.0) for seed, loss in enumerate([0.5, 0.7])]
+    runs = [_run(0.1, 0, 0.1), _run(0.1, 1, 1.2), *good, _run(0.3, 0, 0.01)]
+    assert methods.best(runs) == good  # the last has not been run with all seeds
+    assert methods.by_lr(runs).keys() == {0.1, 0.2}
+    assert methods.best([_run(0.1, 0, math.inf), _run(0.2, 0, 3.0)])[0].lr == 0.2
+
+
+def test_a_run_survives_the_csv_and_one_of_other_columns_is_refused(tmp_path):
+    path = tmp_path / "runs.csv"
+    lost = _run(1e-3, 0, math.inf, math.nan, device='a "quoted", name')
+    methods.append(path, lost)
+    (read,) = methods.read(path)
+    assert read.key == lost.key
+    assert read.validation_loss == math.inf
+    assert math.isnan(read.end[0])
+    assert read.device == lost.device
+    path.write_text(path.read_text().replace("seconds", "minutes", 1))
+    with pytest.raises(ValueError, match="run the benchmark again"):
+        methods.read(path)
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_what_a_method_keeps_is_measured(name):
+    entry = ENTRIES[name]
+    job = ToyJob()
+    stepper = method_costs.Stepper(job, entry, "full")
+    kept = method_costs.kept_bytes(stepper.optimizer)
+    numbers = method_costs.history_bytes(stepper.optimizer) / 8
+    expected = {
+        "AdamW, by backpropagation": 5 * 12 + 4,  # a gradient, two moments; a count of steps
+        "SGD, by backpropagation": 5 * 4,
+        "HiZOO": 5 * 4,
+        "HELENE": 5 * 8,
+        "ZOAdaMU": 5 * 4,
+        "ZOAdam": 5 * 8,
+    }
+    assert kept == expected.get(name, 0)
+    remembered = {"AdaMeZO": 20, "ScalarAdaMeZO": 20, "momentum": 20, "MEAZO": 1}
+    if name not in expected:
+        assert numbers == remembered.get(name, 0)
+
+
+def test_costs_are_of_pairs_of_steps(monkeypatch):
+    clock = itertools.count()
+
+    def step(self, rows):
+        next(clock)
+        return (2.0, 2) if self is made[0] else (3.0, 9)
+
+    made = []
+
+    def stepper(job, entry, mode):
+        made.append(SimpleNamespace(start=job.start(mode, 0), optimizer=entry))
+        made[-1].step = step.__get__(made[-1])
+        return made[-1]
+
+    monkeypatch.setattr(method_costs, "Stepper", stepper)
+    monkeypatch.setattr(method_costs, "kept_bytes", lambda optimizer: 20)
+    monkeypatch.setattr(method_costs, "history_bytes", lambda optimizer: 8)
+    found = method_costs.cost(ToyJob(), ENTRIES["FZOO"], "full", repeats=5)
+    assert next(clock) == 10
+    assert (found["ratio"], found["median_s"], found["repeats"]) == (1.5, 3.0, 5)
+    made.clear()
+    with pytest.raises(RuntimeError, match="took .9. forward passes a step, expected 2"):
+        method_costs.cost(ToyJob(), ENTRIES["MEAZO"], "full", repeats=5)
+
+
+def test_the_table_of_methods_says_how_each_ended():
+    job = next(iter(methods.BUDGETS))
+    columns = dict(job=job, budget=methods.BUDGETS[job])
+    runs = [
+        _run(0.1 * k, s, abs(k - 2), 0.3 + s / 10, **columns) for k in (1, 2, 3) for s in (0, 2)
+    ]
+    runs += [_run(0.5, s, 1, 0.2, method="AdaMeZO", **columns) for s in (0, 2)]
+    cost = method_costs.Cost(job, "full", "MeZO", 10, 2, 40, 16, ratio=1.0)
+    first, second = tables.compared_block(runs, [cost], job, "full").splitlines()[2:]
+    assert first.startswith("| AdaMeZO | 2 |  |  |  |  | 0.200 (0.200 to 0.200) |")
+    assert "0.5 (of 1, at an edge)" in first
+    assert second == (
+        "| MeZO | 2 | 4 | 16 | 1.00x | 1.00x | 0.400 (0.300 to 0.500) | 0.500 (0.500 to 0.500) "
+        "| 0.2 (of 3) | 2 |"
+    )
+    assert tables.compared_block(runs, [cost], job, "lora") == "Not measured yet."
+
+
+def test_the_methods_are_drawn_from_the_csv(tmp_path):
+    path = tmp_path / "methods.csv"
+    for job, budget in methods.BUDGETS.items():
+        for seed in methods.SEEDS:
+            for name in ("MeZO", "AdaMeZO"):
+                columns = dict(job=job, budget=budget, method=name)
+                methods.append(path, _run(0.1, seed, 1.0, 0.5 + seed / 10, **columns))
+    plots.plot_methods(path)
+    assert path.with_suffix(".png").stat().st_size > 10_000

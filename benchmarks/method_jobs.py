@@ -1,0 +1,224 @@
+"""The jobs of benchmarks/methods.py: what is trained, on which rows, and how it is scored.
+
+Both are the demo's (docs/main_job.md): its model, its reviews and its prompt. The demo's held-out
+reviews are the test rows here; others are taken from its training rows for validation, in the same
+way (adamezo.finetune.split).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from adamezo.finetune import Example, Options, Task, read_examples, split
+from adamezo.integrations import transformers as language_models
+from examples.demo import HELD_OUT, REVIEWS, options
+
+# Of peft; the weights of B are 0 at first, so that a run starts at the untouched model.
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+CACHE = Path(__file__).parent.parent / "build" / "benchmarks"  # git ignores it
+
+
+@dataclass
+class Start:
+    """A model before its first step."""
+
+    module: nn.Module
+    weights: list[nn.Parameter]
+    """Those that are trained."""
+    loss: Callable[[Sequence[int]], Tensor]
+    """Of training rows, by number."""
+    score: Callable[[str], tuple[float, float]]
+    """Mean loss and accuracy on the "validation" or the "test" rows."""
+
+
+class Job(Protocol):
+    name: str
+    budget: int
+    """Forward passes of a run."""
+    batch: int
+    rows: int
+    """To train on."""
+
+    def start(self, mode: str, seed: int) -> Start:
+        """The same model for the same mode ("full" or "lora") and seed."""
+
+
+def three_parts(validation: int) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Training rows; validation and test rows by name."""
+    training, test = split(read_examples(REVIEWS), HELD_OUT)
+    training, held_out = split(training, validation)
+    return training, {"validation": held_out, "test": test}
+
+
+def adapt(model: nn.Module) -> None:
+    """Puts LoRA adapters into a model; of its weights, theirs alone are trained then."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(**LORA), model)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+# The main job's last layer -----------------------------------------------------------------------
+
+
+class LastLayer(nn.Module):
+    """The last layer of a Llama model, its norm, and its scores of a few words as the next one.
+
+    Its input is what the layers before give, (rows, tokens, width), padded behind, and the number
+    of tokens of each row. After the keys and values it computes the last token alone, which is all
+    that the scores need and a tenth of the time.
+    """
+
+    def __init__(self, model: Any, words: Sequence[int]) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(model.model.layers[-1])
+        self.norm = copy.deepcopy(model.model.norm)
+        self.register_buffer("words", model.lm_head.weight[list(words)].detach().clone())
+        self._angles = model.model.rotary_emb  # no module of ours: it has no weights
+
+    def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate
+
+        attention, rows = self.layer.self_attn, torch.arange(len(hidden))
+        every = self.layer.input_layernorm(hidden)
+        residual, last = (states[rows, lengths - 1][:, None] for states in (hidden, every))
+
+        def heads(projection: nn.Module, states: Tensor) -> Tensor:
+            return projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        query = heads(attention.q_proj, last)
+        key, value = heads(attention.k_proj, every), heads(attention.v_proj, every)
+        positions = torch.arange(hidden.shape[1])[None]
+        key, _ = rotate(key, key, *self._angles(hidden, positions))
+        query, _ = rotate(query, query, *self._angles(hidden, lengths[:, None] - 1))
+        mask = (positions < lengths[:, None])[:, None, None]
+        mixed = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        residual = residual + attention.o_proj(mixed.transpose(1, 2).flatten(-2))
+        residual = residual + self.layer.mlp(self.layer.post_attention_layernorm(residual))
+        return self.norm(residual)[:, 0] @ self.words.T
+
+
+class Part(NamedTuple):
+    """Rows as the last layer sees them: its input, the numbers of tokens, the labels' numbers."""
+
+    hidden: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+    def batch(self, rows: Sequence[int] | Tensor) -> Part:
+        lengths = self.lengths[rows]
+        return Part(self.hidden[rows, : int(lengths.max())], lengths, self.labels[rows])
+
+
+class Layer:
+    """The main job with its last layer trained alone: 3.5 of 134.5 million weights. What the other
+    layers give is computed once and kept in a file."""
+
+    name = "layer"
+
+    def __init__(self, budget: int, validation: int = 400) -> None:
+        settings = options()
+        self._model, tokenizer = language_models.load(settings.model)
+        scorer = language_models.LabelScorer(
+            self._model, tokenizer, settings.template, settings.label_words
+        )
+        self._words = scorer.token_ids
+        self._parts = self._load(CACHE / f"last_layer_{validation}.pt", scorer, validation)
+        self.budget, self.batch = budget, settings.batch_size
+        self.rows = len(self._parts["training"].labels)
+
+    def _load(self, file: Path, scorer: Any, validation: int) -> dict[str, Part]:
+        training, held_out = three_parts(validation)
+        parts = {"training": training, **held_out}
+        if file.exists():
+            made = {name: Part(*tensors) for name, tensors in torch.load(file).items()}
+            if {n: len(p.labels) for n, p in made.items()} == {n: len(p) for n, p in parts.items()}:
+                return made
+        print("what the first layers give is computed: minutes, once", flush=True)
+        made = {name: self._hidden(scorer, some) for name, some in parts.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: tuple(part) for name, part in made.items()}, file)
+        return made
+
+    @torch.no_grad()
+    def _hidden(self, scorer: Any, examples: Sequence[Example]) -> Part:
+        prompts = scorer.encode([e.text for e in examples])
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        hidden = torch.zeros(len(prompts), int(lengths.max()), self._model.config.hidden_size)
+        for length in lengths.unique().tolist():  # so that nothing is padded
+            for rows in (lengths == length).nonzero()[:, 0].split(16):
+                ids = torch.tensor([prompts[row] for row in rows])
+                states = self._model.model(ids, output_hidden_states=True, use_cache=False)
+                hidden[rows, :length] = states.hidden_states[-2]  # of the last layer's input
+        return Part(hidden, lengths, torch.tensor([scorer.labels.index(e.label) for e in examples]))
+
+    def start(self, mode: str, seed: int) -> Start:
+        torch.manual_seed(seed)
+        model = LastLayer(self._model, self._words).eval()
+        if mode == "lora":
+            adapt(model)
+
+        def loss(rows: Sequence[int]) -> Tensor:
+            hidden, lengths, labels = self._parts["training"].batch(rows)
+            return cross_entropy(model(hidden, lengths), labels)
+
+        @torch.no_grad()
+        def score(part: str) -> tuple[float, float]:
+            some = self._parts[part]
+            total, right = 0.0, 0
+            for rows in some.lengths.argsort(stable=True).split(64):
+                hidden, lengths, labels = some.batch(rows)
+                scores = model(hidden, lengths)
+                total += cross_entropy(scores, labels, reduction="sum").item()
+                right += int((scores.argmax(dim=1) == labels).sum())
+            return total / len(some.labels), right / len(some.labels)
+
+        return Start(model, trained(model), loss, score)
+
+
+# The main job ------------------------------------------------------------------------------------
+
+
+class Main:
+    """The job of docs/main_job.md: SmolLM2-135M says "terrible" or "great". To score all of the
+    demo's 600 held-out reviews would take as long as a run, so the first of them are scored."""
+
+    name = "main"
+
+    def __init__(self, budget: int, validation: int = 200, test: int = 200) -> None:
+        self._options: Options = options()
+        self._model, self._tokenizer = language_models.load(self._options.model)
+        self._training, self._held_out = three_parts(validation)
+        self._held_out["test"] = self._held_out["test"][:test]
+        self.budget, self.batch, self.rows = budget, self._options.batch_size, len(self._training)
+
+    def start(self, mode: str, seed: int) -> Start:
+        torch.manual_seed(seed)
+        model = copy.deepcopy(self._model)
+        if mode == "lora":
+            adapt(model)
+        scorer = language_models.LabelScorer(
+            model, self._tokenizer, self._options.template, self._options.label_words
+        )
+        training = Task(scorer, self._training)
+        held_out = {name: Task(scorer, some) for name, some in self._held_out.items()}
+
+        def score(part: str) -> tuple[float, float]:
+            found = held_out[part].evaluate(2 * self.batch, describe=part).summary()
+            return found["loss"], found["accuracy"]
+
+        return Start(model, trained(model), training.loss, score)
+
+
+JOBS: dict[str, Callable[[int], Job]] = {"layer": Layer, "main": Main}
