@@ -29,6 +29,11 @@ DISTRIBUTIONS = {"exact": "Exact", "fast": "Fast", "rademacher": "Rademacher"}
 ROUNDINGS = {"nearest": "Rounding::kNearest", "stochastic": "Rounding::kStochastic"}
 OPERATIONS = {"perturb": "Perturb<{}, {}>", "update": "Update<{}, true, {}>"}
 ELEMENTS_PER_THREAD = 16
+QUAD = 4  # elements that a rule with numbers of its own takes at once
+RULES = {"adam": (1, 2), "hizoo": (1, 1), "helene": (1, 2), "adamu": (2, 1), "blend": (2, 0)}
+"""(directions, numbers kept for each weight) of those in csrc/adamezo/buffered.h"""
+BENT = ("hizoo", "adamu", "blend")
+KEPT_TYPES = {"float32": ("kFloat32", 4), "bfloat16": ("kBFloat16", 2)}
 
 # An H100: what a prediction assumes. Each multiprocessor has four schedulers; a scheduler issues
 # one instruction for 32 lanes a cycle, and its special-function unit takes eight cycles for one.
@@ -51,6 +56,7 @@ class Instruction:
     address: int
     name: str
     operands: str
+    conditional: bool = False
 
     @property
     def pipe(self) -> str:
@@ -83,11 +89,18 @@ class Budget:
     and no quotient or root needs the slow path."""
     wide_accesses: Counter[str]
     """Loads (LDG) and stores (STG) of sixteen bytes in the code."""
+    kept: str = ""
+    """The type of what a rule keeps. Its directions are in `window` then."""
+    directions: int = 0
+    """How many a rule has."""
+    bytes_moved: int = 2 * 2
+    """Of a weight: it, and what is kept for it, read and written."""
 
     @property
     def variant(self) -> str:
         nearest = self.rounding == "nearest"
-        return self.distribution if nearest else f"{self.distribution}, {self.rounding}"
+        kind = self.distribution if nearest else f"{self.distribution}, {self.rounding}"
+        return f"{kind}, {self.kept} numbers" if self.kept else kind
 
     @property
     def slots_per_normal(self) -> float:
@@ -106,7 +119,7 @@ class Budget:
         special = SPECIAL_FUNCTION_CYCLES * sum(c["special"] for c in counts)
         warps = elements / (ELEMENTS_PER_THREAD * LANES)
         cycles = max(slots, special) * warps / (MULTIPROCESSORS * SCHEDULERS)
-        return max(cycles / CLOCK_HZ, 2 * 2 * elements / BYTES_PER_S)
+        return max(cycles / CLOCK_HZ, self.bytes_moved * elements / BYTES_PER_S)
 
 
 def nvcc() -> str | None:
@@ -195,11 +208,139 @@ def budgets(architecture: str) -> tuple[Budget, ...]:
     return tuple(found)
 
 
+# What a launch with these types and this rounding does of a body that branches on them.
+ASSUMED = """
+template <class Body, ElementType kKept>
+struct Assumed {
+  using Directions = typename Body::Directions;
+  static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
+                             int64_t workers) {
+    DeviceJob known = job;
+    known.type = ElementType::kBFloat16;
+    known.buffer_type = kKept;
+    known.rounding = Rounding::kStochastic;
+    Body::run(known, space, worker, workers);
+  }
+};
+"""
+
+
+@dataclass(frozen=True)
+class RuleKernel:
+    """A kernel of a rule with numbers of its own, as it is launched."""
+
+    architecture: str
+    operation: str
+    distribution: str
+    registers: int
+    spilled_bytes: int
+    accesses: Counter[str]
+    """Loads and stores by their width, such as LDG.E.128."""
+
+
+def rule_bodies() -> dict[str, tuple[str, str]]:
+    """Of an operation: the rule's name, and its body of buffered.cuh with a place for the
+    distribution."""
+    bent = {f"perturb {r}": (r, f"BentPerturb<{{}}, {r.capitalize()}>") for r in BENT}
+    updates = [r for r in RULES if r != "blend"]  # which only displaces
+    return bent | {f"update {r}": (r, f"BufferedUpdate<{{}}, {r.capitalize()}>") for r in updates}
+
+
+@functools.cache
+def rule_kernels(architecture: str) -> tuple[RuleKernel, ...]:
+    """Compiles those that keep numbers for each weight."""
+    bodies = {
+        (operation, distribution): body.format(name)
+        for operation, (_, body) in rule_bodies().items()
+        for distribution, name in DISTRIBUTIONS.items()
+    }
+    return tuple(
+        RuleKernel(
+            architecture,
+            *kind,
+            registers,
+            spilled,
+            Counter(i.name for i in code if re.match(r"(LD|ST)G?\.E", i.name)),
+        )
+        for kind, registers, spilled, code in compiled(architecture, bodies)
+    )
+
+
+@functools.cache
+def rule_budgets(architecture: str) -> tuple[Budget, ...]:
+    """Of the same along exact directions, for bfloat16 weights that are rounded stochastically."""
+    bodies = {
+        (operation, kept): f"Assumed<{body.format('Exact')}, ElementType::{name}>"
+        for operation, (rule, body) in rule_bodies().items()
+        for kept, (name, _) in KEPT_TYPES.items()
+        if RULES[rule][1] or kept == "float32"
+    }
+    launched = {(k.operation, k.distribution): k for k in rule_kernels(architecture)}
+    made = []
+    for (operation, kept), _, _, code in compiled(architecture, bodies):
+        quad, window = count(code)
+        each = {pipe: ELEMENTS_PER_THREAD // QUAD * n for pipe, n in quad.items()}
+        rule, _ = rule_bodies()[operation]
+        directions, buffers = RULES[rule]
+        times = 2 if operation.startswith("update") else 1  # read, and in an update written
+        kernel = launched[operation, "exact"]
+        made.append(
+            Budget(
+                architecture,
+                operation,
+                "exact",
+                "stochastic",
+                kernel.registers,
+                kernel.spilled_bytes,
+                Counter(),
+                window + Counter(each),
+                Counter(i.name[:3] for i in code if re.fullmatch(r"(LD|ST)G\.E\.128", i.name)),
+                kept if buffers else "",
+                directions,
+                2 * 2 + times * buffers * KEPT_TYPES[kept][1],
+            )
+        )
+    return tuple(made)
+
+
+def compiled(
+    architecture: str, bodies: dict[tuple[str, str], str]
+) -> Iterator[tuple[tuple[str, str], int, int, list[Instruction]]]:
+    """(its key, registers, bytes spilled, code where cuobjdump is) of each body, all out of one
+    file: an explicit instance in a namespace of its own for each, so that its name is known."""
+    compiler, dumper = nvcc(), cuobjdump()
+    if compiler is None:
+        raise RuntimeError(missing())
+    lines = ['#include "cuda/kernels.cuh"', "namespace adamezo::cuda {", ASSUMED]
+    for i, body in enumerate(bodies.values()):
+        # A type of its own gives the kernel a name that says which one it is.
+        lines.append(f"struct Body{i}_ : {body} {{}};")
+        lines.append(
+            f"template __global__ void kernel<Body{i}_>(const __grid_constant__ DeviceJob);"
+        )
+    lines.append("}")
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
+        source.write_text("\n".join(lines))
+        flags = ["-std=c++17", "--fmad=false", f"-arch={architecture}", f"-I{CSRC}"]
+        report = run(compiler, *flags, "-cubin", "-Xptxas", "-v", "-o", str(binary), str(source))
+        sass = run(dumper, "-sass", str(binary)) if dumper else ""
+    of_kernels = re.split(r"Compiling entry function", report)[1:]
+    codes = re.split(r"Function : ", sass)[1:]
+    for i, key in enumerate(bodies):
+        (said,) = (r for r in of_kernels if f"Body{i}_" in r.split("\n")[0])
+        registers = re.search(r"Used (\d+) registers", said)
+        assert registers, said
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+        code = next((c for c in codes if f"Body{i}_" in c.split("\n")[0]), "")
+        yield key, int(registers.group(1)), spilled, list(instructions(code))
+
+
 def instructions(sass: str) -> Iterator[Instruction]:
-    for address, name, operands in re.findall(
-        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass
+    for address, predicate, name, operands in re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass
     ):
-        yield Instruction(int(address, 16), name, operands)
+        yield Instruction(int(address, 16), name, operands, bool(predicate))
 
 
 def count(code: Sequence[Instruction]) -> tuple[Counter[str], Counter[str]]:
@@ -235,9 +376,9 @@ def count(code: Sequence[Instruction]) -> tuple[Counter[str], Counter[str]]:
 def usual_way(code: Sequence[Instruction], loop: range) -> set[int]:
     """The instructions of a loop without the basic blocks that are seldom entered.
 
-    Those read or write single elements (a chunk that is not whole), divide integers (rows of a
-    segment) or call (the slow paths of a quotient and a root). Nor with the stores of z_0, which
-    are made once a window.
+    Those read or write single elements (a chunk or a quad that is not whole), divide integers (rows
+    of a segment) or call (the slow paths of a quotient and a root). Nor with the stores of z_0,
+    which are made once a window.
     """
     targets = {i.target for i in code if i.target is not None}
     usual: set[int] = set()
@@ -253,6 +394,10 @@ def usual_way(code: Sequence[Instruction], loop: range) -> set[int]:
 
     def close() -> None:
         seldom = any(is_seldom(code[n]) for n in block)
+        # Single elements of float32 are read and written where they are in the run.
+        single = [code[n] for n in block if code[n].name in ("LDG.E", "STG.E")]
+        leaves = bool(block) and code[block[-1]].name == "BRA" and not code[block[-1]].conditional
+        seldom |= any(i.conditional for i in single) or bool(single and leaves)
         if not seldom:
             stores = [n for n in block if code[n].name == "STS"]
             z0 = set(stores) if len(stores) >= ELEMENTS_PER_THREAD else set()
@@ -284,7 +429,8 @@ def rows(found: Sequence[Budget], horizons: Sequence[int] = (1, 10, 20)) -> list
             f"nvcc {version.group(1) if version else '?'}: {budget.registers} registers, "
             f"{budget.spilled_bytes} bytes spilled"
         )
-        for horizon in horizons if budget.operation == "update" else (1,):
+        some = horizons if budget.operation == "update" else (max(budget.directions, 1),)
+        for horizon in some:
             seconds = budget.seconds(horizon)
             made.append(
                 Row(
@@ -298,8 +444,12 @@ def rows(found: Sequence[Budget], horizons: Sequence[int] = (1, 10, 20)) -> list
                     median_s=seconds,
                     elements_per_s=WEIGHTS / seconds,
                     normals_per_s=WEIGHTS * horizon / seconds,
-                    bytes_per_s=2 * 2 * WEIGHTS / seconds,
-                    cycles_per_normal=budget.slots_per_normal or None,
+                    bytes_per_s=budget.bytes_moved * WEIGHTS / seconds,
+                    cycles_per_normal=(
+                        budget.slots_once / budget.directions
+                        if budget.directions
+                        else budget.slots_per_normal or None
+                    ),
                     **where,
                 )
             )
@@ -330,7 +480,22 @@ def main() -> None:
             f"{b.slots_once:.1f} once{both if b.direction else ''}"
             + (f"; an H100 at best {times}" if b.architecture == "sm_90" else "")
         )
-    made = rows([b for b in found if b.architecture == "sm_90"])
+    kept = [budget for architecture in ARCHITECTURES for budget in rule_budgets(architecture)]
+    print("rules that keep numbers for each weight; instructions issued for each weight")
+    for b in kept:
+        by_pipe = ", ".join(
+            f"{pipe} {n / ELEMENTS_PER_THREAD:.2f}" for pipe, n in b.window.most_common()
+        )
+        print(
+            f"{b.architecture} {b.operation:<15}{b.variant:<36} {b.registers} registers, "
+            f"{b.spilled_bytes} B spilled; {b.slots_once:.1f} ({by_pipe}); {b.bytes_moved} B"
+            + (
+                f"; an H100 at best {1e3 * b.seconds(0):.1f} ms"
+                if b.architecture == "sm_90"
+                else ""
+            )
+        )
+    made = rows([b for b in (*found, *kept) if b.architecture == "sm_90"])
     write_rows(arguments.output, made)
     print(f"{len(made)} predictions for 1.3e9 weights: {arguments.output.name}")
 

@@ -23,6 +23,7 @@ from adamezo_kernels import ops
 from adamezo_kernels.backends import BACKENDS
 from adamezo_kernels.plan import Plan
 from adamezo_kernels.stream import ROUNDINGS, PhiloxState
+from adamezo_kernels.terms import RULES, Terms
 from benchmarks.cuda_budget import CLOCK_HZ, LANES, SCHEDULERS
 from benchmarks.kernels import HORIZONS, SEED, TYPES, coefficients
 from benchmarks.rows import RESULTS, Row, conditions, timing, write_rows
@@ -30,6 +31,13 @@ from benchmarks.rows import RESULTS, Row, conditions, timing, write_rows
 SIZES = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 # The low-rank matrices of 48 layers with four adapted projections each, of rank 8.
 LORA = [(8, 4096), (4096, 8)] * (48 * 4)
+# Numbers of a step of each rule that many calls leave as they are, from buffers of ones.
+NUMBERS = {
+    "adam": (0.9, 0.1, 0.999, 0.001, 1.0, 1.0),
+    "hizoo": (-1e-9, 1e-9, 1.0),
+    "helene": (0.9, 0.1, 0.99, 0.01, 1.0, 0.3),
+    "adamu": (0.8, 0.6, 0.9, 0.1, 0.9, 0.1, 1.0),
+}
 TORCH_CHUNK = 1 << 26  # elements: z, m, v and the weights in float32 beside 1e9 weights need room
 
 
@@ -38,6 +46,8 @@ class Timed:
     name: str
     run: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
+    bytes_moved: int = 0
+    """Of a weight, where that is not once read and once written."""
 
 
 def backends() -> list[str]:
@@ -69,7 +79,16 @@ def device_gate(on_device: str) -> None:
             ops.update_(plan, states, *coefficients(10), lr=1e-2, restore=-1e-3, **options)
             out = plan.into([torch.empty_like(s.tensor) for s in plan])
             ops.perturb_(out, states[1], 1e-3, **options)
-            results.append([s.tensor.cpu() for p in (plan, out) for s in p])
+            done = [s.tensor for p in (plan, out) for s in p]
+            for rule in NUMBERS:
+                kept = [
+                    [torch.ones_like(s.tensor) for _ in range(RULES[rule].buffers)] for s in plan
+                ]
+                plan = plan.with_buffers(kept)
+                ops.perturb_(plan, rule_terms(rule), 1e-3, **options)
+                ops.update_terms_(plan, rule_terms(rule), restore=-1e-3, **options)
+                done += [buffer for buffers in kept for buffer in buffers]
+            results.append([tensor.cpu() for tensor in done])
         for got, expected in zip(*results, strict=True):
             wrong = int((got != expected).sum())
             if wrong:
@@ -77,6 +96,11 @@ def device_gate(on_device: str) -> None:
                     f"{wrong} weights in {dtype}, stored {rounding}, differ from the CPU's bits by "
                     f"{on_device}, expected none. No speed is measured: run `make gpu-check` first"
                 )
+
+
+def rule_terms(rule: str, lr: float = 1e-2) -> Terms:
+    states = [PhiloxState(SEED, k) for k in range(RULES[rule].directions)]
+    return Terms.of(states, minus_lr=-lr, rule=rule, numbers=NUMBERS[rule])
 
 
 class TorchCalls:
@@ -149,6 +173,34 @@ def variants(
     return made
 
 
+def rule_variants(tensors: list[torch.Tensor], rule: str, able: Sequence[str]) -> list[Timed]:
+    """Updates by a rule that keeps numbers, and a copy of as many bytes for each of their types."""
+    made = []
+    rounding = "nearest" if tensors[0].dtype == torch.float32 else "stochastic"
+    for type_name in ("float32", "bfloat16"):
+        dtype = TYPES[type_name]
+        kept = [
+            [torch.ones(t.shape, dtype=dtype, device="cuda") for _ in range(RULES[rule].buffers)]
+            for t in tensors
+        ]
+        plan = Plan(tensors).with_buffers(kept)
+        moved = 2 * (tensors[0].element_size() + RULES[rule].buffers * dtype.itemsize)
+        for backend in able:
+            for distribution in BACKENDS[backend].DISTRIBUTIONS:
+                options = dict(distribution=distribution, rounding=rounding, backend=backend)
+                name = f"{distribution}, {rounding}, {type_name} numbers"
+                name += ", Triton" * (backend == "triton")
+                call = functools.partial(
+                    ops.update_terms_, plan, rule_terms(rule, 1e-9), restore=1e-9, **options
+                )
+                made.append(Timed(name, call, bytes_moved=moved))
+        all_of_it = [*tensors, *(buffer for buffers in kept for buffer in buffers)]
+        copies = [torch.empty_like(t) for t in all_of_it]
+        call = functools.partial(torch._foreach_copy_, copies, all_of_it)
+        made.append(Timed(f"copy, {type_name} numbers", call, bytes_moved=moved))
+    return made
+
+
 def _run(
     what: str,
     plans: Sequence[Plan],
@@ -195,7 +247,7 @@ def rows_of(
     for t in timed:
         columns = timing(t.seconds)
         median = columns["median_s"]
-        normals = elements * horizon if t.name != "copy" else 0
+        normals = elements * horizon if not t.name.startswith("copy") else 0
         made.append(
             Row(
                 benchmark="gpu_kernels",
@@ -204,11 +256,11 @@ def rows_of(
                 type=type_name,
                 elements=elements,
                 horizon=horizon if normals else 0,
-                reference="torch" if normals else "",
-                ratio=by_name["torch"] / median if normals else None,
+                reference="torch" if normals and "torch" in by_name else "",
+                ratio=by_name["torch"] / median if normals and "torch" in by_name else None,
                 elements_per_s=elements / median,
                 normals_per_s=normals / median if normals else None,
-                bytes_per_s=2 * size * elements / median,
+                bytes_per_s=(t.bytes_moved or 2 * size) * elements / median,
                 # Issue slots there were for each normal: at least those that cuda_budget counts.
                 cycles_per_normal=(
                     median * CLOCK_HZ * multiprocessors * SCHEDULERS * LANES / normals
@@ -247,10 +299,18 @@ def main() -> None:
         for what, horizon in [("perturb", 1), *(("update", h) for h in horizons)]
     ]
     cases += [("perturb lora", "bfloat16", LORA, 1), ("update lora", "bfloat16", LORA, 10)]
+    cases += [
+        (f"update {rule}", "bfloat16", [(n,)], RULES[rule].directions)
+        for rule, n in itertools.product(NUMBERS, sizes)
+    ]
     made: list[Row] = []
     for what, type_name, shapes, horizon in cases:
         tensors = [torch.randn(s, device="cuda").mul_(0.02).to(TYPES[type_name]) for s in shapes]
-        timed = variants(tensors, what.split()[0], horizon, able, apart=len(tensors) > 1)
+        operation, _, of = what.partition(" ")
+        if of in NUMBERS:
+            timed = rule_variants(tensors, of, able)
+        else:
+            timed = variants(tensors, operation, horizon, able, apart=len(tensors) > 1)
         interleave(timed, repeats)
         elements = sum(t.numel() for t in tensors)
         made += rows_of(what, type_name, elements, horizon, timed, where)

@@ -9,8 +9,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import needs_native
+from test_buffered import EPS, LR, NUMBERS, RESTORE, by_reference, run, terms_of, with_buffers
 from test_operations import (
     KEY,
+    KINDS,
     OFFSET,
     TYPES,
     UPDATES,
@@ -22,7 +24,18 @@ from test_operations import (
     zoo,
 )
 
-from adamezo_kernels import PhiloxState, Plan, Shard, moments, perturb_, sample_, update_
+from adamezo_kernels import (
+    RULES,
+    PhiloxState,
+    Plan,
+    Shard,
+    Terms,
+    moments,
+    perturb_,
+    sample_,
+    update_,
+    update_terms_,
+)
 from adamezo_kernels.backends import BACKENDS, choose, cuda, native, reference
 from adamezo_kernels.stream import ROUNDINGS
 
@@ -245,6 +258,92 @@ def test_random_words_beyond_one_high_word(on_host, guarded, distribution, offse
         )
         results.append(w)
     assert_same_bits(*results)
+
+
+# --- rules that keep numbers for each weight -----------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("buffer_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", NUMBERS)
+def test_rules_have_the_bits_of_the_reference(
+    on_host, guarded, rule, dtype, buffer_dtype, kind, shape
+):
+    on_host(shape)
+    got = run(rule, dtype, buffer_dtype, kind, "cuda", guarded)
+    expected = by_reference(rule, dtype, buffer_dtype, kind)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_same_bits(a, b, i)
+    if kind[1] == "stochastic":
+        nearest = by_reference(rule, dtype, buffer_dtype, (kind[0], "nearest"))
+        count = len(zoo(dtype, unguarded)[0])  # weights, then buffers
+        for part, of in ((slice(count), dtype), (slice(count, None), buffer_dtype)):
+            pairs = zip(got[part], nearest[part], strict=True)
+            differs = any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+            assert differs == (of != torch.float32 and bool(got[part]))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rule", NUMBERS)
+def test_rules_along_fast_directions(on_host, with_fast, guarded, rule, rounding):
+    on_host((5, 64))
+    kind = ("fast", rounding)
+    got = run(rule, torch.bfloat16, torch.bfloat16, kind, "cuda", guarded)
+    expected = run(rule, torch.bfloat16, torch.bfloat16, kind, "reference", unguarded)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_same_bits(a, b, i)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+def test_bent_directions_out_of_place(on_host, guarded, rule, dtype):
+    """To addresses aligned in other ways than those that are read; nothing else is written."""
+    results = []
+    for backend in ("cuda", "reference"):
+        on_host((3, 64))
+        tensors, layout = zoo(dtype, guarded)
+        plan, buffers = with_buffers(rule, tensors, layout, torch.bfloat16, guarded)
+        read = [*tensors, *(buffer for kept in buffers for buffer in kept)]
+        before = [tensor.clone() for tensor in read]
+        out = [guarded(t.numel(), dtype, i % 9).view(t.shape) for i, t in enumerate(tensors)]
+        perturb_(plan.into(out), terms_of(rule), RESTORE, rounding="stochastic", backend=backend)
+        for i, tensor in enumerate(read):
+            assert_same_bits(tensor, before[i], f"source {i}")
+        results.append(out)
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(a, b, i)
+
+
+@pytest.mark.parametrize("distribution", reference.DISTRIBUTIONS)
+@pytest.mark.parametrize("offset", [2**34 - 702, 2**34, 2**39 - 700, 2**41 + 129])
+@pytest.mark.parametrize("rule", NUMBERS)
+def test_rules_beyond_one_high_word(on_host, guarded, rule, distribution, offset):
+    on_host((2, 64))
+    results = []
+    for backend in ("cuda", "reference"):
+        w = guarded(1500, torch.bfloat16, 3)
+        w.copy_(weights(1500, torch.bfloat16, 0))
+        plan, buffers = with_buffers(rule, [w], {}, torch.float16, guarded)
+        found = [PhiloxState(KEY, 7 - k, offset) for k in range(RULES[rule].directions)]
+        terms = Terms.of(found, minus_lr=-LR, rule=rule, numbers=NUMBERS[rule])
+        options = {"distribution": distribution, "rounding": "stochastic", "backend": backend}
+        perturb_(plan, terms, -RESTORE, **options)
+        if RULES[rule].updates:
+            update_terms_(plan, terms, eps=EPS, restore=RESTORE, **options)
+        results.append([w, *buffers[0]])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(a, b, i)
+
+
+@pytest.mark.parametrize("rule", ["adam", "helene"])
+def test_a_rule_that_does_not_bend_displaces_along_z(on_host, rule):
+    a, b = torch.ones(1000), torch.ones(1000)
+    plan, _ = with_buffers(rule, [a], {}, torch.float32, unguarded)
+    perturb_(plan, terms_of(rule), 0.5, backend="cuda")
+    perturb_(Plan([b]), terms_of(rule).states()[0], 0.5, backend="reference")
+    assert_same_bits(a, b)
 
 
 # --- against the kernels of the CPU --------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks import cuda_budget
@@ -56,6 +58,60 @@ def test_sixteen_bytes_at_a_time(architecture):
     """The way for whole chunks reads and writes a thread's 32 bytes of bfloat16 in two each."""
     for budget in cuda_budget.budgets(architecture):
         assert budget.wide_accesses == {"LDG": 2, "STG": 2}, budget
+
+
+# --- rules that keep numbers for each weight -----------------------------------------------------
+
+# Of a direction 8.5 and 24.6; of a quotient or a root 10; of a rounding as above; and 26 of finding
+# out where four elements of each array are, and whether they are one access.
+MOST_SLOTS_OF_A_RULE = {
+    ("perturb hizoo", "float32"): 95,
+    ("perturb hizoo", "bfloat16"): 95,
+    ("perturb adamu", "float32"): 112,
+    ("perturb adamu", "bfloat16"): 112,
+    ("perturb blend", ""): 102,
+    ("update adam", "float32"): 113,
+    ("update adam", "bfloat16"): 150,
+    ("update hizoo", "float32"): 124,
+    ("update hizoo", "bfloat16"): 144,
+    ("update helene", "float32"): 104,
+    ("update helene", "bfloat16"): 141,
+    ("update adamu", "float32"): 141,
+    ("update adamu", "bfloat16"): 161,
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+def test_nothing_of_a_rule_is_spilled(architecture):
+    found = cuda_budget.rule_kernels(architecture)
+    assert len(found) == 21
+    for kernel in found:
+        assert kernel.spilled_bytes == 0, kernel
+        assert 16 < kernel.registers <= MOST_REGISTERS, kernel
+
+
+@needs_both
+@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+def test_four_elements_of_an_array_are_one_access(architecture):
+    """Of 16 bytes or of 8, and each of them in the device's memory for certain (LDG, not LD)."""
+    for kernel in cuda_budget.rule_kernels(architecture):
+        operation, rule = kernel.operation.split()
+        arrays = 1 + cuda_budget.RULES[rule][1]
+        written = arrays if operation == "update" else 1
+        assert kernel.accesses["LDG.E.128"] == arrays, kernel
+        assert kernel.accesses["LDG.E.64"] >= arrays, kernel  # and addresses
+        assert kernel.accesses["STG.E.128"] == kernel.accesses["STG.E.64"] == written, kernel
+        assert not any(re.match(r"(LD|ST)\.", name) for name in kernel.accesses), kernel
+
+
+@needs_both
+def test_issue_slots_of_a_rule():
+    found = {(b.operation, b.kept): b for b in cuda_budget.rule_budgets("sm_90")}
+    assert found.keys() == MOST_SLOTS_OF_A_RULE.keys()
+    for kind, budget in found.items():
+        most = MOST_SLOTS_OF_A_RULE[kind]
+        assert 2 / 3 * most < budget.slots_once <= most, budget
 
 
 def test_a_prediction_is_bounded_by_memory_and_by_issue():

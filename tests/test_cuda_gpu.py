@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import torch
+from test_buffered import EPS, LR, NUMBERS, RESTORE, filled, terms_of
 from test_operations import (
     KEY,
+    KINDS,
     OFFSET,
     TYPES,
     assert_same_bits,
@@ -20,7 +22,17 @@ from test_operations import (
     weights,
 )
 
-from adamezo_kernels import PhiloxState, Plan, moments, perturb_, sample_, update_
+from adamezo_kernels import (
+    RULES,
+    PhiloxState,
+    Plan,
+    Terms,
+    moments,
+    perturb_,
+    sample_,
+    update_,
+    update_terms_,
+)
 from adamezo_kernels.backends import cuda, native, reference
 from adamezo_kernels.stream import ROUNDINGS
 
@@ -147,6 +159,90 @@ def test_stochastic_stores_are_unbiased(dtype, distribution):
         assert (stochastic[chosen].mean() - mean).abs() <= bound
         # While to nearest nothing moves, or in normals only what is far out.
         assert (nearest[chosen].mean() - mean).abs() > bound
+
+
+def displace_and_step(plan: Plan, backend: str, terms: Terms, **options: str) -> None:
+    perturb_(plan, terms, -RESTORE, backend=backend, **options)
+    if RULES[terms.rule].updates:
+        update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend, **options)
+
+
+def buffers_of(rule: str, host: torch.Tensor, pair, dtype: torch.dtype):
+    """The same buffers on the host and on the device, there at other alignments than the weights
+    and between margins too."""
+    kept = []
+    for i in range(RULES[rule].buffers):
+        on_host, on_device = pair(host.numel(), dtype, 3 * i)
+        like = torch.empty(host.shape, dtype=dtype, device="meta")
+        on_host.copy_(filled(rule, i, like, i, torch_empty).view(-1))
+        on_device.copy_(on_host)
+        kept.append((on_host.view(host.shape), on_device.view(host.shape)))
+    return [[both[side] for both in kept] for side in (0, 1)]
+
+
+def torch_empty(numel: int, dtype: torch.dtype, _: int) -> torch.Tensor:
+    return torch.empty(numel, dtype=dtype)
+
+
+@pytest.mark.parametrize("buffer_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", NUMBERS)
+def test_rules_have_the_bits_of_the_reference(pair, rule, kind, dtype, buffer_dtype):
+    distribution, rounding = kind
+    for numel, shift in ((0, 0), (1, 3), (4097, 0), (4097, 1), (4097, 4), (70001, 8)):
+        host, device = pair(numel, dtype, shift)
+        kept = buffers_of(rule, host, pair, buffer_dtype)
+        for tensor, buffers, backend in ((host, kept[0], "native"), (device, kept[1], "cuda")):
+            plan = Plan([tensor]).with_buffers([buffers])
+            options = {"distribution": distribution, "rounding": rounding}
+            displace_and_step(plan, backend, terms_of(rule), **options)
+        assert_same_bits(device.cpu(), host, (numel, shift))
+        for i, (on_host, on_device) in enumerate(zip(*kept, strict=True)):
+            assert_same_bits(on_device.cpu(), on_host, (numel, shift, i))
+
+
+@pytest.mark.parametrize("offset", [0, 2**32 + 3, 2**34 - 700])
+@pytest.mark.parametrize("rule", NUMBERS)
+def test_rules_over_rows_and_many_tensors(pair, rule, offset):
+    """Buffers have no gaps where rows of weights have some."""
+    sizes = [(n,) for n in range(1, 1200, 37)]
+    host = [weights(n, torch.bfloat16, n) for (n,) in sizes]
+    host.append(weights(300 * 517, torch.bfloat16, 0).view(300, 517)[:, 5:505])
+    device = [t.cuda() for t in host[:-1]]
+    device.append(torch.zeros(300, 517, dtype=torch.bfloat16, device="cuda")[:, 5:505])
+    device[-1].copy_(host[-1])
+    kept = [buffers_of(rule, t, pair, torch.float16) for t in host]
+    states = [PhiloxState(KEY, 7 - k, offset) for k in range(RULES[rule].directions)]
+    terms = Terms.of(states, minus_lr=-LR, rule=rule, numbers=NUMBERS[rule])
+    for side, (tensors, backend) in enumerate(((host, "native"), (device, "cuda"))):
+        plan = Plan(tensors).with_buffers([k[side] for k in kept])
+        displace_and_step(plan, backend, terms, rounding="stochastic")
+    for got, expected in zip(device, host, strict=True):
+        assert_same_bits(got.cpu(), expected)
+    for on_host, on_device in kept:
+        for got, expected in zip(on_device, on_host, strict=True):
+            assert_same_bits(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("rule", NUMBERS)
+def test_the_numbers_of_a_rule_are_read_when_the_kernel_runs(rule):
+    """As a replayed capture needs it: from words on the device that changed since the last call."""
+    host = weights(5000, torch.bfloat16, 0)
+    device = host.cuda()
+    kept = [torch.ones(5000) for _ in range(RULES[rule].buffers)]
+    on_device = [buffer.cuda() for buffer in kept]
+    words = terms_of(rule)
+    terms = Terms(KEY, words.offset, words.horizon, rule=rule, device="cuda")
+    plan = Plan([device]).with_buffers([on_device])
+    for minus_lr in (-LR, -2 * LR):
+        now = terms_of(rule, minus_lr)
+        terms.words.copy_(now.words)
+        displace_and_step(plan, "cuda", terms)
+        displace_and_step(Plan([host]).with_buffers([kept]), "native", now)
+    assert_same_bits(device.cpu(), host)
+    for got, expected in zip(on_device, kept, strict=True):
+        assert_same_bits(got.cpu(), expected)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -299,7 +395,8 @@ def test_compute_sanitizer_finds_nothing(tool):
         pytest.skip("no compute-sanitizer on PATH or in /usr/local/cuda")
     code = """
 import itertools, torch
-from adamezo_kernels import PhiloxState, Plan, moments, perturb_, sample_, update_
+from adamezo_kernels import RULES, PhiloxState, Plan, Terms, moments, perturb_, sample_, update_
+from adamezo_kernels import update_terms_
 s = [PhiloxState(1, k) for k in range(3)]
 types = (torch.float32, torch.bfloat16, torch.float16)
 kinds = itertools.product(types, ("exact", "fast", "rademacher"), ("nearest", "stochastic"))
@@ -313,6 +410,14 @@ for dtype, distribution, rounding in kinds:
     update_(Plan(other), s[:1], [1.], None, lr=1e-3, rounding=rounding, **options)
     moments(Plan(w), s, [1., 2., 3.], [1., 2., 3.], **options)
     sample_(w[2], s[1], **options)
+    for rule in [rule for rule in RULES if rule != "moments"]:
+        like = lambda t: [torch.ones(t.numel(), device="cuda", dtype=types[len(rule) % 3])
+                          for _ in range(RULES[rule].buffers)]
+        plan = Plan(w).with_buffers([like(t) for t in w])
+        terms = Terms.of(s[:RULES[rule].directions], minus_lr=-1e-3, rule=rule, numbers=[0.5] * 2)
+        perturb_(plan, terms, 1e-3, rounding=rounding, **options)
+        if RULES[rule].updates:
+            update_terms_(plan, terms, restore=-1e-3, rounding=rounding, **options)
 torch.cuda.synchronize()
 """
     done = subprocess.run(

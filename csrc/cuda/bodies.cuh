@@ -152,16 +152,23 @@ ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Elements<T>& to, ui
   });
 }
 
-// The windows of a worker's share: calls visit(elements, place) for each. Shares are whole windows
+// A window of which a run holds [low, high). What is counted in the run is where `low` is.
+struct Window {
+  const Segment& segment;
+  const Run& run;
+  uint64_t index;  // of the window's first element in the parameter
+  int low, high, lane;
+};
+
+// The windows of a worker's share: calls visit(window) for each. Shares are whole windows
 // of the concatenated segments, so that a large tensor is cut where its windows begin. Windows are
 // aligned in the parameter, not in memory: none straddles two high block words, and all elements of
 // a Philox call are in one window. A share is below 2^31 elements.
 //
 // Little is kept from one window to the next, and the rest worked out again: what is kept takes
 // registers from the loop over directions.
-template <class D, class T, class Visit>
-ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t workers,
-                                Visit visit) {
+template <class Visit>
+ADAMEZO_HD void walk_windows(const DeviceJob& job, int64_t worker, int64_t workers, Visit visit) {
   const int64_t windows = (job.elements + kWindow - 1) / kWindow, warps = workers / kWarp;
   const int64_t share = (windows + warps - 1) / warps * kWindow;
   int64_t position = worker / kWarp * share;
@@ -179,20 +186,29 @@ ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t wo
     const uint64_t index = run.index + job.offset;
     const int low = int(index % kWindow);
     const int high = run.count < kWindow - low ? low + int(run.count) : kWindow;
-    const uint32_t parameter = uint32_t(segment.parameter);
     const int lane = int(worker % kWarp);
     position += high - low;
     left -= high - low;
     if (uint32_t(index >> kLogElementsPerHigh) != job.high) continue;
-    T* const first = reinterpret_cast<T*>(segment.address) + run.memory - low;
-    const T* const source = reinterpret_cast<const T*>(segment.source) + run.source - low;
+    visit(Window{segment, run, index - low, low, high, lane});
+  }
+}
+
+// The same for one type of weights and one distribution: calls visit(elements, place).
+template <class D, class T, class Visit>
+ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t workers,
+                                Visit visit) {
+  walk_windows(job, worker, workers, [&](const Window& of) {
+    const uint32_t parameter = uint32_t(of.segment.parameter);
+    T* const first = reinterpret_cast<T*>(of.segment.address) + of.run.memory - of.low;
+    const T* const source = reinterpret_cast<const T*>(of.segment.source) + of.run.source - of.low;
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(first));  // an address out of a table could be anywhere
 #endif
-    visit(Elements<T>{first, source, index - low, parameter, low, high, lane},
-          D::template place<T>(job.round_keys, index - low, lane,
+    visit(Elements<T>{first, source, of.index, parameter, of.low, of.high, of.lane},
+          D::template place<T>(job.round_keys, of.index, of.lane,
                                parameter | uint32_t(Purpose::kDirection) << 24));
-  }
+  });
 }
 
 // out = z

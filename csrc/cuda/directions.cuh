@@ -4,6 +4,8 @@
 //   kLogElements   2^kLogElements elements share a Philox call
 //   Place<T>       what all directions have in common at one thread's place in a window
 //   z(...)         the sixteen elements of one direction, in the order of the thread's elements
+//   quad(...)      four elements of one direction from element `index` on, which is a multiple of
+//   four
 #pragma once
 
 #include "adamezo/fast_normal.h"
@@ -95,6 +97,22 @@ struct Normals {
       kNormals(x, direction.fast_ones, z + 4 * i);
     }
   }
+
+  // The words of the call that is elements `index` to index + 3.
+  static ADAMEZO_HD void quad_words(const PhiloxRoundKeys& key, uint64_t index, uint32_t parameter,
+                                    const PhiloxStream& stream, uint32_t x[4]) {
+    const auto group = philox_group<ScalarLanes>(key, uint32_t(index >> kLogElements), parameter);
+    auto call = philox_begin<ScalarLanes>(group, stream);
+    philox_finish<ScalarLanes>(call, key);
+    call_words<ScalarLanes>(call, x);
+  }
+
+  static ADAMEZO_HD void quad(const PhiloxRoundKeys& key, uint64_t index, uint32_t parameter,
+                              const Direction& direction, float z[4]) {
+    uint32_t x[4];
+    quad_words(key, index, parameter, direction.stream, x);
+    kNormals(x, direction.fast_ones, z);
+  }
 };
 
 // The root that exact normals take: of -ln u, which is 0 or lies in [2^-25, 22]. The steps are
@@ -152,12 +170,28 @@ struct Rademacher {
     for (int c = 0; c < kChunks<T>; ++c) {
       auto call = philox_begin<ScalarLanes>(place.group[c], direction.stream);
       philox_finish<ScalarLanes>(call, key);
-      const int word = place.first / 32;
-      const uint32_t low = word & 1 ? call.c1 : call.c0, high = word & 1 ? call.c3 : call.c2;
-      const uint32_t signs = (word & 2 ? high : low) >> (place.first % 32);
+      const uint32_t signs = signs_from(call, place.first);
       ADAMEZO_UNROLL
       for (int i = 0; i < kChunk<T>; ++i) z[c * kChunk<T> + i] = sign_of(signs, i);
     }
+  }
+
+  static ADAMEZO_HD void quad(const PhiloxRoundKeys& key, uint64_t index, uint32_t parameter,
+                              const Direction& direction, float z[4]) {
+    const auto group = philox_group<ScalarLanes>(key, uint32_t(index >> kLogElements), parameter);
+    auto call = philox_begin<ScalarLanes>(group, direction.stream);
+    philox_finish<ScalarLanes>(call, key);
+    const uint32_t signs = signs_from(call, int(index % kSignsPerCall));
+    ADAMEZO_UNROLL
+    for (int i = 0; i < 4; ++i) z[i] = sign_of(signs, i);
+  }
+
+ private:
+  // Those of a word from the element `first` of its call on.
+  static ADAMEZO_HD uint32_t signs_from(const PhiloxCall<ScalarLanes>& call, int first) {
+    const int word = first / 32;
+    const uint32_t low = word & 1 ? call.c1 : call.c0, high = word & 1 ? call.c3 : call.c2;
+    return (word & 2 ? high : low) >> (first % 32);
   }
 };
 

@@ -1,5 +1,5 @@
 // The kernels: every body compiled for the device. One .cu file for each distribution includes it,
-// so that they compile side by side.
+// and one for the rules of buffered.cuh, so that they compile side by side.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/bodies.cuh"
+#include "cuda/buffered.cuh"
 #include "cuda/launch.h"
 
 namespace adamezo {
@@ -52,29 +52,39 @@ inline int64_t blocks_for(int64_t elements, int device) {
   return (windows + share - 1) / share;
 }
 
-template <class D>
-void launch(Operation operation, const Job& job, const HighWords& highs, int device,
-            uint64_t stream) {
+template <class Body>
+void launch_body(Body, const Job& job, const HighWords& highs, int device, uint64_t stream) {
   if (job.elements == 0) return;
   // The caller's runtime has made the device current already, and goes back to its own afterwards;
   // this tells the copy of the runtime that is linked into this module.
   check(cudaSetDevice(device), "choosing the device");
   const int64_t blocks = blocks_for(job.elements, device);
   const size_t table = size_t(job.horizon) * sizeof(Direction);
-  select<D>(operation, job, [&](auto instance) {
-    const auto function = kernel<decltype(instance)>;
-    constexpr size_t kWithoutAsking = 48 << 10,
-                     kStatic = (kThreadElements + kKeptWords) * kThreads * 4;
-    if (kStatic + table > kWithoutAsking)
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(table)),
-            ("asking for " + std::to_string(table) + " bytes of shared memory, 32 a direction")
-                .c_str());
-    for (const uint32_t high : highs)
-      function<<<unsigned(blocks), kThreads, table, reinterpret_cast<cudaStream_t>(stream)>>>(
-          DeviceJob(job, high));
-    check(cudaGetLastError(), "launching");
-  });
+  const auto function = kernel<Body>;
+  constexpr size_t kWithoutAsking = 48 << 10,
+                   kStatic = (kThreadElements + kKeptWords) * kThreads * 4;
+  if (kStatic + table > kWithoutAsking)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(table)),
+          ("asking for " + std::to_string(table) + " bytes of shared memory, 32 a direction")
+              .c_str());
+  for (const uint32_t high : highs)
+    function<<<unsigned(blocks), kThreads, table, reinterpret_cast<cudaStream_t>(stream)>>>(
+        DeviceJob(job, high));
+  check(cudaGetLastError(), "launching");
+}
+
+template <class D>
+void launch(Operation operation, const Job& job, const HighWords& highs, int device,
+            uint64_t stream) {
+  select<D>(operation, job, [&](auto body) { launch_body(body, job, highs, device, stream); });
+}
+
+// Where follows_rule(operation, job).
+template <class D>
+void launch_rule(Operation operation, const Job& job, const HighWords& highs, int device,
+                 uint64_t stream) {
+  select_rule<D>(operation, job, [&](auto body) { launch_body(body, job, highs, device, stream); });
 }
 
 }  // namespace cuda

@@ -6,6 +6,10 @@ namespace cuda {
 extern template void launch<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
 extern template void launch<Fast>(Operation, const Job&, const HighWords&, int, uint64_t);
 extern template void launch<Rademacher>(Operation, const Job&, const HighWords&, int, uint64_t);
+extern template void launch_rule<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
+extern template void launch_rule<Fast>(Operation, const Job&, const HighWords&, int, uint64_t);
+extern template void launch_rule<Rademacher>(Operation, const Job&, const HighWords&, int,
+                                             uint64_t);
 
 namespace {
 
@@ -24,13 +28,18 @@ __global__ void check_sqrt(uint32_t first, uint32_t last, unsigned long long* co
 
 void cuda_launch(Operation operation, Distribution distribution, const Job& job,
                  const HighWords& highs, int device, uint64_t stream) {
+  const bool by_rule = cuda::follows_rule(operation, job);
+  const auto launch = [&](auto of) {
+    using D = decltype(of);
+    (by_rule ? cuda::launch_rule<D> : cuda::launch<D>)(operation, job, highs, device, stream);
+  };
   switch (distribution) {
     case Distribution::kExact:
-      return cuda::launch<cuda::Exact>(operation, job, highs, device, stream);
+      return launch(cuda::Exact());
     case Distribution::kFast:
-      return cuda::launch<cuda::Fast>(operation, job, highs, device, stream);
+      return launch(cuda::Fast());
     case Distribution::kRademacher:
-      return cuda::launch<cuda::Rademacher>(operation, job, highs, device, stream);
+      return launch(cuda::Rademacher());
   }
 }
 

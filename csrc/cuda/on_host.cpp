@@ -1,4 +1,4 @@
-#include "cuda/bodies.cuh"
+#include "cuda/buffered.cuh"
 #include "cuda/launch.h"
 
 namespace adamezo {
@@ -11,19 +11,21 @@ void on_host(Operation operation, const Job& job, const HighWords& highs, int64_
   std::vector<Direction> table(static_cast<size_t>(job.horizon));
   std::vector<float> newest(static_cast<size_t>(kThreadElements * threads));
   std::vector<uint32_t> kept(static_cast<size_t>(kKeptWords * threads));
-  select<D>(operation, job, [&](auto instance) {
+  const auto run = [&](auto body) {
     for (const uint32_t high : highs) {
       const DeviceJob device_job(job, high);
       for (int64_t block = 0; block < blocks; ++block) {
         for (int thread = 0; thread < threads; ++thread)
           fill_table<D>(device_job, table.data(), thread, threads);
         for (int thread = 0; thread < threads; ++thread)
-          instance.run(device_job,
-                       {table.data(), newest.data() + thread, kept.data() + thread, threads},
-                       block * threads + thread, blocks * threads);
+          body.run(device_job,
+                   {table.data(), newest.data() + thread, kept.data() + thread, threads},
+                   block * threads + thread, blocks * threads);
       }
     }
-  });
+  };
+  follows_rule(operation, job) ? select_rule<D>(operation, job, run)
+                               : select<D>(operation, job, run);
 }
 
 }  // namespace

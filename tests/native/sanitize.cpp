@@ -64,6 +64,8 @@ struct Call {
   Rounding rounding;
   bool second, elsewhere;
   int64_t horizon;
+  Rule rule = Rule::kMoments;
+  ElementType buffers = ElementType::kFloat32;
 };
 
 const std::vector<Call> kCalls = {
@@ -78,15 +80,27 @@ const std::vector<Call> kCalls = {
     {Operation::kUpdate, Rounding::kStochastic, false, false, 1},
     {Operation::kMoment, Rounding::kNearest, false, false, 3},
     {Operation::kMoment, Rounding::kNearest, true, false, 3},
+    {Operation::kPerturb, Rounding::kNearest, false, true, 1, Rule::kHizoo, ElementType::kFloat32},
+    {Operation::kPerturb, Rounding::kStochastic, false, false, 2, Rule::kAdamu,
+     ElementType::kBFloat16},
+    {Operation::kPerturb, Rounding::kStochastic, false, true, 2, Rule::kBlend},
+    {Operation::kUpdate, Rounding::kNearest, false, false, 1, Rule::kAdam, ElementType::kFloat32},
+    {Operation::kUpdate, Rounding::kStochastic, false, false, 1, Rule::kAdam,
+     ElementType::kBFloat16},
+    {Operation::kUpdate, Rounding::kStochastic, false, false, 1, Rule::kHizoo,
+     ElementType::kFloat16},
+    {Operation::kUpdate, Rounding::kNearest, false, false, 1, Rule::kHelene, ElementType::kFloat16},
+    {Operation::kUpdate, Rounding::kStochastic, false, false, 2, Rule::kAdamu,
+     ElementType::kFloat32},
 };
 
 long calls_made = 0;
 
-// The bytes of all tensors after one call on one runner: an instruction set, or "cuda".
+// The bytes of all tensors and buffers after one call on one runner: an instruction set, or "cuda".
 std::vector<unsigned char> after(const std::string& runner, Distribution distribution, int type,
                                  const Call& call, const std::vector<Shape>& shapes, int threads,
                                  uint64_t offset, bool special) {
-  std::vector<Elements> tensors, sources;
+  std::vector<Elements> tensors, sources, buffers;
   std::vector<Segment> table;
   int64_t elements = 0;
   for (const Shape& shape : shapes) {
@@ -96,9 +110,27 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
     tensors.emplace_back(out, kSizes[type], unsigned(parameter + 1), special);
     sources.emplace_back(shape, kSizes[type], unsigned(parameter + 7), special);
     const Elements& from = call.elsewhere ? sources.back() : tensors.back();
-    table.push_back({tensors.back().address(), from.address(), shape.rows, shape.row_length,
-                     tensors.back().stride, from.stride, int64_t(offset % 5), shape.row_length + 2,
-                     parameter, elements});
+    Segment segment{tensors.back().address(),
+                    from.address(),
+                    shape.rows,
+                    shape.row_length,
+                    tensors.back().stride,
+                    from.stride,
+                    int64_t(offset % 5),
+                    shape.row_length + 2,
+                    parameter,
+                    {0, 0},
+                    elements};
+    for (int i = 0; i < kMostBuffers && call.rule != Rule::kMoments; ++i) {
+      // Row after row; numbers as curvatures are, above 0.
+      const Shape kept{1, shape.rows * shape.row_length, 0, (shape.misaligned + 3 * i) % 8};
+      const int size = kSizes[int(call.buffers)];
+      buffers.emplace_back(kept, size, unsigned(parameter + 13 + i), special);
+      for (size_t at = size_t(size) - 1; !special && at < buffers.back().bytes; at += size_t(size))
+        buffers.back().block[at] &= 0x7f;
+      segment.buffers[i] = buffers.back().address();
+    }
+    table.push_back(segment);
     elements += shape.rows * shape.row_length;
   }
   const std::vector<uint32_t> directions = {9, 4, 0xffffffffu};
@@ -124,6 +156,10 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   job.step = step.data();
   job.eps = 1e-8f;
   job.rounding = call.rounding;
+  job.rule = call.rule;
+  job.buffer_type = call.buffers;
+  const std::vector<float> numbers = {0.5f, 0.25f, 0.75f, 0.125f, 1.5f, 0.25f, -1.25f, 0.0f};
+  job.numbers = call.rule == Rule::kMoments ? nullptr : numbers.data();
   const DefaultFloatingPoint guard;
   if (runner == "cuda") {
     HighWords highs = {uint32_t(offset >> 34)};
@@ -134,13 +170,14 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   }
   ++calls_made;
   std::vector<unsigned char> bytes;
-  for (const Elements& t : tensors) bytes.insert(bytes.end(), &t.block[0], &t.block[0] + t.bytes);
+  for (const auto* all : {&tensors, &buffers})
+    for (const Elements& t : *all) bytes.insert(bytes.end(), &t.block[0], &t.block[0] + t.bytes);
   return bytes;
 }
 
 [[noreturn]] void differ(const std::string& runner, int type, const Call& call) {
-  std::fprintf(stderr, "%s has other bits: operation %d, type %d\n", runner.c_str(),
-               int(call.operation), type);
+  std::fprintf(stderr, "%s has other bits: operation %d, rule %d, type %d\n", runner.c_str(),
+               int(call.operation), int(call.rule), type);
   std::exit(1);
 }
 
@@ -149,7 +186,7 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
 int main(int count, char** arguments) {
   if (count > 1 && std::string(arguments[1]) == "overrun") {
     Elements tensor({1, 64, 0, 0}, 4, 1, false);
-    const Segment segment{tensor.address(), tensor.address(), 1, 65, 65, 65, 0, 65, 0, 0};
+    const Segment segment{tensor.address(), tensor.address(), 1, 65, 65, 65, 0, 65, 0, {0, 0}, 0};
     const uint32_t direction = 0;
     Job job{};
     job.segments = &segment;

@@ -1,0 +1,299 @@
+// The bodies of the rules of adamezo/buffered.h, as bodies.cuh has those of all others, with the
+// arithmetic of csrc/cpu/loops.h.
+//
+// Most keep numbers for each weight and are bound by memory, or nearly so. So the types of weights
+// and buffers and the rounding of stores are branches, which a whole launch takes the same way, and
+// not instances; and a thread takes its elements four at a time, in as many registers as the other
+// kernels have. Four elements share a Philox call, and are one access of every array: 16 or 8
+// bytes, which lane by lane are one stretch of memory. (Eight of a 16-bit array would be 32 bytes
+// of a float32 buffer, and so two accesses of half of each sector.)
+#pragma once
+
+#include "cuda/bodies.cuh"
+
+namespace adamezo {
+namespace cuda {
+
+constexpr int kQuad = 4;
+static_assert(kChunk<float> == kQuad, "a window's quads are the chunks of float32");
+
+// Four elements of one array, of which the run holds [low, high).
+struct Array {
+  unsigned char* address;  // of the first one, or where it would be
+  ElementType type;
+  int low, high;
+
+  // As they are in memory and not converted yet: nothing waits for them before there is need to.
+  // Two 16-bit elements are in a word. Those outside the run are 0.
+  ADAMEZO_HD void load(uint32_t words[kQuad]) const {
+    type == ElementType::kFloat32 ? load_bits<uint32_t>(words) : load_bits<uint16_t>(words);
+  }
+  ADAMEZO_HD void store(const uint32_t words[kQuad]) const {
+    type == ElementType::kFloat32 ? store_bits<uint32_t>(words) : store_bits<uint16_t>(words);
+  }
+
+ private:
+  template <class Bits>
+  struct alignas(kQuad * sizeof(Bits)) Access {
+    Bits elements[kQuad];
+  };
+
+  // Whether they can be one access.
+  template <class Bits>
+  ADAMEZO_HD bool whole() const {
+    return low <= 0 && high >= kQuad &&
+           reinterpret_cast<uint64_t>(address) % sizeof(Access<Bits>) == 0;
+  }
+  template <class Bits>
+  ADAMEZO_HD void load_bits(uint32_t words[kQuad]) const {
+    Access<Bits> access = {};
+    if (whole<Bits>()) {
+      access = *reinterpret_cast<const Access<Bits>*>(address);
+    } else {
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kQuad; ++i)
+        if (i >= low && i < high) access.elements[i] = reinterpret_cast<const Bits*>(address)[i];
+    }
+    std::memcpy(words, &access, sizeof access);
+  }
+  template <class Bits>
+  ADAMEZO_HD void store_bits(const uint32_t words[kQuad]) const {
+    Access<Bits> access;
+    std::memcpy(&access, words, sizeof access);
+    if (whole<Bits>()) {
+      *reinterpret_cast<Access<Bits>*>(address) = access;
+    } else {
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kQuad; ++i)
+        if (i >= low && i < high) reinterpret_cast<Bits*>(address)[i] = access.elements[i];
+    }
+  }
+};
+
+template <class T>
+ADAMEZO_HD void widen(const uint32_t words[kQuad], float values[kQuad]) {
+  T elements[kQuad];
+  std::memcpy(elements, words, sizeof elements);
+  ADAMEZO_UNROLL
+  for (int i = 0; i < kQuad; ++i) values[i] = to_float32(elements[i]);
+}
+
+ADAMEZO_HD void widen(ElementType type, const uint32_t words[kQuad], float values[kQuad]) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return widen<float>(words, values);
+    case ElementType::kBFloat16:
+      return widen<bfloat16>(words, values);
+    case ElementType::kFloat16:
+      return widen<float16>(words, values);
+  }
+}
+
+template <class T>
+ADAMEZO_HD void narrow(const float values[kQuad], uint32_t words[kQuad]) {
+  T elements[kQuad];
+  ADAMEZO_UNROLL
+  for (int i = 0; i < kQuad; ++i) from_float32(values[i], elements[i]);
+  std::memcpy(words, elements, sizeof elements);
+}
+
+template <class T>
+ADAMEZO_HD void narrow(const float values[kQuad], const uint32_t random[kQuad],
+                       uint32_t words[kQuad]) {
+  T elements[kQuad];
+  round_stochastically(values, random, elements);
+  std::memcpy(words, elements, sizeof elements);
+}
+
+// Four elements of a window, with all that rule R takes and keeps for them.
+template <class R>
+struct Quad {
+  const DeviceJob& job;
+  const Window& window;
+  int first;  // of its elements in the window
+  float theta[kQuad], z[R::kDirections][kQuad], kept[kBuffersRoom<R>][kQuad];
+
+  template <class D>
+  ADAMEZO_HD void load(D, const Direction* table, const Array& from) {
+    uint32_t weights[kQuad], numbers[kBuffersRoom<R>][kQuad];
+    from.load(weights);
+    ADAMEZO_UNROLL
+    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(numbers[i]);
+    ADAMEZO_UNROLL
+    for (int k = 0; k < R::kDirections; ++k)
+      D::quad(job.round_keys, index(), parameter_for(Purpose::kDirection), table[k], z[k]);
+    widen(job.type, weights, theta);
+    ADAMEZO_UNROLL
+    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, numbers[i], kept[i]);
+  }
+
+  ADAMEZO_HD Array source() const {
+    return array(window.segment.source, window.run.source, job.type);
+  }
+  ADAMEZO_HD Array weights() const {
+    return array(window.segment.address, window.run.memory, job.type);
+  }
+  ADAMEZO_HD void store_theta() const { store(weights(), Purpose::kRounding, theta); }
+  ADAMEZO_HD void store_kept() const {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < R::kBuffers; ++i)
+      store(buffer(i), Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i)), kept[i]);
+  }
+
+  // All of one element.
+  ADAMEZO_HD void get(int at, float of_z[R::kDirections], float of_kept[kBuffersRoom<R>]) const {
+    ADAMEZO_UNROLL
+    for (int k = 0; k < R::kDirections; ++k) of_z[k] = z[k][at];
+    ADAMEZO_UNROLL
+    for (int i = 0; i < R::kBuffers; ++i) of_kept[i] = kept[i][at];
+  }
+  ADAMEZO_HD void set(int at, const float of_kept[kBuffersRoom<R>]) {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < R::kBuffers; ++i) kept[i][at] = of_kept[i];
+  }
+
+ private:
+  ADAMEZO_HD uint64_t index() const { return window.index + uint64_t(first); }
+  ADAMEZO_HD uint32_t parameter_for(Purpose purpose) const {
+    return uint32_t(window.segment.parameter) | uint32_t(purpose) << 24;
+  }
+  // `run` is where the run begins, counted from the segment's address.
+  ADAMEZO_HD Array array(uint64_t segment, int64_t run, ElementType type) const {
+    const int64_t size = type == ElementType::kFloat32 ? 4 : 2;
+    auto* const address =
+        reinterpret_cast<unsigned char*>(segment) + (run + (first - window.low)) * size;
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(address));
+#endif
+    return {address, type, window.low - first, window.high - first};
+  }
+  // Buffers follow a segment's elements row by row, without the gaps that rows of weights may have.
+  ADAMEZO_HD Array buffer(int i) const {
+    return array(window.segment.buffers[i], window.run.position, job.buffer_type);
+  }
+
+  // The words are those of store_stochastic in bodies.cuh, with a buffer's own purpose.
+  ADAMEZO_HD void store(const Array& to, Purpose purpose, const float values[kQuad]) const {
+    uint32_t words[kQuad];
+    if (to.type == ElementType::kFloat32) {
+      narrow<float>(values, words);
+    } else if (job.rounding == Rounding::kNearest) {
+      to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, words)
+                                        : narrow<float16>(values, words);
+    } else {
+      uint32_t random[kQuad];
+      const PhiloxStream stream = philox_stream(job.round_keys, job.directions[0], job.high);
+      Exact::quad_words(job.round_keys, index(), parameter_for(purpose), stream, random);
+      to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, random, words)
+                                        : narrow<float16>(values, random, words);
+    }
+    to.store(words);
+  }
+};
+
+// The quads of a worker's share that hold elements of a run: calls use(quad, n) for each, with the
+// numbers of the step in registers. These are read for each quad, out of the nearest cache: kept
+// from one to the next they would be registers too many.
+template <class R, class Use>
+ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t workers, Use use) {
+  walk_windows(job, worker, workers, [&](const Window& window) {
+    ADAMEZO_NO_UNROLL
+    for (int c = 0; c < kThreadElements / kQuad; ++c) {
+      const int first = chunk_in_window<float>(window.lane, c);
+      if (first + kQuad <= window.low || first >= window.high) continue;
+      Quad<R> quad{job, window, first, {}, {}, {}};
+      float n[kRuleNumbers];
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kRuleNumbers; ++i) n[i] = job.numbers[i];
+      use(quad, n);
+    }
+  });
+}
+
+// theta = theta + scale d, read where the source is; d is what rule R displaces along
+template <class D, class R>
+struct BentPerturb {
+  using Directions = D;
+
+  static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
+                             int64_t workers) {
+    for_each_quad<R>(job, worker, workers, [&](Quad<R>& quad, const float* n) {
+      quad.load(D(), space.table, quad.source());
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kQuad; ++i) {
+        float z[R::kDirections], kept[kBuffersRoom<R>];
+        quad.get(i, z, kept);
+        quad.theta[i] =
+            ScalarLanes::fma(job.scale, displaced_along<R, ScalarLanes>(z, kept, n), quad.theta[i]);
+      }
+      quad.store_theta();
+    });
+  }
+};
+
+// Restore and step by rule R in one pass: weights and buffers are read once and written once.
+template <class D, class R>
+struct BufferedUpdate {
+  using Directions = D;
+
+  static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
+                             int64_t workers) {
+    const float minus_lr = job.step[0], decay = job.step[1];
+    for_each_quad<R>(job, worker, workers, [&](Quad<R>& quad, const float* n) {
+      quad.load(D(), space.table, quad.weights());
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kQuad; ++i) {
+        float z[R::kDirections], kept[kBuffersRoom<R>];
+        quad.get(i, z, kept);
+        float value = quad.theta[i];
+        if (job.scale != 0.0f)
+          value = ScalarLanes::fma(job.scale, displaced_along<R, ScalarLanes>(z, kept, n), value);
+        const float step = R::template step<ScalarLanes>(z, kept, n, job.eps);
+        quad.set(i, kept);
+        quad.theta[i] = descend<ScalarLanes>(value, step, minus_lr, decay);
+      }
+      quad.store_kept();
+      quad.store_theta();
+    });
+  }
+};
+
+// Whether a job is for a body of this file.
+inline bool follows_rule(Operation operation, const Job& job) {
+  switch (job.rule) {
+    case Rule::kMoments:
+      return false;
+    case Rule::kAdam:
+    case Rule::kHelene:
+      return operation == Operation::kUpdate;
+    case Rule::kHizoo:
+    case Rule::kAdamu:
+      return operation == Operation::kUpdate || operation == Operation::kPerturb;
+    case Rule::kBlend:
+      return operation == Operation::kPerturb;
+  }
+  return false;
+}
+
+// Calls use(body) with the one that does `operation` on such a job.
+template <class D, class Use>
+void select_rule(Operation operation, const Job& job, Use use) {
+  const bool update = operation == Operation::kUpdate;
+  switch (job.rule) {
+    case Rule::kMoments:
+      return;
+    case Rule::kAdam:
+      return use(BufferedUpdate<D, Adam>());
+    case Rule::kHizoo:
+      return update ? use(BufferedUpdate<D, Hizoo>()) : use(BentPerturb<D, Hizoo>());
+    case Rule::kHelene:
+      return use(BufferedUpdate<D, Helene>());
+    case Rule::kAdamu:
+      return update ? use(BufferedUpdate<D, Adamu>()) : use(BentPerturb<D, Adamu>());
+    case Rule::kBlend:
+      return use(BentPerturb<D, Blend>());
+  }
+}
+
+}  // namespace cuda
+}  // namespace adamezo
