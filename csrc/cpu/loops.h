@@ -66,6 +66,33 @@ struct Update {
   }
 };
 
+// The same along one direction, as most methods have: the next group's words go through their
+// rounds beside this one's normals, where the loop over directions would throw a call away.
+template <class L, class D, bool kSecond, bool kStochastic>
+struct UpdateAlongOne {
+  template <class T>
+  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+    using F = typename L::F;
+    const float minus_lr = job.step[0], decay = job.step[1];
+    const float first = job.first[0], second = kSecond ? job.second[0] : 0.0f;
+    D::template along_each<T, 1>(job, room, worker, workers,
+                                 [&](const Span<T>& span, const Group<T>& theta, const F z[1][4]) {
+                                   auto moments = zero_moments<L>();
+                                   accumulate<L, kSecond>(moments, z[0], first, second);
+                                   F step[4];
+                                   for (int t = 0; t < 4; ++t) {
+                                     F value = L::load(theta.from + t * L::kWidth);
+                                     if (job.scale != 0.0f)
+                                       value = L::fma(L::f(job.scale), z[0][t], value);
+                                     step[t] = preconditioned<L, kSecond>(moments.s1[t],
+                                                                          moments.s2[t], job.eps);
+                                     step[t] = descend<L>(value, step[t], minus_lr, decay);
+                                   }
+                                   store_group<L, kStochastic>(job, span, theta, step);
+                                 });
+  }
+};
+
 // out = S2 where the job has second coefficients, else S1: a look inside an update.
 template <class L, class D, bool kSecond>
 struct Moment {
@@ -245,7 +272,10 @@ void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) 
 
 template <class L, class D, bool kStochastic>
 void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
-  const auto kernel = job.second ? by_type<Update<L, D, true, kStochastic>>
+  const bool one = job.horizon == 1;
+  const auto kernel = job.second ? one ? by_type<UpdateAlongOne<L, D, true, kStochastic>>
+                                       : by_type<Update<L, D, true, kStochastic>>
+                      : one      ? by_type<UpdateAlongOne<L, D, false, kStochastic>>
                                  : by_type<Update<L, D, false, kStochastic>>;
   kernel(job, room, worker, workers);
 }
