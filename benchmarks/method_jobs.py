@@ -22,7 +22,7 @@ from adamezo.integrations import transformers as language_models
 from examples.demo import HELD_OUT, REVIEWS, options
 
 # Of peft; the weights of B are 0 at first, so that a run starts at the untouched model.
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 CACHE = Path(__file__).parent.parent / "build" / "benchmarks"  # git ignores it
 
 
@@ -85,7 +85,7 @@ class LastLayer(nn.Module):
         self.layer = copy.deepcopy(model.model.layers[-1])
         self.norm = copy.deepcopy(model.model.norm)
         self.register_buffer("words", model.lm_head.weight[list(words)].detach().clone())
-        self._angles = model.model.rotary_emb  # no module of ours: it has no weights
+        self._angles = model.model.rotary_emb  # without weights
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate

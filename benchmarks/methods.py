@@ -73,7 +73,7 @@ class Entry:
 
     name: str
     lr: dict[str, float]
-    """The centre of the grid in each mode."""
+    """The centre of the grid in each mode, or in a mode of one job."""
     of: str = ""
     """The class in `adamezo`, or with `backward` in torch.optim; if it is not the name."""
     options: Callable[[Job], dict[str, Any]] = lambda job: {}
@@ -85,7 +85,7 @@ class Entry:
     def available(self) -> bool:
         return hasattr(torch.optim if self.backward else adamezo, self.of or self.name)
 
-    def make(self, job: Job, start: Start, lr: float, seed: int) -> torch.optim.Optimizer:
+    def make(self, job: Job, start: Start, lr: float, seed: int) -> Any:
         options = {"lr": lr, **self.options(job)}
         if self.backward:
             return getattr(torch.optim, self.of or self.name)(start.weights, **options)
@@ -93,25 +93,27 @@ class Entry:
         return made(start.weights, seed=seed, model=start.module, **options)
 
 
-def _rates(full: float, lora: float) -> dict[str, float]:
-    return {"full": full, "lora": lora}
+def _rates(full: float, lora: float, main_full: float) -> dict[str, float]:
+    return {"full": full, "lora": lora, "main full": main_full}
 
 
 ENTRIES = [
-    Entry("MeZO", _rates(1e-4, 1e-3)),
-    Entry("MeZO, n = 4", _rates(1e-4, 1e-3), "MeZO", lambda _: {"queries": 4}, 8),
-    Entry("AdaZeta", _rates(1e-4, 1e-3), options=_adazeta, forwards=0),
-    Entry("momentum", _rates(1e-4, 1e-3), "AdaMeZO", lambda _: {"betas": (0.7, 0.0)}),
-    Entry("AdaMeZO", _rates(1e-3, 1e-2)),
-    Entry("ScalarAdaMeZO", _rates(1e-3, 1e-2)),
-    Entry("MEAZO", _rates(3e-4, 3e-3)),
-    Entry("FZOO", _rates(3e-8, 3e-7), forwards=9),
-    Entry("HiZOO", _rates(1e-4, 1e-3), forwards=3),
-    Entry("HELENE", _rates(1e-4, 1e-3), options=lambda job: {"batch_size": job.batch}),
-    Entry("ZOAdaMU", _rates(1e-4, 1e-3), options=_zo_adamu),
-    Entry("ZOAdam", _rates(1e-3, 1e-2)),
-    Entry("AdamW, by backpropagation", _rates(1e-4, 1e-3), "AdamW", forwards=3, backward=True),
-    Entry("SGD, by backpropagation", _rates(1e-2, 1e-1), "SGD", forwards=3, backward=True),
+    Entry("MeZO", _rates(1e-3, 1e-2, 1e-4)),
+    Entry("MeZO, n = 4", _rates(1e-3, 1e-2, 1e-4), "MeZO", lambda job: {"queries": 4}, 8),
+    Entry("AdaZeta", _rates(1e-3, 1e-2, 1e-4), options=_adazeta, forwards=0),
+    Entry("momentum", _rates(1e-3, 1e-2, 1e-4), "AdaMeZO", lambda job: {"betas": (0.7, 0.0)}),
+    Entry("AdaMeZO", _rates(1e-3, 1e-2, 1e-3)),
+    Entry("ScalarAdaMeZO", _rates(1e-3, 1e-2, 1e-3)),
+    Entry("MEAZO", _rates(1e-3, 1e-2, 1e-3)),
+    Entry("FZOO", _rates(1e-6, 1e-5, 1e-7), forwards=9),
+    Entry("HiZOO", _rates(1e-3, 1e-2, 1e-4), forwards=3),
+    Entry("HELENE", _rates(1e-3, 1e-2, 1e-4), options=lambda job: {"batch_size": job.batch}),
+    Entry("ZOAdaMU", _rates(1e-3, 1e-2, 1e-4), options=_zo_adamu),
+    Entry("ZOAdam", _rates(1e-3, 1e-2, 1e-3)),
+    Entry(
+        "AdamW, by backpropagation", _rates(1e-4, 1e-3, 1e-5), "AdamW", forwards=3, backward=True
+    ),
+    Entry("SGD, by backpropagation", _rates(1e-2, 1e-1, 1e-3), "SGD", forwards=3, backward=True),
 ]
 
 
@@ -293,8 +295,9 @@ def at_an_edge(runs: Sequence[Run]) -> int:
 # The search --------------------------------------------------------------------------------------
 
 
-def rate(entry: Entry, mode: str, place: int) -> float:
-    return float(f"{entry.lr[mode] * 10 ** (place / 2):.3g}")
+def rate(entry: Entry, job: str, mode: str, place: int) -> float:
+    centre = entry.lr.get(f"{job} {mode}", entry.lr[mode])
+    return float(f"{centre * 10 ** (place / 2):.3g}")
 
 
 @dataclass
@@ -315,7 +318,7 @@ class Search:
             return self._all(entry, mode, self.lrs)
         places = list(PLACES)
         while True:
-            rates = [rate(entry, mode, place) for place in places]
+            rates = [rate(entry, self.job.name, mode, place) for place in places]
             if not self._all(entry, mode, rates):
                 return False
             some = found(read(self.path), self.job.name, mode, entry.name, self.job.budget)
@@ -334,7 +337,7 @@ class Search:
     def _all(self, entry: Entry, mode: str, rates: Iterable[float]) -> bool:
         for lr in rates:
             for seed in self.seeds:
-                chosen = dict(
+                chosen: dict[str, Any] = dict(
                     job=self.job.name,
                     mode=mode,
                     method=entry.name,

@@ -574,7 +574,7 @@ def compared_block(runs: list[methods.Run], costs: list[Cost], job: str, mode: s
         cells = (
             entry.name,
             entry.forwards or f"{each:.1f} (mean)",
-            f"{cost.kept_bytes / cost.weights:.3g}" if cost else "",
+            f"{round(cost.kept_bytes / cost.weights, 2):g}" if cost else "",
             cost.history_bytes if cost else "",
             time,
             f"{cost.ratio * 2 / entry.forwards:.2f}x" if cost and cost.ratio else "",

@@ -755,7 +755,7 @@ def test_the_grid_grows_until_the_best_is_inside(tmp_path, monkeypatch, capsys, 
     assert (methods.at_an_edge(made) == 0) == inside
     assert ("the last one that is tried" in capsys.readouterr().out) != inside
     if inside:
-        assert methods.best(made)[0].lr == methods.rate(entry, "lora", optimum)
+        assert methods.best(made)[0].lr == methods.rate(entry, "toy", "lora", optimum)
 
 
 def test_the_best_lr_is_chosen_by_the_mean_over_seeds_of_the_validation_rows():
