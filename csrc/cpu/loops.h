@@ -75,21 +75,19 @@ struct UpdateAlongOne {
     using F = typename L::F;
     const float minus_lr = job.step[0], decay = job.step[1];
     const float first = job.first[0], second = kSecond ? job.second[0] : 0.0f;
-    D::template along_each<T, 1>(job, room, worker, workers,
-                                 [&](const Span<T>& span, const Group<T>& theta, const F z[1][4]) {
-                                   auto moments = zero_moments<L>();
-                                   accumulate<L, kSecond>(moments, z[0], first, second);
-                                   F step[4];
-                                   for (int t = 0; t < 4; ++t) {
-                                     F value = L::load(theta.from + t * L::kWidth);
-                                     if (job.scale != 0.0f)
-                                       value = L::fma(L::f(job.scale), z[0][t], value);
-                                     step[t] = preconditioned<L, kSecond>(moments.s1[t],
-                                                                          moments.s2[t], job.eps);
-                                     step[t] = descend<L>(value, step[t], minus_lr, decay);
-                                   }
-                                   store_group<L, kStochastic>(job, span, theta, step);
-                                 });
+    const auto use = [&](const Span<T>& span, const Group<T>& theta, const F z[1][4]) {
+      auto moments = zero_moments<L>();
+      accumulate<L, kSecond>(moments, z[0], first, second);
+      F step[4];
+      for (int t = 0; t < 4; ++t) {
+        F value = L::load(theta.from + t * L::kWidth);
+        if (job.scale != 0.0f) value = L::fma(L::f(job.scale), z[0][t], value);
+        step[t] = preconditioned<L, kSecond>(moments.s1[t], moments.s2[t], job.eps);
+        step[t] = descend<L>(value, step[t], minus_lr, decay);
+      }
+      store_group<L, kStochastic>(job, span, theta, step);
+    };
+    D::template along_each<T, 1>(job, room, worker, workers, use);
   }
 };
 
