@@ -142,7 +142,11 @@ class Terms:
         own = [*numbers, *[0.0] * (terms.words.numel() - 3 * horizon - 2 - len(numbers))]
         numbers = [*(first or zeros), *(second or zeros), minus_lr, decay, *own]
         counters = [state.counter for state in states]
-        packed = struct.pack(f"={horizon}I{len(numbers)}f", *counters, *numbers)
+        try:
+            packed = struct.pack(f"={horizon}I{len(numbers)}f", *counters, *numbers)
+        except OverflowError:
+            largest = max(map(abs, numbers))
+            raise ValueError(f"got a number beyond float32: {largest}") from None
         terms.words = torch.frombuffer(bytearray(packed), dtype=torch.int32)
         for i, number in enumerate(numbers):
             if 0 < abs(number) < _LEAST_NORMAL:

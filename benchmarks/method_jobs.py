@@ -8,6 +8,7 @@ way (adamezo.finetune.split).
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,9 @@ class Layer:
         print("what the first layers give is computed: minutes, once", flush=True)
         made = {name: self._hidden(scorer, some) for name, some in parts.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: tuple(part) for name, part in made.items()}, file)
+        new = file.with_suffix(f".{os.getpid()}")  # another process may be at it, too
+        torch.save({name: tuple(part) for name, part in made.items()}, new)
+        new.replace(file)
         return made
 
     @torch.no_grad()

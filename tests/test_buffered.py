@@ -181,8 +181,8 @@ def test_the_formula(rule, backend):
 
 
 @both_backends
-def test_a_curvature_moves_by_less_than_float32_holds_of_1_minus_alpha(backend):
-    """HiZOO's published alpha is 1e-8, and 1 - 1e-8 is 1 in float32."""
+def test_a_curvature_moves_at_the_published_alpha(backend):
+    """1e-8, at which a curvature of 16 bits would stay what it is."""
     theta, curvature = torch.zeros(4096), torch.ones(4096)
     plan = Plan([theta]).with_buffers([[curvature]])
     numbers = (-1e-8, 1e-8 * 300.0, 0.0)  # of a curvature of 300 along d
@@ -191,6 +191,21 @@ def test_a_curvature_moves_by_less_than_float32_holds_of_1_minus_alpha(backend):
         update_terms_(plan, terms, backend=backend)
     # 20 steps of 3e-6 z^2 each, whose mean over 4096 weights is 1 within 2 %
     assert math.isclose((curvature - 1).mean().item(), 20 * 3e-6, rel_tol=0.05)
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_curvature_stays_where_displacements_are_finite(dtype, backend):
+    values = [0.0, 1e-6, 1e-4, 1.0, 1e4, 6e4, math.inf, math.nan]
+    theta, curvature = torch.zeros(8), torch.tensor(values).to(dtype)
+    plan = Plan([theta]).with_buffers([[curvature]])
+    for numbers in ((-0.9, 0.0, 1.0), (-0.1, 1e30, 1.0)):
+        terms = Terms.of([PhiloxState(1, 0)], minus_lr=-1.0, rule="hizoo", numbers=numbers)
+        update_terms_(plan, terms, backend=backend)
+        assert theta.isfinite().all()
+        assert (curvature.float() >= torch.tensor(1e-4).to(dtype).float()).all()
+        assert (curvature.float() <= torch.tensor(1e4).to(dtype).float()).all()
+    assert (curvature.float() > 9e3).all()
 
 
 @both_backends

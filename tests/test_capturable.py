@@ -12,7 +12,17 @@ from conftest import needs_native
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamezo import FZOO, MEAZO, AdaMeZO, AdaZeta, MeZO, ScalarAdaMeZO
+from adamezo import (
+    FZOO,
+    HELENE,
+    MEAZO,
+    AdaMeZO,
+    AdaZeta,
+    HiZOO,
+    MeZO,
+    ScalarAdaMeZO,
+    ZOAdam,
+)
 from adamezo.arithmetic import alike, quotient, square_root, steps_to_one, total, usable, where
 
 SEED = 0x13198A2E03707344
@@ -48,9 +58,16 @@ CASES = {
         FZOO,
         {"queries": 2, "lr": 1e-3, "distribution": "exact", "perturbation": "exact"},
     ),
+    "ZOAdam": (ZOAdam, {"weight_decay": 0.1, "maximize": True}),
+    "ZOAdam, bfloat16 moments": (ZOAdam, {"betas": (0.5, 0.5), "buffer_dtype": "bfloat16"}),
+    "HiZOO": (HiZOO, {"alpha": 0.01, "lr": 1e-3}),
+    "HiZOO, exact": (HiZOO, {"alpha": 0.01, "lr": 1e-3, "perturbation": "exact"}),
+    "HELENE": (HELENE, {"curvature_every": 3, "clip": 0.1, "anneal": 5.0, "lr": 1e-3}),
 }
 all_cases = pytest.mark.parametrize("case", CASES)
-all_methods = pytest.mark.parametrize("case", ["paper", "control", "MeZO", "MEAZO", "FZOO"])
+all_methods = pytest.mark.parametrize(
+    "case", ["paper", "control", "MeZO", "MEAZO", "FZOO", "HiZOO", "HELENE"]
+)
 
 
 def make_model(device: str = "cpu") -> nn.Module:

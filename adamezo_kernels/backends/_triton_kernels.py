@@ -374,6 +374,8 @@ def _rule_step(z, kept, n, eps, RULE: tl.constexpr, ON: tl.constexpr):
         return _quotient(m * n[4], _root(v * n[5], ON) + eps, ON), m, v
     elif RULE == "hizoo":
         curvature = tl.fma(kept[0], tl.fma(z[0] * z[0], n[1], n[0]), kept[0])
+        curvature = tl.where(curvature > 1e-4, curvature, 1e-4)
+        curvature = tl.where(curvature < 1e4, curvature, 1e4)
         return _quotient(z[0] * n[2], _root(curvature, ON), ON), curvature, curvature
     elif RULE == "helene":
         m = tl.fma(z[0], n[1], kept[0] * n[0])

@@ -522,7 +522,10 @@ def _adam(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, 
 
 def _hizoo(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
     change = fma(n[1], z[0] * z[0], n[0])
-    curvature = fma(kept[0], change, kept[0])
+    moved = fma(kept[0], change, kept[0])
+    least, most = (torch.full_like(moved, bound) for bound in (1e-4, 1e4))
+    curvature = torch.where(moved > least, moved, least)
+    curvature = torch.where(curvature < most, curvature, most)
     return _divide(n[2] * z[0], _sqrt(curvature)), (curvature,)
 
 

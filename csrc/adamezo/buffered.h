@@ -36,8 +36,10 @@ struct Adam {
 };
 
 // HiZOO (arXiv 2402.15173): D is a curvature, and displacements are shorter where it is large.
-//   d = z / sqrt(D)      D <- D + D (a c z^2 - a)      step = p z / sqrt(D)
-// where c is the curvature along d. In this form D keeps what 1 - a would lose: a may be 1e-8.
+//   d = z / sqrt(D)      D <- D + D (a c z^2 - a), within bounds      step = p z / sqrt(D)
+// where c is the curvature along d. The bounds keep d finite, whatever c was; float16 holds both.
+constexpr float kLeastCurvature = 1e-4f, kMostCurvature = 1e4f;
+
 struct Hizoo {
   static constexpr int kDirections = 1, kBuffers = 1;
   static constexpr bool kBends = true;
@@ -51,7 +53,8 @@ struct Hizoo {
   static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[1],
                                        const float n[kRuleNumbers], float) {
     const auto change = L::fma(L::f(n[1]), L::mul(z[0], z[0]), L::f(n[0]));
-    kept[0] = L::fma(kept[0], change, kept[0]);
+    const auto moved = L::fma(kept[0], change, kept[0]);
+    kept[0] = L::min(L::max(moved, L::f(kLeastCurvature)), L::f(kMostCurvature));
     return L::div(L::mul(L::f(n[2]), z[0]), L::sqrt(kept[0]));
   }
 };

@@ -6,7 +6,7 @@
 //   group_blocks   which block of a group each lane works on: chosen so that `natural` is cheap
 //   natural   from "output j of every block" to the order in memory
 //   flip_signs     of the elements, in memory order, whose bit in the low kWidth bits is set
-//   max       b unless a is larger, so b where either is no number
+//   max, min  b unless a is larger (smaller), so b where either is no number
 //   store     to nearest, or with a random word for each element stochastically (rounding.h)
 // Every operation rounds as IEEE 754 says; nothing is contracted.
 #pragma once
@@ -43,6 +43,7 @@ struct ScalarLanes {
 
   static ADAMEZO_HD F f(float value) { return value; }
   static ADAMEZO_HD F max(F a, F b) { return a > b ? a : b; }
+  static ADAMEZO_HD F min(F a, F b) { return a < b ? a : b; }
   static ADAMEZO_HD F flip_sign(F a, I sign) { return from_bits(bits(a) ^ (sign & 0x80000000u)); }
   static ADAMEZO_HD F flip_signs(F a, uint32_t bits) { return flip_sign(a, bits << 31); }
 #if defined(__CUDA_ARCH__)

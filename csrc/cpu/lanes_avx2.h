@@ -65,6 +65,7 @@ struct Avx2Lanes {
   static ADAMEZO_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
   static ADAMEZO_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
   static ADAMEZO_HD F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static ADAMEZO_HD F min(F a, F b) { return _mm256_min_ps(a, b); }
   static ADAMEZO_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static ADAMEZO_HD F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static ADAMEZO_HD F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +34,21 @@ class Layout:
             [(id(p), p.requires_grad and memory_of(p)) for p in params]
             for params in (group["params"] for group in groups)
         ]
-        if self._made is None or self._made[0] != layout:
+        if self._made is None or self._made[0] != layout or not self._keeps(groups, buffers_of):
             if self._made is not None:
                 _check_sizes(self._made[0], layout, groups)
             self._made = layout, _make_plans(groups, buffers_of)
         return self._made[1]
+
+    def _keeps(self, groups: Groups, buffers_of: BuffersOf) -> bool:
+        """Whether the buffers are those of the plans: somebody may have put others in the state."""
+        assert self._made is not None
+        return all(
+            len(segment.buffers) == len(now) and all(map(operator.is_, segment.buffers, now))
+            for plan, group in zip(self._made[1], groups, strict=True)
+            for segment in plan
+            for now in (buffers_of(segment.tensor, group),)
+        )
 
 
 def _check_sizes(before: Any, now: Any, groups: Groups) -> None:

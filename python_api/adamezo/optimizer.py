@@ -110,6 +110,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     recorder: Callable[[StepRecord], None] | None = None
 
+    _frames_above_skip: ClassVar[int] = 5  # the caller of step, above torch's two wrappers
     _resident: Resident | None = None
     _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
 
@@ -232,10 +233,11 @@ class ZerothOrder(torch.optim.Optimizer):
             self._leave_device()
         first = PhiloxState(options["seed"], groups[0]["next_direction"])
         probes = self._probes(first, options)
+        # Before the plans: in a capture nothing may be made, buffers neither.
+        resident = self._on_device(first, probes) if options["capturable"] else None
         plans = self._plans()
         backend = self._backend(options, [p for group in groups for p in group["params"]])
         weights = self._displacement(options, plans, backend)
-        resident = self._on_device(first, probes) if options["capturable"] else None
         evaluated: Sequence[tuple[Direction, float]] = (
             self._displaced_along(probes, options) if resident is None else resident.probes(probes)
         )
@@ -315,7 +317,7 @@ class ZerothOrder(torch.optim.Optimizer):
             warnings.warn(
                 f"{what} is skipped. Later ones are only counted, in `skipped`",
                 RuntimeWarning,
-                stacklevel=5,  # the caller of step, above torch's two wrappers around it
+                stacklevel=self._frames_above_skip,
             )
 
     def _count_skipped(self, in_a_row: int) -> None:
@@ -550,6 +552,11 @@ class ZerothOrder(torch.optim.Optimizer):
         can_capture = type(self)._resident_group is not ZerothOrder._resident_group
         if options["capturable"] and not can_capture:
             raise ValueError(f"{type(self).__name__} cannot do capturable=True")
+        if options["capturable"] and options["nonfinite"] == "raise":
+            raise ValueError(
+                "nonfinite='raise' with capturable=True: nothing looks at the losses on the "
+                "device. Take 'skip' and look at `skipped`, or leave out capturable"
+            )
 
     # --- state ------------------------------------------------------------------------------------
 

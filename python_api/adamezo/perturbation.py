@@ -1,4 +1,4 @@
-"""How a step's two evaluations come to see displaced weights."""
+"""How a step's evaluations come to see displaced weights."""
 
 from __future__ import annotations
 

@@ -670,13 +670,16 @@ _Marks = dict[int, tuple[str, object]]
 
 
 def _marks(optimizer: ZerothOrder) -> _Marks:
-    """By which it is seen that somebody else has changed a weight: its name, then its memory and
-    how often that was written."""
+    """By which it is seen that somebody else has changed a weight, or what is kept for it: its
+    name, then its memory and how often that was written."""
     marks: _Marks = {}
     for group in optimizer.param_groups:
         names = group.get("param_names")
         for i, p in enumerate(group["params"]):
-            seen = p.requires_grad and (id(p), memory_of(p), p.is_inference() or p._version)
+            kept = [t for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor)]
+            seen = p.requires_grad and [
+                (id(t), memory_of(t), t.is_inference() or t._version) for t in (p, *kept)
+            ]
             marks[len(marks)] = names[i] if names else f"parameter {len(marks)}", seen
     return marks
 

@@ -13,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState, Plan, update_
 
-from ..arithmetic import Number, quotient
+from ..arithmetic import Number
 from ..optimizer import Probe, ZerothOrder
+from .common import check_betas, two_sided
 from .history import NORMALIZATIONS, ResidentHistory, coefficients
 
 
@@ -148,7 +149,7 @@ class AdaMeZO(ZerothOrder):
 
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
         loss_plus, loss_minus = losses
-        return (quotient(loss_plus - loss_minus, 2 * options["zo_eps"]),)
+        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
     def _update(
         self,
@@ -213,12 +214,7 @@ class AdaMeZO(ZerothOrder):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        betas = options["betas"]
-        if len(betas) != 2:
-            raise ValueError(f"Invalid betas: expected (beta1, beta2), got {betas}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        check_betas(options["betas"])
         # Not 0: a z that is exactly 0 would give 0 / 0.
         if not 0.0 < options["eps"] < math.inf:
             raise ValueError(f"Invalid epsilon value: {options['eps']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,8 @@ from ..arithmetic import Number
 from ..resident import ResidentGroup, ResidentRule
 from .common import Method, directions_from
 
-BUFFER_DTYPES = ("float32", "bfloat16", "float16")
+BUFFER_DTYPES = ("float32", "bfloat16")
+"""Of the kernels' three, those whose range squares of gradients do not leave."""
 
 
 class Buffered(Method):
@@ -31,7 +32,7 @@ class Buffered(Method):
         params: as for :class:`AdaMeZO`.
         own: the method's own options and their values, ``lr`` and ``zo_eps`` among them.
         common: those of COMMON that are to have another value, and ``buffer_dtype``: the type of
-            the buffers, "float32" unless said. 16-bit ones are rounded as ``rounding`` says.
+            the buffers, "float32" unless said, or "bfloat16", rounded as ``rounding`` says.
     """
 
     buffers: ClassVar[dict[str, float]]
@@ -127,41 +128,62 @@ class Buffered(Method):
 
     # --- state ------------------------------------------------------------------------------------
 
+    _loading: list[tuple[Tensor, dict[str, Tensor]]] | None = None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but that buffers keep their type, which torch would make the weights'.
 
         Raises:
             ValueError: also where a buffer is missing or has another shape than its weight.
         """
-        loaded = self._checked_buffers(state_dict)
-        super().load_state_dict(state_dict)
-        for p, buffers in loaded:
+
+        def look(_: Any, state_dict: dict[str, Any]) -> None:
+            self._loading = self._checked_buffers(state_dict)
+
+        last = self.register_load_state_dict_pre_hook(look)  # others may change the state before it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._loading = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for p, buffers in self._loading or ():
             self.state[p] = {name: b.to(p.device, copy=True) for name, b in buffers.items()}
 
     def _checked_buffers(
         self, state_dict: dict[str, Any]
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        try:
-            saved, groups = state_dict["state"], state_dict["param_groups"]
-            numbers = [number for group in groups for number in group["params"]]
-            pairs = [(p, saved[n], n) for p, n in zip(params, numbers, strict=True) if n in saved]
-        except (KeyError, TypeError, ValueError):
-            return []  # torch, or the check of the groups, has the words for it
+        """Of each weight that has some, under the names of :attr:`buffers`."""
+        saved, groups = state_dict["state"], state_dict["param_groups"]
         found = []
-        for p, state, number in pairs:
-            for name in self.buffers:
-                buffer = state.get(name)
-                kind = getattr(buffer, "dtype", None)
-                if kind not in (torch.float32, torch.bfloat16, torch.float16):
-                    raise ValueError(
-                        f"the state of parameter {number} has {name} {type(buffer).__name__} of "
-                        f"dtype {kind}, expected a tensor, one of {', '.join(BUFFER_DTYPES)}"
-                    )
-                if buffer.shape != p.shape:
-                    raise ValueError(
-                        f"the state of parameter {number} has {name} of shape "
-                        f"{tuple(buffer.shape)}, its weight has {tuple(p.shape)}"
-                    )
-            found.append((p, {name: state[name] for name in self.buffers}))
+        for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=False)):
+            pairs = list(zip(group["params"], mine["params"], strict=False))
+            for number, p in pairs:
+                if number in saved:
+                    _check_buffers(self.buffers, saved[number], p, f"parameter {number}")
+                    found.append((p, {name: saved[number][name] for name in self.buffers}))
+            trains = any(p.requires_grad for _, p in pairs)
+            if group.get("steps") and trains and not any(number in saved for number, _ in pairs):
+                raise ValueError(
+                    f"group {i} of the state has taken {group['steps']} steps and has no "
+                    f"{' or '.join(self.buffers)} of any weight: it was not saved whole"
+                )
         return found
+
+
+def _check_buffers(names: Iterable[str], kept: dict[str, Any], p: Tensor, where: str) -> None:
+    for name in names:
+        buffer = kept.get(name)
+        kind = str(getattr(buffer, "dtype", None)).removeprefix("torch.")
+        if not isinstance(buffer, Tensor) or kind not in BUFFER_DTYPES:
+            raise ValueError(
+                f"the state of {where} has {name} {type(buffer).__name__} of dtype {kind}, "
+                f"expected a tensor of one of {', '.join(BUFFER_DTYPES)}"
+            )
+        if buffer.shape != p.shape:
+            raise ValueError(
+                f"the state of {where} has {name} of shape {tuple(buffer.shape)}, its weight has "
+                f"{tuple(p.shape)}"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim.optimizer import ParamsT
@@ -9,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import PhiloxState
 
 from ..arithmetic import Number, quotient
-from ..optimizer import ZerothOrder
+from ..optimizer import Probe, ZerothOrder
 from ..resident import LONGEST_SCHEDULE, Schedule
 
 COMMON: dict[str, Any] = dict(
@@ -49,6 +51,14 @@ class Method(ZerothOrder):
         differentiable, model = options.pop("differentiable"), options.pop("model")
         super().__init__(params, options, differentiable, model)
 
+    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
+        """On both sides along one direction, unless a method has something else."""
+        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
+
+    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
+        loss_plus, loss_minus = losses
+        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
+
     @staticmethod
     def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
         """Numbers that depend on nothing but how often the group has moved: 1 at the first step."""
@@ -66,8 +76,7 @@ class Method(ZerothOrder):
 
     def _check_schedule(self, options: dict[str, Any], *names: str) -> None:
         """Raises ValueError if these options make it too long for ``capturable``."""
-        steps = self._settled(options)
-        if options["capturable"] and steps > LONGEST_SCHEDULE:
+        if options["capturable"] and (steps := self._settled(options)) > LONGEST_SCHEDULE:
             values = ", ".join(f"{name}={options[name]}" for name in names)
             raise ValueError(
                 f"{values} with capturable=True: what depends on the step is read from a table, "
@@ -90,6 +99,20 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises ValueError unless it is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"Invalid {name}: {value!r}, expected an integer of at least {least}")
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Raises ValueError, in torch's words, unless they are two in [0, 1)."""
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: expected (beta1, beta2), got {betas}")
+    for i, beta in enumerate(betas):
+        check_fraction(f"beta parameter at index {i}", beta)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless it is finite and float32 does not take it for 0."""
+    if not 2.0**-126 <= value < math.inf:
+        raise ValueError(f"Invalid {name}: {value}, expected a positive number within float32")
 
 
 def check_fraction(name: str, value: float, *, closed: bool = False) -> None:

@@ -15,7 +15,7 @@ from adamezo_kernels import PhiloxState
 from ..arithmetic import Number, where
 from ..optimizer import Closure, Probe
 from .buffered import Buffered
-from .common import check_count, check_fraction, two_sided
+from .common import check_betas, check_count, check_positive, two_sided
 
 CURVATURES = ("loss", "sampled")
 
@@ -55,8 +55,7 @@ class HELENE(Buffered):
         curvature_every: how many steps apart h is updated, counting skipped ones.
         batch_size: B, of how many examples a loss is the mean.
         zo_eps: the perturbation scale mu.
-        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32", "bfloat16" or "float16", by
-            group.
+        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32" or "bfloat16", by group.
 
     Attributes:
         measured (tuple[float, float]): p and p_hat of the last step, the latter 0 where there was
@@ -67,6 +66,7 @@ class HELENE(Buffered):
     buffers = {"m": 0.0, "h": 0.0}
     shared_options = (*Buffered.shared_options, "curvature", "curvature_every")
 
+    _frames_above_skip = Buffered._frames_above_skip + 2  # step here, and the wrapper around it
     _sampled: Closure | None = None
 
     def __init__(
@@ -116,7 +116,7 @@ class HELENE(Buffered):
         """
         if closure is None:
             return None
-        if sampled is None and self.due and self._shared_options()["curvature"] == "sampled":
+        if sampled is None and self._shared_options()["curvature"] == "sampled" and self.due:
             raise ValueError(
                 "this step updates the curvature from sampled labels: expected step(closure, "
                 "sampled), where the second evaluates the loss against them. curvature='loss' "
@@ -134,6 +134,7 @@ class HELENE(Buffered):
     @property
     def due(self) -> bool:
         """Whether the next step updates the curvature."""
+        self._read_back()
         group = self.param_groups[0]
         return bool(group["next_direction"] % group["curvature_every"] == 0)
 
@@ -185,14 +186,10 @@ class HELENE(Buffered):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        betas = options["betas"]
-        if len(betas) != 2:
-            raise ValueError(f"Invalid betas: expected (beta1, beta2), got {betas}")
-        for i, beta in enumerate(betas):
-            check_fraction(f"beta parameter at index {i}", beta)
+        check_betas(options["betas"])
         for name in ("gamma", "clip", "anneal"):
-            if not 0.0 < options[name] < math.inf:
-                raise ValueError(f"Invalid {name}: {options[name]}, expected a positive number")
+            check_positive(name, options[name])
+        check_positive("gamma * clip", options["gamma"] * options["clip"])
         if not 0.0 <= options["eps"] < math.inf:
             raise ValueError(f"Invalid epsilon value: {options['eps']}")
         if options["curvature"] not in CURVATURES:

@@ -30,18 +30,18 @@ class HiZOO(Buffered):
 
     One number is kept for each weight, ``state[p]["curvature"]``.
 
-    Deviations from the authors' code: D is float32 unless ``buffer_dtype`` says otherwise, and is
-    moved by ``D + D (alpha c z^2 - alpha)``, so that the published alpha of 1e-8 has an effect. In
-    16 bits, as released, D stays 1 and the method is MeZO with an evaluation wasted. alpha is
-    constant.
+    Deviations from the authors' code: D is float32 unless ``buffer_dtype`` says otherwise, and
+    stays in [1e-4, 1e4], so that no curvature can make a displacement infinite. With the published
+    alpha of 1e-8 D moves where c z^2 is above 6: smaller changes are below its last place, and so
+    is the decay by alpha alone. In 16 bits, as released, it never moves, and the method is MeZO
+    with an evaluation wasted. alpha is constant.
 
     Args:
         params: as for :class:`AdaMeZO`.
         lr: step size, by group.
         alpha: how fast D follows the curvature, in [0, 1), by group.
         zo_eps: the perturbation scale mu.
-        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32", "bfloat16" or "float16", by
-            group.
+        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32" or "bfloat16", by group.
 
     Attributes:
         measured (tuple[float, float]): p and c of the last step; empty if it failed.

@@ -9,11 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import PhiloxState
-
 from ..arithmetic import Number, square_root, steps_to_one
-from ..optimizer import Probe
-from .common import check_fraction, two_sided
+from .common import check_fraction
 from .memoryless import Memoryless
 
 
@@ -56,13 +53,6 @@ class MEAZO(Memoryless):
         **common: Any,
     ) -> None:
         super().__init__(params, dict(lr=lr, beta=beta, eps=eps, zo_eps=zo_eps), common)
-
-    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
-        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
-
-    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
-        loss_plus, loss_minus = losses
-        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
     @staticmethod
     def _coefficients(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import PhiloxState
-
 from ..arithmetic import Number, quotient, steps_to_one
-from ..optimizer import Probe
 from .buffered import Buffered
-from .common import check_fraction, two_sided
+from .common import check_betas, check_positive
 
 
 class ZOAdam(Buffered):
@@ -39,8 +35,7 @@ class ZOAdam(Buffered):
         betas: (beta1, beta2) in [0, 1), by group.
         eps: added to the root, by group.
         zo_eps: the perturbation scale mu.
-        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32", "bfloat16" or "float16", by
-            group.
+        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32" or "bfloat16", by group.
 
     Attributes:
         measured (tuple[float]): p of the last step; empty if it failed.
@@ -60,13 +55,6 @@ class ZOAdam(Buffered):
         **common: Any,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, zo_eps=zo_eps), common)
-
-    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
-        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
-
-    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
-        loss_plus, loss_minus = losses
-        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
     @staticmethod
     def _numbers(
@@ -88,11 +76,6 @@ class ZOAdam(Buffered):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        betas = options["betas"]
-        if len(betas) != 2:
-            raise ValueError(f"Invalid betas: expected (beta1, beta2), got {betas}")
-        for i, beta in enumerate(betas):
-            check_fraction(f"beta parameter at index {i}", beta)
-        if not 0.0 < options["eps"] < math.inf:
-            raise ValueError(f"Invalid epsilon value: {options['eps']}")
+        check_betas(options["betas"])
+        check_positive("epsilon value", options["eps"])
         self._check_schedule(options, "betas")

@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import PhiloxState
 
 from ..arithmetic import Number
-from ..optimizer import Probe, ZerothOrder
+from ..optimizer import ZerothOrder
 from .buffered import Buffered
-from .common import check_count, check_fraction, two_sided
+from .common import check_count, check_fraction, check_positive
 
 
 class ZOAdaMU(Buffered):
@@ -45,8 +45,8 @@ class ZOAdaMU(Buffered):
         anneal: the step from which on they are ``ends``.
         eps: inside the root, by group.
         zo_eps: the perturbation scale mu.
-        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32", "bfloat16" or "float16", by
-            group. ``capturable`` is refused: what it displaces along is scheduled.
+        common: as for :class:`MeZO`, and ``buffer_dtype``: "float32" or "bfloat16", by group.
+            ``capturable`` is refused: what it displaces along is scheduled.
 
     Attributes:
         measured (tuple[float]): p of the last step; empty if it failed.
@@ -81,13 +81,6 @@ class ZOAdaMU(Buffered):
         left = (1 + math.cos(math.pi * passed)) / 2
         return [last + (1 - last) * left for last in options["ends"]]
 
-    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
-        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
-
-    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
-        loss_plus, loss_minus = losses
-        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
-
     def _bend(self, first: PhiloxState, options: dict[str, Any]) -> Sequence[float]:
         return self._numbers(0.0, (), first.counter, {}, options)[:4]
 
@@ -114,5 +107,4 @@ class ZOAdaMU(Buffered):
         check_count("warmup", options["warmup"], least=0)
         check_count("anneal", options["anneal"], least=options["warmup"])
         # Inside a root that the squares of two normals may leave at 0.
-        if not 0.0 < options["eps"] < math.inf:
-            raise ValueError(f"Invalid epsilon value: {options['eps']}")
+        check_positive("epsilon value", options["eps"])
