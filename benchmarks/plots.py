@@ -119,7 +119,7 @@ def plot_methods(path: Path) -> None:
             some = [
                 (i, entry.name, methods.best(methods.found(runs, job, mode, entry.name, budget)))
                 for i, entry in enumerate(methods.ENTRIES)
-                if not entry.backward  # far below all others
+                if not entry.backward  # those are in the table
             ]
             if any(chosen for *_, chosen in some):
                 panels.append((f"{job}, {mode}", some))
@@ -138,7 +138,14 @@ def plot_methods(path: Path) -> None:
             axis.fill_between(x, low, high, color=colour, alpha=0.07)
         axis.set(xlabel="forward passes", title=title)
         axis.grid(True, which="major", color="#eeeeee")
-        axis.legend(frameon=False, fontsize=7)
+    # The first panel has every method that any has.
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+        handlelength=3,
+    )
     axes[0].set_ylabel("test loss")
     _save(figure, path.with_suffix(".png"))
 
