@@ -165,11 +165,9 @@ class HELENE(Buffered):
         beta1, beta2 = group["betas"]
         rests = counter % group["curvature_every"] != 0
         fresh = (1 - beta2) * group["batch_size"] * p_hat * p_hat
-        return [
-            *(beta1, kept["alpha"] * p),
-            *(where(rests, 1.0, kept["beta2"]), where(rests, 0.0, fresh)),
-            *(group["gamma"], group["clip"]),
-        ]
+        of_m = beta1, kept["alpha"] * p
+        of_h = where(rests, 1.0, kept["beta2"]), where(rests, 0.0, fresh)
+        return [*of_m, *of_h, group["gamma"], group["clip"]]
 
     @staticmethod
     def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
