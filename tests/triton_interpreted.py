@@ -358,7 +358,9 @@ def test_buffers_with_what_they_should_not_hold(rule, restore):
         ends.append([w, *kept])
     for i, (got, expected) in enumerate(zip(*ends, strict=True)):
         assert_same_bits(got, expected, i)
-    assert not ends[0][0].isfinite().all()
+    # HiZOO's curvature is within bounds again before the step is made with it.
+    mended = rule == "hizoo" and restore == 0
+    assert bool(ends[0][0].isfinite().all()) == mended
     assert ends[0][0].isfinite().any()
 
 
