@@ -82,9 +82,6 @@ class Entry:
     """Forward passes a step, a backward pass counted as two; 0 where they change."""
     backward: bool = False
 
-    def available(self) -> bool:
-        return hasattr(torch.optim if self.backward else adamezo, self.of or self.name)
-
     def make(self, job: Job, start: Start, lr: float, seed: int) -> Any:
         options = {"lr": lr, **self.options(job)}
         if self.backward:
@@ -370,9 +367,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    there = [entry.name for entry in ENTRIES if entry.available()]
+    names = [entry.name for entry in ENTRIES]
     parser.add_argument("--job", default="layer", choices=tuple(BUDGETS))
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=", ".join(there))
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=", ".join(names))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--lrs", type=float, nargs="+", help="instead of a grid that grows")
@@ -384,10 +381,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="another CSV")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
-    unknown = set(arguments.methods or there) - set(there)
+    unknown = set(arguments.methods or names) - set(names)
     if unknown:
-        parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(there)}")
-    entries = [e for e in ENTRIES if e.name in (arguments.methods or there)]
+        parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
+    entries = [e for e in ENTRIES if e.name in (arguments.methods or names)]
     if arguments.job == "main":  # whose backward passes take too much time and memory here
         entries = [e for e in entries if not e.backward]
     torch.set_num_threads(arguments.threads)

@@ -46,6 +46,7 @@ class Layout:
         return all(
             len(segment.buffers) == len(now) and all(map(operator.is_, segment.buffers, now))
             for plan, group in zip(self._made[1], groups, strict=True)
+            if plan.buffers
             for segment in plan
             for now in (buffers_of(segment.tensor, group),)
         )

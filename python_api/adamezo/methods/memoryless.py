@@ -1,4 +1,4 @@
-"""What methods share that step along the directions of one step: their options, and that step."""
+"""What methods share that keep nothing for each weight and step along the step's own directions."""
 
 from __future__ import annotations
 
