@@ -51,6 +51,9 @@ class Job(Protocol):
     def start(self, mode: str, seed: int) -> Start:
         """The same model for the same mode ("full" or "lora") and seed."""
 
+    def __hash__(self) -> int:
+        """By identity, so that what is computed once a job can be kept."""
+
 
 def three_parts(validation: int) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training rows; validation and test rows by name."""

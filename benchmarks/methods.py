@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fcntl
+import functools
 import io
 import math
 import os
@@ -194,6 +195,13 @@ class Counter:
         return loss
 
 
+@functools.cache
+def untouched(job: Job) -> tuple[float, float]:
+    """Loss and accuracy on the test rows before the first step. They are those of the model without
+    adapters in every mode, as adapters add nothing at first, and so for every seed."""
+    return job.start("full", 0).score("test")
+
+
 def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> dict[str, Any]:
     """The columns of a Run that it measures."""
     from adamezo.finetune import batches
@@ -202,7 +210,7 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> dict[str, 
     budget = job.budget
     optimizer = entry.make(job, start, lr, seed)
     closure = Counter(entry, start, budget, optimizer=optimizer)
-    curve = [(0, *start.score("test"))]
+    curve = [(0, *untouched(job))]
     seconds, steps, forwards = 0.0, 0, 0
     for rows in batches(job.rows, job.batch, budget, seed):
         optimizer.param_groups[0]["lr"] = lr * (1 - closure.used / budget)
