@@ -8,11 +8,12 @@
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
 Each method trains all weights ("full") and LoRA adapters ("lora"), with every lr of a grid by
-factors of sqrt(10) and three seeds. The seed decides the order of the rows, the directions and the
-adapters, the same for all methods. The grid grows on a side until the best lr is inside it. The
-best has the lowest mean loss on validation rows; what is reported is on test rows, which choose
-nothing. lr falls linearly to 0 with the forward passes. Nothing else is searched: all other options
-are the classes' defaults but where ENTRIES has some.
+factors of sqrt(10) and three seeds; of the main job, whose runs are long, lr is searched with the
+first seed, and the best lr is run with all three. The seed decides the order of the rows, the
+directions and the adapters, the same for all methods. The grid grows on a side until the best lr is
+inside it. The best has the lowest mean loss on validation rows; what is reported is on test rows,
+which choose nothing. lr falls linearly to 0 with the forward passes. Nothing else is searched: all
+other options are the classes' defaults but where ENTRIES has some.
 
 Each finished run is one row at the end of benchmarks/results/methods.csv, and a run that is there
 is not made again: stop it, go on, or work on other methods in another process. --costs writes
@@ -49,6 +50,8 @@ BUDGETS = {"layer": 216, "main": 72}
 POINTS = 3  # where the test rows are scored: thirds of the budget
 MODES = ("full", "lora")
 SEEDS = (0, 1, 2)
+SEARCHING = {"layer": 3, "main": 1}
+"""With how many of the seeds lr is searched."""
 PLACES = range(-2, 3)  # of the grid, in powers of sqrt(10) around an entry's centre
 FARTHEST = 6  # where it stops growing
 RUNS, COSTS = RESULTS / "methods.csv", RESULTS / "methods_costs.csv"
@@ -274,27 +277,40 @@ def found(runs: Iterable[Run], job: str, mode: str, method: str, budget: int) ->
     return [r for r in runs if (r.job, r.mode, r.method, r.budget) == wanted]
 
 
-def by_lr(runs: Sequence[Run]) -> dict[float, list[Run]]:
-    """The runs of one method by lr, from the lowest: of those lrs that have the most seeds."""
-    rates = {lr: [r for r in runs if r.lr == lr] for lr in sorted({r.lr for r in runs})}
-    most = max((len(some) for some in rates.values()), default=0)
-    return {lr: some for lr, some in rates.items() if len(some) == most}
+def by_lr(runs: Iterable[Run]) -> dict[float, list[Run]]:
+    """The runs of one method by lr, from the lowest."""
+    runs = list(runs)
+    return {lr: [r for r in runs if r.lr == lr] for lr in sorted({r.lr for r in runs})}
 
 
-def best(runs: Sequence[Run]) -> list[Run]:
-    """The runs of one method at the lr with the lowest mean validation loss."""
+def chosen_lr(runs: Iterable[Run]) -> float | None:
+    """Of the runs of one method, the lr with the lowest mean validation loss over those seeds that
+    every lr has; None if there is no such seed."""
     rates = by_lr(runs)
-    if not rates:
-        return []
-    return min(rates.values(), key=lambda some: statistics.fmean(r.validation_loss for r in some))
+    seeds = set.intersection(*({r.seed for r in some} for some in rates.values())) if rates else ()
+    if not seeds:
+        return None
+    losses = {
+        lr: statistics.fmean(r.validation_loss for r in some if r.seed in seeds)
+        for lr, some in rates.items()
+    }
+    return min(losses, key=losses.__getitem__)
 
 
-def at_an_edge(runs: Sequence[Run]) -> int:
-    """-1 if the best lr is the lowest that was tried, 1 if the highest, else 0."""
-    rates, chosen = list(by_lr(runs)), best(runs)
-    if chosen[0].lr == rates[0]:
+def best(runs: Iterable[Run]) -> list[Run]:
+    """The runs of one method at its chosen lr, with all seeds that this one has."""
+    runs = list(runs)
+    lr = chosen_lr(runs)
+    return [r for r in runs if r.lr == lr]
+
+
+def at_an_edge(runs: Iterable[Run]) -> int:
+    """-1 if the chosen lr is the lowest that was tried, 1 if the highest, else 0."""
+    runs = list(runs)
+    lr, rates = chosen_lr(runs), list(by_lr(runs))
+    if lr == rates[0]:
         return -1
-    return 1 if chosen[0].lr == rates[-1] else 0
+    return 1 if lr == rates[-1] else 0
 
 
 # The search --------------------------------------------------------------------------------------
@@ -314,34 +330,39 @@ class Search:
     seeds: Sequence[int] = SEEDS
     lrs: Sequence[float] | None = None
     """Instead of a grid that grows."""
+    searching: int | None = None
+    """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
     deadline: float = math.inf
     where: dict[str, Any] = field(default_factory=dict)
 
     def run(self, entry: Entry, mode: str) -> bool:
         """Makes the runs that are not there yet; False if time is up before the last of them."""
         if self.lrs is not None:
-            return self._all(entry, mode, self.lrs)
+            return self._all(entry, mode, self.lrs, self.seeds)
+        seeds = self.seeds[: self.searching]
         places = list(PLACES)
         while True:
             rates = [rate(entry, self.job.name, mode, place) for place in places]
-            if not self._all(entry, mode, rates):
+            if not self._all(entry, mode, rates, seeds):
                 return False
             some = found(read(self.path), self.job.name, mode, entry.name, self.job.budget)
-            some = [r for r in some if r.lr in rates and r.seed in self.seeds]
-            side = at_an_edge(some)
+            some = [r for r in some if r.lr in rates and r.seed in seeds]
+            lr, side = chosen_lr(some), at_an_edge(some)
+            assert lr is not None
             if side == 0:
-                return True
+                break
             place = places[-1] + 1 if side > 0 else places[0] - 1
             if abs(place) > FARTHEST:
                 print(
                     f"{mode}, {entry.name}: the best lr is the last one that is tried", flush=True
                 )
-                return True
+                break
             places = sorted([*places, place])
+        return self._all(entry, mode, [lr], self.seeds)
 
-    def _all(self, entry: Entry, mode: str, rates: Iterable[float]) -> bool:
+    def _all(self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]) -> bool:
         for lr in rates:
-            for seed in self.seeds:
+            for seed in seeds:
                 chosen: dict[str, Any] = dict(
                     job=self.job.name,
                     mode=mode,
@@ -411,6 +432,7 @@ def main() -> None:
         arguments.output or RUNS,
         arguments.seeds,
         arguments.lrs,
+        SEARCHING[arguments.job],
         deadline,
         columns_of(Run, where),
     )

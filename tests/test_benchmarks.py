@@ -757,11 +757,39 @@ def test_the_grid_grows_until_the_best_is_inside(tmp_path, monkeypatch, capsys, 
         assert methods.best(made)[0].lr == methods.rate(entry, "toy", "lora", optimum)
 
 
-def test_the_best_lr_is_chosen_by_the_mean_over_seeds_of_the_validation_rows():
+def test_the_chosen_lr_is_run_with_the_seeds_that_did_not_search(tmp_path, monkeypatch):
+    entry = ENTRIES["MeZO"]
+
+    def train(job, entry, mode, lr, seed):
+        # By seed 0 the lr at the upper edge, by the others the lowest.
+        loss = abs(2 * math.log10(lr / entry.lr[mode]) - (2 if seed == 0 else -2))
+        columns = dict(curve_forwards="72", curve_loss="0", curve_accuracy="0")
+        ends = dict(validation_loss=loss, validation_accuracy=0.0, **columns)
+        return dict(steps=36, forwards=72, weights=5, seconds=1.0, **ends)
+
+    monkeypatch.setattr(methods, "train", train)
+    path = tmp_path / "runs.csv"
+    assert methods.Search(ToyJob(), path, searching=1).run(entry, "full")
+    made = methods.read(path)
+    chosen = methods.rate(entry, "toy", "full", 2)
+    assert [r.lr for r in made if r.seed == 0] == [
+        methods.rate(entry, "toy", "full", place) for place in (-2, -1, 0, 1, 2, 3)
+    ]
+    assert [(r.lr, r.seed) for r in made if r.seed != 0] == [(chosen, 1), (chosen, 2)]
+    assert methods.chosen_lr(made) == chosen
+    assert methods.at_an_edge(made) == 0
+    assert {r.seed for r in methods.best(made)} == {0, 1, 2}
+
+
+def test_the_best_lr_is_chosen_by_the_validation_rows_and_the_seeds_that_all_have():
     good = [_run(0.2, seed, loss, 5.0) for seed, loss in enumerate([0.5, 0.7])]
-    runs = [_run(0.1, 0, 0.1), _run(0.1, 1, 1.2), *good, _run(0.3, 0, 0.01)]
-    assert methods.best(runs) == good  # the last has not been run with all seeds
-    assert methods.by_lr(runs).keys() == {0.1, 0.2}
+    runs = [_run(0.1, 0, 0.1), _run(0.1, 1, 1.2), *good]
+    assert methods.best(runs) == good
+    fewer = [*runs, _run(0.3, 0, 0.3)]  # by seed 0, which all have
+    assert methods.best(fewer) == runs[:2]
+    assert methods.at_an_edge(fewer) == -1
+    assert methods.best([*fewer, _run(0.4, 1, 0.0)]) == []  # no seed is with all
+    assert methods.best([]) == []
     assert methods.best([_run(0.1, 0, math.inf), _run(0.2, 0, 3.0)])[0].lr == 0.2
 
 
