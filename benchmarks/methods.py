@@ -400,7 +400,13 @@ def main() -> None:
     parser.add_argument("--job", default="layer", choices=tuple(BUDGETS))
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help=", ".join(names))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=list(SEEDS),
+        help="of the main job, the first searches lr",
+    )
     parser.add_argument("--lrs", type=float, nargs="+", help="instead of a grid that grows")
     parser.add_argument("--forwards", type=int, help=f"of a run; by job, {BUDGETS}")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
