@@ -27,6 +27,7 @@ from adamezo_kernels.plan import memory_of
 
 from . import methods
 from .optimizer import OUTCOMES, StepRecord, ZerothOrder
+from .plain import plain
 
 try:
     import fcntl
@@ -270,7 +271,7 @@ def _options(optimizer: ZerothOrder) -> _Options:
 
 
 def _plain(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    values = ((name, group[name]) for name in names)
+    values = ((name, plain(group[name])) for name in names)
     return {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in values}
 
 

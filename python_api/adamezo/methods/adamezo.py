@@ -212,8 +212,8 @@ class AdaMeZO(ZerothOrder):
                 f"{grads}, before direction {saved['next_direction']}"
             )
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_betas(options["betas"])
         # Not 0: a z that is exactly 0 would give 0 / 0.
         if not 0.0 < options["eps"] < math.inf:
