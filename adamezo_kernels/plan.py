@@ -71,7 +71,9 @@ class Segment:
 
     @property
     def last_index(self) -> int:
-        """Index of the last element in the whole parameter."""
+        """Index of the last element in the whole parameter; -1 where there is none."""
+        if not self.elements:
+            return -1
         return self.index_offset + (self.rows - 1) * self.index_stride + self.row_length - 1
 
 
@@ -95,7 +97,7 @@ class Launch:
 
     @cached_property
     def last_index(self) -> int:
-        """The largest index of an element in its whole parameter."""
+        """The largest index of an element in its whole parameter; -1 where there is none."""
         return max(segment.last_index for segment in self.segments)
 
     @cached_property
@@ -282,6 +284,8 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
     rows, stride = _rows_in_memory(tensor, name)
     if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
         raise ValueError(f"{name}: {elements} elements cannot be laid out as {shard}")
+    if elements == 0:
+        shard = Shard()  # nothing is anywhere, and the numbers may be beyond all limits
     if rows == 1:
         rows = shard.rows
         stride = elements // rows

@@ -472,6 +472,26 @@ def test_high_words():
     assert highs(Shard(offset=2**34 - 10, rows=2, stride=2**62), 40) == [0, 1, 2**28, 2**28 + 1]
 
 
+def test_tensors_without_elements_have_no_high_words(on_host):
+    """Where their first element would be a multiple of 2**34, the call's offset included."""
+    nothing = [None, Shard(2**34), Shard(7, rows=4, stride=2**35), Shard(2**70, rows=2**40)]
+    for shard in nothing:
+        (launch,) = Plan([torch.empty(0)], shards=[shard]).launches
+        assert launch.last_index == -1
+        for offset in (0, 2**34, 5 * 2**34 - 1):
+            assert cuda.high_words(launch, offset) in ([], [0])
+    for offset in (0, 2**34, 3 * 2**34 - 9):
+        ends = []
+        for backend in ("cuda", "native", "reference"):
+            some = [torch.ones(n) for n in (20, 0, 0, 0, 0, 5, 0)]
+            plan = Plan(some, shards=[Shard(2**34), *nothing, None, Shard(2**34)])
+            perturb_(plan, PhiloxState(KEY, 9, offset), 1.0, backend=backend)
+            ends.append(some)
+        for other in ends[1:]:
+            for a, b in zip(ends[0], other, strict=True):
+                assert_same_bits(a, b, offset)
+
+
 def test_the_table_of_a_plan_is_copied_once(on_host):
     plan = Plan([torch.zeros(10)])
     perturb_(plan, PhiloxState(KEY, 1), 1.0, backend="cuda")
