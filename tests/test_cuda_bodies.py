@@ -33,6 +33,7 @@ from adamezo_kernels import (
     moments,
     perturb_,
     sample_,
+    staging,
     update_,
     update_terms_,
 )
@@ -490,6 +491,22 @@ def test_tensors_without_elements_have_no_high_words(on_host):
         for other in ends[1:]:
             for a, b in zip(ends[0], other, strict=True):
                 assert_same_bits(a, b, offset)
+
+
+def test_staged_tensors(on_host, monkeypatch):
+    """Their copies are launches of their own, with tables that are copied once."""
+    monkeypatch.setattr(staging, "BLOCK", 500)
+    tensors = [weights(40 * 31, torch.float16, 1).view(40, 31).t(), weights(90, torch.float16, 2)]
+    expected = [tensor.contiguous().clone() for tensor in tensors]
+    plan = Plan(tensors, shards=[Shard(2**34 - 99), None])
+    for kind in (plan, Plan(expected, shards=[Shard(2**34 - 99), None])):
+        backend = "cuda" if kind is plan else "reference"
+        for _ in range(2):
+            update(kind, None, None, backend=backend, rounding="stochastic")
+    for got, right in zip(tensors, expected, strict=True):
+        assert_same_bits(got, right)
+    (batches,) = plan.batches.values()
+    assert [len(batch.plan.launches[0].copies) for batch in batches] == [1, 1, 1]
 
 
 def test_the_table_of_a_plan_is_copied_once(on_host):

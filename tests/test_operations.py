@@ -808,8 +808,16 @@ BAD_TENSORS = {
     ),
     "expanded": (lambda: torch.zeros(1, 4).expand(3, 4), ValueError, "overlap"),
     "overlapping": (lambda: torch.zeros(9).as_strided((3, 4), (2, 1)), ValueError, "overlap"),
-    "transposed": (lambda: torch.zeros(3, 4).t(), ValueError, "contiguous"),
-    "strided twice": (lambda: torch.zeros(4, 6, 8)[:, ::2, ::4], ValueError, "contiguous"),
+    "overlapping in columns": (
+        lambda: torch.zeros(9).as_strided((4, 3), (1, 2)),
+        ValueError,
+        "overlap",
+    ),
+    "overlapping somewhere": (
+        lambda: torch.zeros(99).as_strided((4, 5, 2), (4, 3, 50)),
+        ValueError,
+        "overlap",
+    ),
     "view of a parameter": (
         lambda: torch.zeros(4, requires_grad=True)[1:],
         ValueError,
