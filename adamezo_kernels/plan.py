@@ -257,7 +257,7 @@ class Plan:
         """The same with other segments."""
         plan = copy(self)
         plan.segments = tuple(segments)
-        for cached in ("in_place", "_walked", "launches", "batches"):
+        for cached in ("in_place", "dtypes", "_walked", "launches", "batches"):
             vars(plan).pop(cached, None)
         return plan
 
@@ -280,6 +280,10 @@ class Plan:
     @property
     def elements(self) -> int:
         return sum(segment.elements for segment in self.segments)
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset(segment.tensor.dtype for segment in self.segments)
 
     @property
     def walked(self) -> Plan:

@@ -95,7 +95,7 @@ def batches(plan: Plan) -> list[Batch]:
     devices = sorted({segment.tensor.device for segment in staged}, key=str)
     streams = tuple(map(_stream, devices))
     made = plan.batches.get(streams)
-    if made is None and any(map(_capturing, devices)):
+    if made is None and any(map(capturing, devices)):
         # As with the tables (backends/cuda.py), what was made on another stream will do.
         made = next(iter(plan.batches.values()), None)
     if made is None:
@@ -109,7 +109,8 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether what is done there is put into a CUDA graph, and done later."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -354,7 +354,7 @@ def test_a_capture_uses_what_was_made_on_another_stream(monkeypatch):
     (first,) = plan.batches.values()
     stream[0] = 2
     with monkeypatch.context() as capturing:
-        capturing.setattr(staging_of, "_capturing", lambda device: True)
+        capturing.setattr(staging_of, "capturing", lambda device: True)
         assert staging_of.batches(plan) is first
     assert staging_of.batches(plan) is not first  # two streams never share what a third frees
     assert len(plan.batches) == 2
