@@ -464,10 +464,14 @@ def cut(value: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 
 
 def stored(value: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The definition: up where fraction + words / 2**32 >= 1, in float64."""
+    """The definition: up where fraction + words / 2**32 >= 1, in float64; in float16 from below
+    2**16 not to it."""
     whole, fraction, unit = cut(value, dtype)
     up = fraction + words.double() / 2**32 >= 1
-    result = torch.copysign((whole + up) * unit, value.double())
+    magnitude = (whole + up) * unit
+    if dtype == torch.float16:
+        magnitude = torch.where(value.abs() < 2**16, magnitude.clamp(max=65504.0), magnitude)
+    result = torch.copysign(magnitude, value.double())
     return torch.where(value.isfinite(), result, value.double()).to(dtype)
 
 
