@@ -812,6 +812,11 @@ BAD_TENSORS = {
     ),
     "expanded": (lambda: torch.zeros(1, 4).expand(3, 4), ValueError, "overlap"),
     "overlapping": (lambda: torch.zeros(9).as_strided((3, 4), (2, 1)), ValueError, "overlap"),
+    "overlapping by one": (
+        lambda: torch.zeros(9).as_strided((4, 3), (2, 1)),
+        ValueError,
+        "overlap",
+    ),
     "overlapping in columns": (
         lambda: torch.zeros(9).as_strided((4, 3), (1, 2)),
         ValueError,
