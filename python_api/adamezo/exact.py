@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from adamezo_kernels import Direction, Plan, Segment, Terms, perturb_
 from adamezo_kernels.plan import memory_of
+from adamezo_kernels.staging import Staging
 
 from .perturbation import forget_casts
 
@@ -338,7 +339,7 @@ class Readers:
     @property
     def scratch_bytes(self) -> int:
         """The most memory that was in use for displaced copies, on all devices together."""
-        return sum(scratch.peak for scratch in self._scratch.values())
+        return sum(scratch.peak + scratch.staging.bytes for scratch in self._scratch.values())
 
     @property
     def due(self) -> bool:
@@ -395,9 +396,15 @@ class Readers:
 
 
 class _Copies:
-    """Tensors in one piece of memory, and the plan that fills them."""
+    """Tensors in one piece of memory, and the plan that fills them.
 
-    def __init__(self, weights: Sequence[_Weight], memory: UntypedStorage) -> None:
+    They have the order of dimensions in memory that the weights have, by which torch chooses
+    kernels: the loss is that of weights which were displaced in place.
+    """
+
+    def __init__(
+        self, weights: Sequence[_Weight], memory: UntypedStorage, staging: Staging
+    ) -> None:
         self.memory = memory
         self.tensors: list[Tensor] = []
         start = 0
@@ -407,7 +414,8 @@ class _Copies:
             with torch.inference_mode(like.is_inference()):
                 copy = torch.empty(0, dtype=like.dtype, device=like.device)
                 offset = start // like.element_size()
-                copy.set_(memory, offset, like.shape)  # type: ignore[call-overload]
+                strides = torch.empty_like(like, device="meta").stride()
+                copy.set_(memory, offset, like.shape, strides)  # type: ignore[call-overload]
             self.tensors.append(copy)
             start += weight.bytes
         clean = Plan(
@@ -415,7 +423,8 @@ class _Copies:
             parameters=[weight.index for weight in weights],
             names=[weight.name for weight in weights],
         )
-        self.plan = clean.with_buffers([weight.buffers for weight in weights]).into(self.tensors)
+        whole = clean.with_buffers([weight.buffers for weight in weights])
+        self.plan = whole.into(self.tensors, staging=staging)
         self._users = _users(memory)
 
     def held_elsewhere(self) -> bool:
@@ -442,6 +451,7 @@ class _Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.staging = Staging()  # one for all copies: they are made one after the other
         self.peak = 0
         self._memory: UntypedStorage | None = None
         self._size = 0
@@ -475,7 +485,7 @@ class _Scratch:
             return self._take_own(key, weights, size, start)
         copies = self._copies.get((start, key))
         if copies is None:
-            copies = _Copies(weights, self._memory[start : start + size])
+            copies = _Copies(weights, self._memory[start : start + size], self.staging)
             self._copies[start, key] = copies
         return _Taken(key, start, copies, 0)
 
@@ -493,7 +503,8 @@ class _Scratch:
         self._own += size
         self.peak = max(self.peak, self._size + self._own)
         memory = torch.empty(size, dtype=torch.uint8, device=self.device).untyped_storage()
-        return _Taken(key, self._top if start is None else start, _Copies(weights, memory), size)
+        copies = _Copies(weights, memory, self.staging)
+        return _Taken(key, self._top if start is None else start, copies, size)
 
     def _make(self, size: int) -> None:
         self._forget()  # before, so that both are never there at once
