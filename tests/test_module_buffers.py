@@ -1,4 +1,4 @@
-"""Buffers that evaluations write, as BatchNorm's: which ones move them."""
+"""Buffers that evaluations write, as BatchNorm's: which ones move them, and what a log says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from test_capturable import ReadBacks
 from torch import nn
 
 from adamezo import FZOO, HELENE, AdaMeZO, HiZOO, MeZO
+from adamezo.replay import LogError, StepLog, optimizer_for, read, replay
 
 OPTIONS = {"lr": 1e-3, "zo_eps": 1e-2, "seed": 11}
 METHODS = {  # with how many evaluations a step has
@@ -373,3 +374,176 @@ def test_a_closure_may_return_a_buffer():
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][1]
     assert model.norm.num_batches_tracked == 2 + 1
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+
+both = pytest.mark.parametrize("which", ["every", "last"])
+
+
+def replayed(path, model):
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    log = read(path)
+    replay(log, optimizer_for(log.header, base))
+    return list(base.values())
+
+
+@both
+def test_a_log_is_not_begun_where_running_statistics_move(tmp_path, which):
+    model = built()
+    optimizer = make(model)
+    optimizer.module_buffers = which
+    path = tmp_path / "log"
+    with pytest.raises(LogError, match=r"running statistics of norm\. .*module_buffers='ignore'"):
+        StepLog.create(path, optimizer)
+    assert list(tmp_path.iterdir()) == []
+    assert optimizer.recorder is None
+    model.eval()
+    before = buffers(model)
+    with StepLog.create(path, optimizer) as log:
+        for step in range(3):
+            optimizer.step(loss_of(model, step))
+        assert log.steps == 3
+    assert same(buffers(model), before)
+    assert same(replayed(path, built()), values(model.parameters()))
+    # Nor is it gone on with.
+    other = built()
+    going_on, data, start = make(other), path.read_bytes(), values(other.parameters())
+    with pytest.raises(LogError, match=r"running statistics of norm\. "):
+        StepLog.resume(path, going_on)
+    assert same(values(other.parameters()), start)
+    assert path.read_bytes() == data
+    other.eval()
+    with StepLog.resume(path, going_on):
+        going_on.step(loss_of(other))
+    assert read(path).steps == 4
+
+
+def test_norms_without_running_statistics_are_logged_in_train_mode(tmp_path):
+    model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5, track_running_stats=False))
+    optimizer = make(model)
+    with StepLog.create(tmp_path / "log", optimizer) as log:
+        optimizer.step(loss_of(model))
+        assert log.steps == 1
+    model.append(nn.BatchNorm1d(5, affine=False))
+    with pytest.raises(LogError, match="running statistics of 2"):
+        StepLog.create(tmp_path / "other", optimizer)
+
+
+@both
+@perturbations
+def test_the_first_step_that_writes_them_says_so(tmp_path, perturbation, which):
+    """Where the closure goes to train mode itself. Weights and log are those of that step."""
+    model, path = built(), tmp_path / "log"
+    model.eval()
+    optimizer = make(model, perturbation=perturbation)
+    optimizer.module_buffers = which
+    calls = []
+
+    def closure():
+        calls.append(model.train())
+        return loss_of(model)()
+
+    with StepLog.create(path, optimizer) as log:
+        optimizer.step(loss_of(model))
+        message = (
+            r"this step have written norm\.running_mean, norm\.running_var, "
+            r"norm\.num_batches_tracked\. .*model\.eval\(\).*track_running_stats=False.*"
+            r"module_buffers='ignore'.*in the log$"
+        )
+        with pytest.raises(LogError, match=message):
+            optimizer.step(closure)
+        assert len(calls) == 2
+        assert log.steps == 2
+        assert model.norm.num_batches_tracked == (1 if which == "last" else 2)
+        after = values(model.parameters())
+        model.eval()
+        with pytest.raises(LogError, match=r"an earlier step have written norm\.running_mean"):
+            optimizer.step(closure)
+        assert len(calls) == 2
+        assert same(values(model.parameters()), after)
+    assert read(path).steps == 2
+    assert same(replayed(path, built()), after)
+
+
+@both
+def test_buffers_that_are_saved_elsewhere_can_be_ignored(tmp_path, which):
+    model, path = built(), tmp_path / "log"
+    optimizer = make(model)
+    optimizer.module_buffers = which
+    with pytest.raises(ValueError, match="Invalid module_buffers: 'every'"):
+        StepLog.create(path, optimizer, module_buffers="every")
+    with StepLog.create(path, optimizer, module_buffers="ignore"):
+        for step in range(3):
+            optimizer.step(loss_of(model, step))
+    assert same(replayed(path, built()), values(model.parameters()))
+    assert model.norm.num_batches_tracked == (3 if which == "last" else 6)
+    # A log that an earlier version wrote is like this one.
+    other = built()
+    going_on = make(other)
+    with StepLog.resume(path, going_on, module_buffers="ignore") as log:
+        assert same(values(other.parameters()), values(model.parameters()))
+        going_on.step(loss_of(other))
+        assert log.steps == 4
+
+
+def test_of_an_unknown_model_nothing_is_seen(tmp_path):
+    model = built()
+    optimizer = AdaMeZO(model.named_parameters(), **OPTIONS)
+    with StepLog.create(tmp_path / "log", optimizer) as log:
+        optimizer.step(loss_of(model))
+        optimizer.model = model  # from here on it is
+        with pytest.raises(LogError, match=r"this step have written norm\.running_mean"):
+            optimizer.step(loss_of(model))
+        assert log.steps == 2
+
+
+@perturbations
+def test_a_step_that_failed_has_its_own_error_and_the_next_is_refused(tmp_path, perturbation):
+    model = built()
+    model.eval()
+    optimizer = make(model, perturbation=perturbation)
+
+    def closure():
+        model.train()
+        loss_of(model)()
+        model.eval()
+        raise LookupError
+
+    with StepLog.create(tmp_path / "log", optimizer) as log:
+        with pytest.raises(LookupError):
+            optimizer.step(closure)
+        with pytest.raises(LogError, match=r"an earlier step have written norm\.running_mean"):
+            optimizer.step(loss_of(model))
+        assert log.steps == 0
+
+
+def test_odd_buffers_are_named(tmp_path):
+    model = built(Odd)
+    optimizer = make(model)
+    with StepLog.create(tmp_path / "log", optimizer) as log:
+        with pytest.raises(LogError, match="have written left, right, count and 7 more"):
+            optimizer.step(loss_of(model))
+        changed = "left right count average moved absent removed sparse thin made"
+        assert sorted(log._written) == sorted(changed.split())
+
+
+@both
+@perturbations
+def test_constants_and_weights_among_the_buffers_are_no_reason(tmp_path, perturbation, which):
+    """As `inv_freq` is; and a parameter that is a buffer too, which steps in place write."""
+    model = nn.Sequential(nn.Linear(7, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    model.register_buffer("inv_freq", torch.rand(8), persistent=False)
+    model.register_buffer("parameter", model[0].weight)
+    model.register_buffer("alias", model[0].bias.detach()[1:])
+    optimizer = make(model, perturbation=perturbation)
+    optimizer.module_buffers = which
+    with StepLog.create(tmp_path / "log", optimizer) as log:
+        for step in range(3):
+            optimizer.step(loss_of(model, step))
+        model.inv_freq.add_(1)  # not by an evaluation
+        optimizer.step(loss_of(model))
+        assert log.steps == 4
+        with pytest.raises(LogError, match=r"have written inv_freq\. "):
+            optimizer.step(lambda: loss_of(model)() + model.inv_freq.mul_(2).sum())
