@@ -1,5 +1,6 @@
 """Fine-tune language models with forward passes only: Adam-style steps, no stored moments."""
 
+from .closures import check_closure
 from .methods import (
     FZOO,
     HELENE,
@@ -25,5 +26,6 @@ __all__ = [
     "ScalarAdaMeZO",
     "ZOAdaMU",
     "ZOAdam",
+    "check_closure",
     "fused_adamezo_step",
 ]
