@@ -2,6 +2,7 @@
 
 from importlib import metadata as _metadata
 
+from .closures import check_closure
 from .methods import (
     FZOO,
     HELENE,
@@ -33,6 +34,7 @@ __all__ = [
     "ZOAdaMU",
     "ZOAdam",
     "__version__",
+    "check_closure",
     "forget_optimizer",
     "fused_adamezo_step",
     "optimizer_of",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Number, quotient, total
+from .generators import forked_host_generators
 from .plain import plain
 
 Closure = Callable[[], Any]
@@ -18,9 +19,11 @@ Closure = Callable[[], Any]
 
 @contextmanager
 def forked_generators() -> Iterator[None]:
-    """Inside, torch's generators advance as usual; on leaving they are back where they were."""
+    """Inside, the generators of torch, and the global ones of Python and numpy, advance as usual;
+    on leaving they are back where they were."""
     # All devices in use: a trained CPU tensor may feed a frozen model on a GPU, with dropout there.
     with ExitStack() as stack:
+        stack.enter_context(forked_host_generators())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
         for kind in ("cuda", "xpu"):
             module = torch.get_device_module(kind)

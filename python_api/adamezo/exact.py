@@ -415,7 +415,7 @@ class _Copies:
                 copy = torch.empty(0, dtype=like.dtype, device=like.device)
                 offset = start // like.element_size()
                 strides = torch.empty_like(like, device="meta").stride()
-                copy.set_(memory, offset, like.shape, strides)  # type: ignore[call-overload]
+                copy.set_(memory, offset, like.shape, strides)
             self.tensors.append(copy)
             start += weight.bytes
         clean = Plan(

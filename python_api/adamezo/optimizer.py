@@ -30,6 +30,7 @@ from .evaluation import Closure, checked_loss, forked_generators, mean_loss, num
 from .exact import Exact, Readers
 from .guard import Guard
 from .layout import Layout
+from .module_buffers import MODULE_BUFFERS, KeptBuffers
 from .perturbation import PERTURBATIONS, Displacement, InPlace
 from .plain import make_plain
 from .resident import Made, Resident, ResidentGroup, is_capturing
@@ -113,6 +114,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     _frames_above_skip: ClassVar[int] = 6  # the caller of step, above torch's three wrappers
     _resident: Resident | None = None
+    _module_buffers: str = "every"
     _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
 
     def __init__(
@@ -156,6 +158,19 @@ class ZerothOrder(torch.optim.Optimizer):
     @model.setter
     def model(self, model: nn.Module | None) -> None:
         self._model = None if model is None else ref(model)
+
+    @property
+    def module_buffers(self) -> str:
+        """Which evaluations of a step move the buffers of the model's modules, such as BatchNorm's
+        running statistics: ``"every"`` one, or the ``"last"`` alone, which needs :attr:`model`
+        (docs/adamezo.md). It is not saved: set it again after unpickling or copying."""
+        return self._module_buffers
+
+    @module_buffers.setter
+    def module_buffers(self, which: str) -> None:
+        if which not in MODULE_BUFFERS:
+            raise ValueError(f"Invalid module_buffers: {which!r}, expected one of {MODULE_BUFFERS}")
+        self._module_buffers = which
 
     @property
     def scratch_bytes(self) -> int:
@@ -229,10 +244,16 @@ class ZerothOrder(torch.optim.Optimizer):
         """One step.
 
         Args:
-            closure: evaluates the model without gradients on the same batch each time and returns
-                the loss as a scalar tensor or a number, or an output of a model or a dict that has
-                such a ``loss``. Without a closure nothing happens and None is returned: frameworks
-                call ``step()`` to initialize state. Buffers of the weights are made then.
+            closure: evaluates the model without gradients and returns the loss as a scalar tensor
+                or a number, or an output of a model or a dict that has such a ``loss``. It must be
+                a function of the weights alone: whatever else changes between the evaluations of a
+                step goes into the projected gradient, unseen. So it is on the same batch each
+                time, which is drawn before the step. The global generators of torch, Python
+                (``random``) and numpy (``numpy.random``) give all evaluations the same numbers;
+                generators that were made (``torch.Generator``, ``random.Random``,
+                ``numpy.random.default_rng``) do not. :func:`adamezo.check_closure` looks. Without
+                a closure nothing happens and None is returned: frameworks call ``step()`` to
+                initialize state. Buffers of the weights are made then.
 
         Returns:
             The mean of the losses, a scalar tensor.
@@ -267,7 +288,7 @@ class ZerothOrder(torch.optim.Optimizer):
         results: list[Tensor | float] = []
         self.measured = ()
         outcome = "failed"
-        with HeldSignals() as signals:
+        with HeldSignals() as signals, self._kept_buffers(plans) as buffers:
             try:
                 for i, (direction, to) in enumerate(evaluated):
                     weights.displace(direction, to)
@@ -280,9 +301,12 @@ class ZerothOrder(torch.optim.Optimizer):
                             result = closures[i]()
                     results.append(checked_loss(result))
                     guard.check()
+                    if i < len(probes) - 1:
+                        buffers.put_back()
                 losses = numbers(results) if resident is None else resident.losses(results)
                 self.losses = tuple(losses)
                 self.measured = self._measure(losses, options)
+                buffers.let_go()
                 if resident is not None:
                     outcome = "broken"
                     resident.update(self.losses, self.measured, weights, plans, backend)
@@ -500,6 +524,19 @@ class ZerothOrder(torch.optim.Optimizer):
             return Exact(self._current_readers(plans), options["distribution"], backend)
         roundings = [group["rounding"] for group in self.param_groups]
         return InPlace(plans, roundings, options["distribution"], backend)
+
+    def _kept_buffers(self, plans: list[Plan]) -> KeptBuffers:
+        """Those of the modules, where they are to be put back."""
+        if self._module_buffers == "every":
+            return KeptBuffers()
+        model = self.model
+        if model is None:
+            raise ValueError(
+                "module_buffers='last' needs the model, whose buffers it puts back: "
+                f"{type(self).__name__}.for_model(model, ...) or model=model, and after unpickling "
+                "or copying the optimizer `optimizer.model = model`"
+            )
+        return KeptBuffers(model, plans)
 
     def _current_readers(self, plans: list[Plan]) -> Readers:
         """Made again when parameters or modules have changed."""

@@ -34,7 +34,8 @@ def fused_adamezo_step(model: nn.Module, closure: Closure, **options: Any) -> Te
 
     Args:
         model: its trainable parameters are stepped.
-        closure: forward only, returns the loss; see :meth:`adamezo.AdaMeZO.step`.
+        closure: forward only, on the same batch each time it is called in a step, as the loss must
+            depend on nothing but the weights; returns it. See :meth:`adamezo.AdaMeZO.step`.
         options: of :class:`adamezo.AdaMeZO`. ``lr`` and ``weight_decay`` count from the call on in
             which they are given another value than in the call before. All others are those of the
             model's first step: later calls may leave them out or repeat them.
