@@ -276,10 +276,6 @@ class ZerothOrder(torch.optim.Optimizer):
             self._tell_of_nothing_to_train()
         backend = self._backend(options, [p for group in groups for p in group["params"]])
         weights = self._displacement(options, plans, backend)
-        if resident is not None and is_capturing(resident.made.device):
-            # The graph reads and writes their memory for as long as it is replayed, whatever
-            # becomes of them here.
-            self._captured.append((resident, plans, self._readers))
         evaluated: Sequence[tuple[Direction, float]] = (
             self._displaced_along(probes, options) if resident is None else resident.probes(probes)
         )
@@ -311,6 +307,10 @@ class ZerothOrder(torch.optim.Optimizer):
                     outcome = "broken"
                     resident.update(self.losses, self.measured, weights, plans, backend)
                     outcome = "updated"
+                    if is_capturing(resident.made.device):
+                        # The graph reads and writes their memory for as long as it is replayed,
+                        # whatever becomes of them here.
+                        self._captured.append((resident, plans, self._readers))
                 else:
                     self._use_up(probes)
                     outcome = "skipped"
