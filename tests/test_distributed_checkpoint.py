@@ -23,7 +23,7 @@ from adamezo import (
     ZOAdam,
     ZOAdaMU,
 )
-from adamezo.optimizer import ZerothOrder
+from adamezo.engine.optimizer import ZerothOrder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from adamezo import AdaMeZO
-from adamezo.signals import HeldSignals
+from adamezo.engine.signals import HeldSignals
 from benchmarks import attacks
 from benchmarks.attacks import came_back, history, loss_of, make_optimizer, same_bits, small, values
 
-MODES = pytest.mark.parametrize("exact", [False, True], ids=["inplace", "exact"])
+MODES = pytest.mark.parametrize("exact", [False, True], ids=["inplace", "out_of_place"])
 
 
 # --- interruptions: small counts of what benchmarks.attacks does thousands of times ---------------
@@ -42,11 +42,11 @@ def test_bad_input():
 
 def test_the_attacks_see_what_they_are_for(monkeypatch):
     """Weights that do not come back, and an optimizer that accepts everything."""
-    monkeypatch.setattr("adamezo.perturbation.InPlace.restore", lambda self: None)
+    monkeypatch.setattr("adamezo.engine.perturb.inplace.InPlace.restore", lambda self: None)
     with pytest.raises(SystemExit, match="weights are lost"):
         attacks.interrupted_inside(20, exact=False)
     monkeypatch.undo()
-    monkeypatch.setattr("adamezo.optimizer.checked_loss", lambda loss: 1.0)
+    monkeypatch.setattr("adamezo.engine.evaluation.checked_loss", lambda loss: 1.0)
     with pytest.raises(SystemExit, match="a bad loss was accepted"):
         attacks.bad_inputs(100)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import adamezo
-import adamezo.optimizer
+import adamezo.engine.optimizer
 from adamezo import HELENE, AdaMeZO, AdaZeta, HiZOO, MeZO, ZOAdam, ZOAdaMU, fused_adamezo_step
 
 INPUTS = torch.linspace(-1, 1, 24).view(4, 6)
@@ -105,7 +105,7 @@ def test_the_trainer_of_transformers_is_told(tmp_path):
 # --- nothing to train ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 def test_frozen_parameters_are_named_once(perturbation):
     model = make_model().requires_grad_(False)
     optimizer = AdaMeZO.for_model(model, perturbation=perturbation)
@@ -286,7 +286,7 @@ EXPECTED = "the closure must return the loss as one real number"
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_all_other_results_are_refused_in_one_form(loss, error, what):
     model = make_model()
-    optimizer = AdaMeZO.for_model(model, lr=0.1, perturbation="exact")
+    optimizer = AdaMeZO.for_model(model, lr=0.1, perturbation="out_of_place")
     before = copies(model)
     with pytest.raises(error, match=rf"{EXPECTED}.*{what}"):
         optimizer.step(lambda: loss)
@@ -310,7 +310,7 @@ def test_a_model_in_the_place_of_parameters():
 # --- inference mode -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.parametrize("method", [AdaMeZO, ZOAdam])
 @pytest.mark.parametrize("where", ["nowhere", "around steps", "around the model", "everywhere"])
 def test_inference_mode_changes_nothing(method, perturbation, where):
@@ -336,23 +336,23 @@ def test_inference_mode_changes_nothing(method, perturbation, where):
 
 
 @pytest.mark.parametrize("method", [AdaMeZO, ZOAdam])
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 def test_what_a_graph_uses_lives_as_long_as_the_optimizer(method, perturbation, monkeypatch):
     """The bookkeeping, on the host: a graph would go on to read and write these addresses."""
     model, late = make_model(), nn.Parameter(torch.ones(2))
     optimizer = method.for_model(model, lr=0.01, capturable=True, perturbation=perturbation)
     optimizer.step(loss_of(model))
     state = copy.deepcopy(optimizer.state_dict())
-    monkeypatch.setattr(adamezo.optimizer, "is_capturing", lambda device: True)
+    monkeypatch.setattr(adamezo.engine.optimizer, "is_capturing", lambda device: True)
     optimizer.step(loss_of(model))
     monkeypatch.undo()
     used = [
-        *(group.terms.words for group in optimizer._resident._groups),
-        *(group.steps for group in optimizer._resident._groups),
-        optimizer._resident._next,
+        *(group.terms.words for group in optimizer._device.groups),
+        *(group.steps for group in optimizer._device.groups),
+        optimizer._device._next,
         optimizer.skipped,
         *(t for kept in optimizer.state.values() for t in kept.values()),
-        *(launch.table for plan in optimizer._plans() for launch in plan.launches),
+        *(launch.table for plan in optimizer.plans() for launch in plan.launches),
     ]
     alive = [weakref.ref(t) for t in used]
     del used
@@ -375,7 +375,7 @@ def test_copies_and_the_function_are_not_affected_by_a_capture(monkeypatch):
     model = make_model()
     fused_adamezo_step(model, loss_of(model), capturable=True)
     optimizer = adamezo.optimizer_of(model)
-    monkeypatch.setattr(adamezo.optimizer, "is_capturing", lambda device: True)
+    monkeypatch.setattr(adamezo.engine.optimizer, "is_capturing", lambda device: True)
     optimizer.step(loss_of(model))
     monkeypatch.undo()
     clone = copy.deepcopy(optimizer)

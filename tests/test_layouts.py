@@ -465,7 +465,7 @@ METHODS = {
 
 
 @all_types
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.parametrize("fused", [False, pytest.param(None, marks=needs_native)])
 @pytest.mark.parametrize("method", METHODS)
 def test_five_steps_are_those_of_contiguous_weights(method, perturbation, fused, dtype):
@@ -486,7 +486,7 @@ def test_five_steps_are_those_of_contiguous_weights(method, perturbation, fused,
     same([t.detach() for t in got], [t.detach() for t in expected])
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.parametrize("method", ["AdaMeZO", "ZOAdam"])
 def test_state_and_log_know_no_layout(method, perturbation, tmp_path):
     """Half of a run with contiguous weights, the rest with others, and a replay on the first."""
@@ -553,7 +553,7 @@ def test_exact_copies_have_the_strides_of_their_weights():
     own = {m: {f"{n}.{k}" for k, _ in m.named_parameters()} for n, m in model.named_children()}
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = {}
-    for perturbation in ("inplace", "exact"):
+    for perturbation in ("inplace", "out_of_place"):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(start[name])
@@ -565,7 +565,7 @@ def test_exact_copies_have_the_strides_of_their_weights():
             handle.remove()
         assert seen == strides
         seen.clear()
-    assert losses["inplace"] == losses["exact"]
+    assert losses["inplace"] == losses["out_of_place"]
     assert not any((p != start[name]).any() for name, p in model.named_parameters())
 
 
@@ -574,7 +574,7 @@ def test_the_scratch_of_exact_perturbation_stays_what_it_is():
     torch.manual_seed(0)
     model = Convolutions()
     x = torch.randn(2, 3, 9, 9)
-    optimizer = AdaMeZO.for_model(model, lr=1e-3, seed=3, perturbation="exact")
+    optimizer = AdaMeZO.for_model(model, lr=1e-3, seed=3, perturbation="out_of_place")
     optimizer.step(lambda: model(x))
     after_one = optimizer.scratch_bytes
 

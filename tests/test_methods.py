@@ -13,8 +13,9 @@ import torch
 from conftest import needs_native
 from torch import nn
 
+import adamezo.engine.optimizer
+import adamezo.engine.perturb.inplace
 import adamezo.methods.memoryless
-import adamezo.perturbation
 from adamezo import (
     FZOO,
     HELENE,
@@ -350,7 +351,7 @@ def expected_weight(name: str, weight: str, model: Model):
 
 
 @all_methods
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 def test_the_rule(name, perturbation):
     model = Model()
     expected = {weight: expected_weight(name, weight, model) for weight in WEIGHTS}
@@ -395,27 +396,27 @@ def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
     """So no estimate is ever kept in a tensor."""
     calls = []
 
-    def counted(plan, states, first, second, **options):
-        calls.append((len(states), second))
+    def counted(plan, terms, **options):
+        calls.append((terms.horizon, terms.with_second))
 
-    monkeypatch.setattr(adamezo.methods.memoryless, "update_", counted)
+    monkeypatch.setattr(adamezo.engine.optimizer, "update_terms_", counted)
     model = Model()
     make("MeZO, 3 directions", model).step(loss_of(model))
     make("FZOO", model).step(loss_of(model))
-    assert calls == [(3, None), (3, None), (4, None), (4, None)]
+    assert calls == [(3, False), (3, False), (4, False), (4, False)]
 
 
 @all_methods
 def test_passes_over_the_weights(name, monkeypatch):
     """A displacement, or the way from one to the next, is one; and the update, which restores."""
     scales = []
-    displace = adamezo.perturbation.perturb_
+    displace = adamezo.engine.perturb.inplace.perturb_
 
     def counted(plan, along, scale, **options):
         scales.append(scale)
         displace(plan, along, scale, **options)
 
-    monkeypatch.setattr(adamezo.perturbation, "perturb_", counted)
+    monkeypatch.setattr(adamezo.engine.perturb.inplace, "perturb_", counted)
     model = Model()
     optimizer = make(name, model)
     for t in range(6):
@@ -426,7 +427,7 @@ def test_passes_over_the_weights(name, monkeypatch):
         assert len(scales) == 2 * (evaluations - at_theta)  # in each of two groups
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.parametrize("name", ["MeZO, 3 directions", "FZOO"])
 def test_where_a_step_of_several_directions_evaluates(name, perturbation):
     model = Model()
@@ -505,7 +506,7 @@ def test_fzoo_without_a_spread_only_decays(start):
     """Thirds do not sum exactly, so that sigma by its formula would be a rounding error."""
     model = Model()
     before = tensors(model)
-    optimizer = make("FZOO", model, queries=3, perturbation="exact")
+    optimizer = make("FZOO", model, queries=3, perturbation="out_of_place")
     values = iter([start, 0.7, 0.7, 0.7])
     optimizer.step(lambda: next(values))
     assert optimizer.measured == (0.0, 0.0, 0.0)
@@ -519,7 +520,7 @@ def test_fzoo_without_a_spread_only_decays(start):
 def test_fzoo_of_losses_whose_squares_leave_the_range_of_floats(values):
     model = Model()
     before = tensors(model)
-    optimizer = make("FZOO", model, queries=3, perturbation="exact", weight_decay=0.0)
+    optimizer = make("FZOO", model, queries=3, perturbation="out_of_place", weight_decay=0.0)
     optimizer.param_groups[0]["weight_decay"] = 0.0
     given = iter(map(float, values))
     if values[0] > 1:
@@ -563,7 +564,7 @@ def test_hizoos_curvature_moves_in_16_bits(dtype):
     """With the published alpha, which leaves a curvature in 16 bits at 1."""
     model = Model(dtype)
     optimizer = HiZOO(
-        groups(model, 1e-6), seed=SEED, zo_eps=1e-2, perturbation="exact", model=model
+        groups(model, 1e-6), seed=SEED, zo_eps=1e-2, perturbation="out_of_place", model=model
     )
     expected = 0.0
     for _ in range(50):
@@ -577,7 +578,7 @@ def test_hizoos_curvature_moves_in_16_bits(dtype):
     assert math.isclose((curvature - 1).mean().item(), expected, rel_tol=0.5)
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 def test_zo_adamu_updates_along_what_it_has_evaluated(perturbation):
     """Its code draws another direction for the update."""
     model = Model()
@@ -787,7 +788,7 @@ def test_due_is_right_with_capturable():
 @with_buffers
 def test_a_skipped_step_leaves_the_buffers(name):
     model = Model()
-    optimizer = make(name, model, perturbation="exact")
+    optimizer = make(name, model, perturbation="out_of_place")
     for _ in range(4):
         optimizer.step(loss_of(model))
     before, weights = plain(optimizer)["state"], tensors(model)
@@ -802,7 +803,7 @@ def test_a_skipped_step_leaves_the_buffers_on_a_device(name):
     if name == "ZOAdaMU":
         return  # has no such steps
     model = Model()
-    optimizer = make(name, model, perturbation="exact", capturable=True)
+    optimizer = make(name, model, perturbation="out_of_place", capturable=True)
     for _ in range(4):
         optimizer.step(loss_of(model))
     before, weights = plain(optimizer)["state"], tensors(model)
@@ -867,7 +868,7 @@ def test_a_saved_state_goes_on_bit_for_bit(name, dtype):
 
 @all_methods
 @both_types
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.filterwarnings("ignore:the losses of a step")
 def test_records_replay_bit_for_bit(name, dtype, perturbation):
     """Skipped and failed steps too, which displace 16-bit weights and leave a trace there."""
@@ -938,7 +939,7 @@ def test_a_log_replays_bit_for_bit(name, tmp_path):
 @all_methods
 def test_a_closure_that_raises_leaves_the_weights(name):
     model = Model()
-    optimizer = make(name, model, perturbation="exact")
+    optimizer = make(name, model, perturbation="out_of_place")
     optimizer.step(lambda: 1.0)
     before, state = tensors(model), plain(optimizer)
     calls = iter(range(10))
@@ -955,7 +956,7 @@ def test_a_closure_that_raises_leaves_the_weights(name):
 
 
 @all_methods
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 def test_all_evaluations_of_a_step_see_the_same_random_numbers(name, perturbation):
     """As dropout does; and the next step sees others."""
     model = Model()
@@ -996,8 +997,8 @@ def test_a_group_added_later_joins_in(name):
 def test_a_group_added_later_has_the_schedule_of_the_others(monkeypatch):
     calls = []
 
-    def noted(plan, states, *sums, **options):
-        calls.append([state.counter for state in states])
+    def noted(plan, terms, **options):
+        calls.append([state.counter for state in terms.states()])
 
     model = Model()
     first, second = groups(model, 0.02)
@@ -1005,7 +1006,7 @@ def test_a_group_added_later_has_the_schedule_of_the_others(monkeypatch):
     for _ in range(8):
         optimizer.step(loss_of(model))
     optimizer.add_param_group(second)
-    monkeypatch.setattr(adamezo.methods.memoryless, "update_", noted)
+    monkeypatch.setattr(adamezo.engine.optimizer, "update_terms_", noted)
     optimizer.step(loss_of(model))
     assert calls == [[9, 8], [9, 8]]  # the last probed first
 

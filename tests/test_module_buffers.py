@@ -22,7 +22,7 @@ METHODS = {  # with how many evaluations a step has
     "HiZOO": (HiZOO, {"alpha": 0.01}, 3),  # the first at theta
 }
 all_methods = pytest.mark.parametrize("name", METHODS)
-perturbations = pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+perturbations = pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 
 
 class Dense(nn.Module):
@@ -366,7 +366,7 @@ def test_a_closure_may_return_a_buffer():
     model.register_buffer("loss", torch.zeros(()))
     losses = []
     for which in ("every", "last"):
-        optimizer = make(model, lr=0.0, perturbation="exact")
+        optimizer = make(model, lr=0.0, perturbation="out_of_place")
         optimizer.module_buffers = which
         torch.manual_seed(0)
         optimizer.step(lambda: model.loss.copy_(loss_of(model)()))

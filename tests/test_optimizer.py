@@ -19,9 +19,10 @@ import torch
 from conftest import needs_native
 from torch import nn
 
+import adamezo.engine.optimizer
 import adamezo.methods.adamezo
-import adamezo.perturbation
 from adamezo import AdaMeZO
+from adamezo.engine.perturb import inplace
 from adamezo.methods.history import coefficients
 from adamezo_kernels import PhiloxState, sample_
 from adamezo_kernels.backends import native
@@ -30,7 +31,7 @@ SEED = 0x243F6A8885A308D3
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """The largest relative error of one store to the type."""
 
-OPERATIONS = ((adamezo.perturbation, "perturb_"), (adamezo.methods.adamezo, "update_"))
+OPERATIONS = ((inplace, "perturb_"), (adamezo.engine.optimizer, "update_terms_"))
 """Where a step calls the kernels."""
 
 LR, ZO_EPS = 0.05, 1e-2
@@ -988,7 +989,7 @@ def test_every_step_that_touched_the_weights_is_recorded():
         "failed",
         "updated",
     ]
-    assert [record.displacements for record in records] == [2, 2, 1, 2, 2]
+    assert [record.perturbations for record in records] == [2, 2, 1, 2, 2]
     assert [record.direction for record in records] == [0, 1, 2, 2, 2]
     measured = [record.measured for record in records if record.outcome == "updated"]
     assert measured == [(p,) for p in projected(pairs)]
@@ -998,12 +999,12 @@ def test_every_step_that_touched_the_weights_is_recorded():
 def test_an_operation_that_fails_half_way_is_recorded_as_such(monkeypatch):
     calls = iter(range(100))
 
-    def perturb_once(*arguments, real=adamezo.perturbation.perturb_, **options):
+    def perturb_once(*arguments, real=inplace.perturb_, **options):
         if next(calls) == 1:
             raise RuntimeError("the device is gone")
         real(*arguments, **options)
 
-    monkeypatch.setattr(adamezo.perturbation, "perturb_", perturb_once)
+    monkeypatch.setattr(inplace, "perturb_", perturb_once)
     optimizer = AdaMeZO([{"params": [p]} for p in weights(5, 6)], seed=SEED)
     records = []
     optimizer.recorder = records.append
@@ -1414,7 +1415,7 @@ def test_fused_chooses_the_backend(fused, name, monkeypatch):
         real = getattr(module, operation)
 
         def record(*arguments, real=real, **options):
-            used.append(options["backend"])
+            used.append(options["backend"].NAME)
             real(*arguments, **options)
 
         monkeypatch.setattr(module, operation, record)

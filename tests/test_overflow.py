@@ -19,8 +19,8 @@ from adamezo import (
     ZOAdam,
     ZOAdaMU,
 )
-from adamezo import overflow as overflow_of
-from adamezo.perturbation import InPlace
+from adamezo.engine.perturb import InPlace
+from adamezo.engine.perturb import overflow as overflow_of
 from adamezo.replay import StepLog, optimizer_for, read, replay
 from adamezo_kernels import PhiloxState, Plan, Terms, perturb_, sample_
 
@@ -78,7 +78,7 @@ def test_what_would_overflow_is_refused_by_name(method, dtype):
     optimizer = make(method, [fine, bad], 2 * HALF[dtype])
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"layers\.1\.weight has numbers.*perturbation='exact'"
+            ValueError, match=r"layers\.1\.weight has numbers.*perturbation='out_of_place'"
         ):
             optimizer.step(lambda: 1.0)
         for p, b in zip((fine, bad), before, strict=True):
@@ -105,7 +105,7 @@ def test_exact_perturbation_takes_any(method, dtype):
     model.weight = weights(dtype, MOST[dtype])
     before = model.weight.detach().clone()
     kind, own = METHODS[method]
-    options = {"lr": 0.0, "seed": 7, "zo_eps": zo_eps, "perturbation": "exact", **own}
+    options = {"lr": 0.0, "seed": 7, "zo_eps": zo_eps, "perturbation": "out_of_place", **own}
     optimizer = kind(model.named_parameters(), model=model, **options)
     model.forward = lambda: model.weight.isfinite().sum().float()
     counts = []
@@ -273,7 +273,7 @@ def test_below_half_a_unit_nothing_overflows(dtype):
 
 
 def displaced(plan: Plan, direction, to: float) -> None:
-    InPlace([plan], ["nearest"], "exact", "reference").displace(direction, to)
+    InPlace([plan], ["nearest"], "exact", "reference").perturb(direction, to)
 
 
 def test_hizoo_reaches_as_far_as_its_least_curvature():
@@ -331,7 +331,7 @@ def test_the_moment_of_a_run_is_within_its_bound():
         [PhiloxState(1, 2), PhiloxState(1, 3)], rule="adamu",
         numbers=(math.sqrt(0.5), math.sqrt(0.5), 0.05, 0.95),
     )  # fmt: skip
-    bound = overflow_of.Room(Plan([p]), "exact")._bound(along)
+    bound = overflow_of.OverflowCheck(Plan([p]), "exact")._bound(along)
     assert 5 < m < bound < math.inf
 
 
@@ -341,7 +341,7 @@ def test_in_a_capture_nobody_looks(monkeypatch, unseen):
     plan = Plan([weight.detach()], names=["w"])
     displaced(plan, PhiloxState(1, 2), 1.2)
     before = weight.detach().clone()
-    with pytest.raises(ValueError, match="^w would be displaced.*in a capture.*smaller zo_eps"):
+    with pytest.raises(ValueError, match="^w would be perturbed.*in a capture.*smaller zo_eps"):
         displaced(plan, PhiloxState(1, 2), 1.3)
     assert_same_bits(weight.detach(), before)
 
@@ -349,7 +349,7 @@ def test_in_a_capture_nobody_looks(monkeypatch, unseen):
 # --- types that have no displacement ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "exact"])
+@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool], ids=str
 )

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-import adamezo.exact
 from adamezo import AdaMeZO, fused_adamezo_step, optimizer_of
+from adamezo.engine.perturb import readers
 from adamezo_kernels import PhiloxState, Plan, perturb_, update_
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def apply(model: nn.Module) -> torch.Tensor:
 
 def make(model: nn.Module, **options) -> AdaMeZO:
     return AdaMeZO.for_model(
-        model, **{"perturbation": "exact", "seed": SEED, "zo_eps": ZO_EPS, **options}
+        model, **{"perturbation": "out_of_place", "seed": SEED, "zo_eps": ZO_EPS, **options}
     )
 
 
@@ -653,7 +653,9 @@ def test_groups_and_frozen_weights():
         {"params": [model[0].bias, model[1].bias], "lr": 0.0},
     ]
     before = copies(model)
-    optimizer = AdaMeZO(groups, lr=0.1, model=model, perturbation="exact", seed=SEED, zo_eps=ZO_EPS)
+    optimizer = AdaMeZO(
+        groups, lr=0.1, model=model, perturbation="out_of_place", seed=SEED, zo_eps=ZO_EPS
+    )
     optimizer.step(loss_of(model))
     after = copies(model)
     assert same_bits(after[1::2], before[1::2])
@@ -679,7 +681,7 @@ def test_steps_are_replayed_without_the_model(dtype):
             warnings.simplefilter("ignore", RuntimeWarning)
             optimizer.step(lambda poison=poison: run(model).float().square().mean() * poison)
     assert [r.outcome for r in records] == ["updated", "updated", "skipped", "updated"]
-    assert [r.displacements for r in records] == [0] * 4
+    assert [r.perturbations for r in records] == [0] * 4
     for record in records:
         other.replay(record)
     assert same_bits(model.parameters(), twin.parameters())
@@ -687,7 +689,7 @@ def test_steps_are_replayed_without_the_model(dtype):
 
 def test_fused_adamezo_step_knows_the_model():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    options = {"perturbation": "exact", "lr": 0.0, "seed": SEED, "zo_eps": ZO_EPS}
+    options = {"perturbation": "out_of_place", "lr": 0.0, "seed": SEED, "zo_eps": ZO_EPS}
     before = copies(model)
     seen: list[torch.Tensor] = []
     for _ in range(2):
@@ -854,7 +856,7 @@ def refused(model: nn.Module, run, match: str, error: type[Exception] = RuntimeE
 def test_without_a_model():
     model = nn.Linear(8, 8)
     with pytest.raises(ValueError, match=r"needs the model.*AdaMeZO\.for_model\(model, \.\.\.\)"):
-        AdaMeZO(model.parameters(), perturbation="exact")
+        AdaMeZO(model.parameters(), perturbation="out_of_place")
     with pytest.raises(ValueError, match="Invalid perturbation: 'precise'"):
         AdaMeZO.for_model(model, perturbation="precise")
     optimizer = make(model)
@@ -868,7 +870,9 @@ def test_parameters_that_are_not_the_models():
     model, other = nn.Linear(8, 8), nn.Linear(8, 8)
     with pytest.raises(ValueError, match="the model has no odd"):
         AdaMeZO(
-            [*model.named_parameters(), ("odd", other.weight)], model=model, perturbation="exact"
+            [*model.named_parameters(), ("odd", other.weight)],
+            model=model,
+            perturbation="out_of_place",
         )
     optimizer = make(model)
     optimizer.step(loss_of(model))
@@ -879,11 +883,11 @@ def test_parameters_that_are_not_the_models():
 
 def test_perturbation_is_shared_by_all_groups():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    optimizer = AdaMeZO(model[0].parameters(), model=model, perturbation="exact")
-    with pytest.raises(ValueError, match="perturbation is 'exact' for the whole step"):
+    optimizer = AdaMeZO(model[0].parameters(), model=model, perturbation="out_of_place")
+    with pytest.raises(ValueError, match="perturbation is 'out_of_place' for the whole step"):
         optimizer.add_param_group({"params": model[1].parameters(), "perturbation": "inplace"})
     optimizer.add_param_group({"params": model[1].parameters()})
-    assert optimizer.param_groups[1]["perturbation"] == "exact"
+    assert optimizer.param_groups[1]["perturbation"] == "out_of_place"
 
 
 def test_a_weight_that_the_closure_reads():
@@ -996,7 +1000,7 @@ class Switches(nn.Module):
 
 
 def test_reads_that_begin_later_are_found(monkeypatch):
-    monkeypatch.setattr(adamezo.exact, "WATCHED_EVERY", 3)
+    monkeypatch.setattr(readers, "WATCHED_EVERY", 3)
     model = Switches()
     optimizer = make(model, lr=0.0)
     seen: list[torch.Tensor] = []
@@ -1178,7 +1182,7 @@ def test_saving_and_loading():
         optimizer.step(loss_of(model, run))
     twin.load_state_dict(model.state_dict())
     again.load_state_dict(optimizer.state_dict())
-    assert again.param_groups[0]["perturbation"] == "exact"
+    assert again.param_groups[0]["perturbation"] == "out_of_place"
     for _ in range(2):
         for o, m in ((optimizer, model), (again, twin)):
             o.step(loss_of(m, run))

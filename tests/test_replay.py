@@ -78,7 +78,7 @@ def replayed(path, model: nn.Module, until=None) -> list[torch.Tensor]:
     [
         {},
         {"rounding": "nearest", "weight_decay": 0.1},
-        {"perturbation": "exact"},
+        {"perturbation": "out_of_place"},
         {"distribution": "rademacher"},
         {"normalization": "bias_corrected", "maximize": True, "warmup_lr": 1e-3},
         {"betas": (0.0, 0.0)},
@@ -478,11 +478,11 @@ def test_records_that_cannot_be_are_refused_by_the_optimizer():
     for changed, message in (
         ({"outcome": "broken"}, "outcome is 'broken'"),
         ({"direction": 1}, "direction is 1, the next one is 0"),
-        ({"displacements": 3}, "3 displacements, a step has 2 at most"),
+        ({"perturbations": 3}, "3 perturbations, a step has 2 at most"),
         ({"lrs": (0.1, 0.1)}, "2 learning rates for 1 groups"),
         ({"lrs": (math.nan,)}, "learning rates are"),
         ({"measured": ()}, "0 measured values, expected 1"),
-        ({"measured": (math.inf,)}, "measured is"),
+        ({"measured": (math.inf,)}, "measured values are"),
     ):
         with pytest.raises(ValueError, match=message):
             other.replay(records[0]._replace(**changed))

@@ -32,7 +32,7 @@ CASES = {
         "maximize": True,
         "rounding": "nearest",
     },
-    "exact perturbation": {"perturbation": "exact"},
+    "exact perturbation": {"perturbation": "out_of_place"},
     "signs": {"distribution": "rademacher", "horizon": 9},
 }
 

@@ -15,6 +15,8 @@ import torch
 
 from . import cuda, native, reference, triton
 
+Backend = ModuleType
+
 BACKENDS: dict[str, ModuleType] = {
     "native": native,
     "cuda": cuda,
@@ -37,6 +39,8 @@ def choose(
         RuntimeError: the named backend is not available here, or does not support a device or the
             distribution; or none does; or the devices are of more than one type.
     """
+    if isinstance(name, ModuleType):
+        return name
     devices = set(devices)
     found = _text(devices)
     name = name or os.environ.get("ADAMEZO_BACKEND") or None

@@ -2,7 +2,7 @@
 
 from importlib import metadata as _metadata
 
-from .closures import check_closure
+from .engine.check_closure import check_closure
 from .methods import (
     FZOO,
     HELENE,

@@ -66,7 +66,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("warmup-lr", "learning rate of horizon + 1 plain MeZO steps at the start", type=float)
     add("weight-decay", "decoupled weight decay")
     add("distribution", "of the directions")
-    add("perturbation", "of the weights, for an evaluation", choices=["inplace", "exact"])
+    add("perturbation", "of the weights, for an evaluation", choices=["inplace", "out_of_place"])
     add("rounding", "of 16-bit weights", choices=["stochastic", "nearest"])
     add("seed", "of the directions and of the order of the rows")
     add("dtype", "type of the weights", choices=["float32", "bfloat16", "float16"])

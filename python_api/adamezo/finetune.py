@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from adamezo.closures import check_closure
+from adamezo.engine.check_closure import check_closure
+from adamezo.engine.records import StepRecord
 from adamezo.integrations import transformers as language_models
 from adamezo.measure import PeakMemory, now
 from adamezo.methods import AdaMeZO
-from adamezo.optimizer import StepRecord
 from adamezo.replay import StepLog
 
 

@@ -26,9 +26,10 @@ from adamezo_kernels import RULES, PhiloxState
 from adamezo_kernels.plan import memory_of
 
 from . import methods
-from .module_buffers import BufferMarks, tracking
-from .optimizer import OUTCOMES, StepRecord, ZerothOrder
-from .plain import plain
+from .engine.module_buffers import BufferMarks, tracking
+from .engine.optimizer import ZerothOrder
+from .engine.options import plain
+from .engine.records import OUTCOMES, StepRecord
 
 try:
     import fcntl
@@ -240,7 +241,7 @@ _Options = list[dict[str, Any]]
 def header_of(optimizer: ZerothOrder, run: dict[str, Any] | None = None) -> Header:
     """What the optimizer and its weights are now, as a log that begins here has it."""
     entries, tensors = [], []
-    for i, plan in enumerate(optimizer._plans()):
+    for i, plan in enumerate(optimizer.plans()):
         for segment, name in zip(plan, plan.names, strict=True):
             tensor = segment.tensor
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -635,7 +636,7 @@ class StepLog:
     def _look_at_buffers(self) -> None:
         """For those that were written since a step began."""
         if self._buffers is not None:
-            self._written += self._buffers.written(self._optimizer._plans)
+            self._written += self._buffers.written(self._optimizer.plans)
             self._buffers = None
 
     def _buffers_message(self, which: str) -> str:
@@ -652,7 +653,7 @@ class StepLog:
         content = self._layout.pack(
             record.direction,
             OUTCOMES.index(record.outcome),
-            record.displacements,
+            record.perturbations,
             *record.measured,
             *[0.0] * missing,
             *record.lrs,

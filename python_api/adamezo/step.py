@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from .engine.closure import Closure
+from .engine.options import plain, set_lr
 from .methods import AdaMeZO
-from .optimizer import Closure, set_lr
-from .plain import plain
 
 _DEFAULTS = {
     name: parameter.default

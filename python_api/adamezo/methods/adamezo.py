@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import PhiloxState, Plan, update_
+from adamezo_kernels import PhiloxState, Terms
 
-from ..arithmetic import Number
-from ..optimizer import Probe, ZerothOrder
+from ..engine.arithmetic import Number
+from ..engine.optimizer import Probe, ZerothOrder
 from .common import check_betas, two_sided
-from .history import NORMALIZATIONS, ResidentHistory, coefficients
+from .history import NORMALIZATIONS, DeviceHistory, coefficients
 
 
 class AdaMeZO(ZerothOrder):
@@ -50,12 +50,12 @@ class AdaMeZO(ZerothOrder):
             ``lr`` and its scheduler say, by group.
         distribution: of z: ``"exact"`` normals, with the same bits on every device; ``"fast"``
             ones, on CUDA devices only; ``"rademacher"`` signs.
-        perturbation: ``"inplace"`` moves the weights to where the loss is evaluated and back, which
-            leaves a trace of rounding in 16 bits; ``"exact"`` never writes them: modules read
-            displaced copies while they run (docs/perturbation.md).
+        perturbation: ``"inplace"`` writes the perturbed weights and restores them, up to rounding
+            in 16 bits; ``"out_of_place"`` never writes them: modules read perturbed copies while
+            they run (docs/perturbation.md). ``"exact"`` is a former name of the latter.
         rounding: of 16-bit weights as a step leaves them, by group: ``"stochastic"``, so that steps
             far below a weight's last place move it now and then, or ``"nearest"``, where they never
-            do. Displaced weights are always rounded to nearest.
+            do. Perturbed weights are always rounded to nearest.
         nonfinite: what a non-finite loss does: ``"skip"`` the step, or ``"raise"`` a
             FloatingPointError. Either way the weights are restored and the history stays as it was.
         max_skipped: how many steps in a row may be skipped before a FloatingPointError says that
@@ -67,8 +67,8 @@ class AdaMeZO(ZerothOrder):
             so that a step can be captured in a CUDA graph (docs/adamezo.md).
         seed: 64-bit key of all directions; None draws one from torch's default generator.
         differentiable: refused; a forward-only step has no graph.
-        model: what the closure evaluates; ``perturbation="exact"`` needs it. All ``params`` must be
-            its. :meth:`for_model` takes both from one model.
+        model: what the closure evaluates; ``perturbation="out_of_place"`` needs it. All ``params``
+            must be its. :meth:`for_model` takes both from one model.
 
     Both evaluations see the same random numbers (dropout masks included), and leave the generators
     of torch, and the global ones of Python and numpy, where one evaluation would have: directions
@@ -152,15 +152,9 @@ class AdaMeZO(ZerothOrder):
         loss_plus, loss_minus = losses
         return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        first: PhiloxState,
-        measured: tuple[float, ...],
-        restore: float,
-        backend: str,
-    ) -> None:
+    def _terms(
+        self, group: dict[str, Any], first: PhiloxState, measured: tuple[float, ...]
+    ) -> tuple[Terms, dict[str, Any]]:
         horizon = group["horizon"]
         grads = [*measured, *group["projected_grads"]][:horizon]
         counters = [first.counter, *group["directions"]][:horizon]
@@ -170,21 +164,14 @@ class AdaMeZO(ZerothOrder):
         else:
             lr = float(group["lr"])
             m, v = self._coefficients(grads, group)
-        update_(
-            plan,
+        terms = Terms.of(
             [first._replace(counter=counter) for counter in counters[: len(m)]],
             [-value for value in m] if group["maximize"] else m,
             v,
-            lr=lr,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            restore=restore,
-            distribution=group["distribution"],
-            rounding=group["rounding"],
-            backend=backend,
+            minus_lr=-lr,
+            decay=1 - lr * group["weight_decay"],
         )
-        group["projected_grads"], group["directions"] = grads, counters
-        group["steps"] += 1
+        return terms, {"projected_grads": grads, "directions": counters}
 
     def _coefficients(
         self, grads: Sequence[float], group: dict[str, Any]
@@ -192,10 +179,10 @@ class AdaMeZO(ZerothOrder):
         """Of z_k in m and of z_k^2 in v."""
         return coefficients(grads, group["betas"], group["normalization"])
 
-    def _resident_group(
+    def _device_group(
         self, group: dict[str, Any], directions: int, device: torch.device
-    ) -> ResidentHistory:
-        return ResidentHistory(group, device, with_second=group["betas"][1] != 0)
+    ) -> DeviceHistory:
+        return DeviceHistory(group, device, with_second=group["betas"][1] != 0)
 
     def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
         super()._check_state(saved, group, where)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import RULES, Direction, PhiloxState, Plan, Terms, update_terms_
+from adamezo_kernels import RULES, Direction, PhiloxState, Terms
 
-from ..arithmetic import Number
-from ..resident import ResidentGroup, ResidentRule
+from ..engine.arithmetic import Number
+from ..engine.device import DeviceGroup, DeviceRule
 from .common import Method, directions_from
 
 BUFFER_DTYPES = ("float32", "bfloat16")
@@ -62,7 +62,7 @@ class Buffered(Method):
         """Those of the rule's numbers that a displacement needs: the first few, or none."""
         return ()
 
-    def _along(self, z: PhiloxState, options: dict[str, Any]) -> Direction:
+    def _direction(self, z: PhiloxState, options: dict[str, Any]) -> Direction:
         rule = RULES[self.rule]
         if not rule.bends:
             return z
@@ -77,41 +77,27 @@ class Buffered(Method):
                 state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
         return tuple(state[name] for name in self.buffers)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        first: PhiloxState,
-        measured: tuple[float, ...],
-        restore: float,
-        backend: str,
-    ) -> None:
+    def _terms(
+        self, group: dict[str, Any], first: PhiloxState, measured: tuple[float, ...]
+    ) -> tuple[Terms, dict[str, Any]]:
         sign = -1 if group["maximize"] else 1
-        kept: dict[str, Number] = {**self._scheduled(group["steps"] + 1, group)}
-        numbers = self._numbers(sign * measured[0], measured[1:], first.counter, kept, group)
+        scheduled: dict[str, Number] = {**self._scheduled(group["steps"] + 1, group)}
         lr = float(group["lr"])
         terms = Terms.of(
             directions_from(first, RULES[self.rule].directions),
             minus_lr=-lr,
             decay=1 - lr * group["weight_decay"],
             rule=self.rule,
-            numbers=numbers,
+            numbers=self._numbers(
+                sign * measured[0], measured[1:], first.counter, scheduled, group
+            ),
         )
-        update_terms_(
-            plan,
-            terms,
-            eps=group.get("eps", 0.0),
-            restore=restore,
-            distribution=group["distribution"],
-            rounding=group["rounding"],
-            backend=backend,
-        )
-        group["steps"] += 1
+        return terms, {}
 
-    def _resident_group(
+    def _device_group(
         self, group: dict[str, Any], directions: int, device: torch.device
-    ) -> ResidentGroup:
-        return ResidentRule(
+    ) -> DeviceGroup:
+        return DeviceRule(
             group,
             Terms(group["seed"], horizon=directions, rule=self.rule, device=device),
             self._numbers,
@@ -125,8 +111,6 @@ class Buffered(Method):
                 f"Invalid buffer_dtype: {options['buffer_dtype']!r}, expected one of "
                 f"{BUFFER_DTYPES}"
             )
-
-    # --- state ------------------------------------------------------------------------------------
 
     _loading: list[tuple[Tensor, dict[str, Tensor]]] | None = None
 

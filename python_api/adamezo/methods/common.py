@@ -10,9 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number, quotient
-from ..optimizer import Probe, ZerothOrder
-from ..resident import LONGEST_SCHEDULE, Schedule
+from ..engine.arithmetic import Number, quotient
+from ..engine.device import LONGEST_SCHEDULE, Schedule
+from ..engine.optimizer import Probe, ZerothOrder
 
 COMMON: dict[str, Any] = dict(
     weight_decay=0.0,

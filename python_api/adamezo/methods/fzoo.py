@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number, alike, quotient, square_root, total, where
-from ..optimizer import Probe
+from ..engine.arithmetic import Number, alike, quotient, square_root, total, where
+from ..engine.optimizer import Probe
 from .common import check_count, directions_from
 from .memoryless import Memoryless
 

@@ -12,8 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number, where
-from ..optimizer import Closure, Probe
+from ..engine.arithmetic import Number, where
+from ..engine.closure import Closure
+from ..engine.optimizer import Probe
 from .buffered import Buffered
 from .common import check_betas, check_count, check_positive, two_sided
 
@@ -66,7 +67,7 @@ class HELENE(Buffered):
     buffers = {"m": 0.0, "h": 0.0}
     shared_options = (*Buffered.shared_options, "curvature", "curvature_every")
 
-    _frames_above_skip = Buffered._frames_above_skip + 2  # step here, and the wrapper around it
+    _stacklevel = Buffered._stacklevel + 2  # step here, and the wrapper around it
     _sampled: Closure | None = None
 
     def __init__(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adamezo_kernels import Terms
 
-from ..resident import ResidentSums
+from ..engine.device import DeviceSums
 
 NORMALIZATIONS = ("paper", "bias_corrected", "official")
 
@@ -59,7 +59,7 @@ def _scales(count: int, betas: tuple[float, float], normalization: str) -> tuple
     return 1 / sum(beta1**age for age in range(count)), 1 / sum(beta2**age for age in range(count))
 
 
-class ResidentHistory(ResidentSums):
+class DeviceHistory(DeviceSums):
     """A group's history and its coefficients on a device, in the arithmetic of `coefficients`.
 
     There are always ``horizon`` terms. Those for which there is no direction yet have a projected

@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number, magnitude, quotient
-from ..optimizer import Probe
+from ..engine.arithmetic import Number, magnitude, quotient
+from ..engine.optimizer import Probe
 from .buffered import Buffered
 from .common import check_fraction, two_sided
 

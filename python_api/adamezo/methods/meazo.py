@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..arithmetic import Number, square_root, steps_to_one
+from ..engine.arithmetic import Number, square_root, steps_to_one
 from .common import check_fraction
 from .memoryless import Memoryless
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from adamezo_kernels import PhiloxState, Plan, Terms, update_
+from adamezo_kernels import PhiloxState, Terms
 
-from ..arithmetic import Number, quotient
-from ..resident import ResidentGroup, ResidentNumbers
+from ..engine.arithmetic import Number, quotient
+from ..engine.device import DeviceCoefficients, DeviceGroup
 from .common import Method, directions_from
 
 
@@ -40,40 +40,28 @@ class Memoryless(Method):
         """
         return [quotient(value, len(measured)) for value in measured]
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        first: PhiloxState,
-        measured: tuple[float, ...],
-        restore: float,
-        backend: str,
-    ) -> None:
+    def _terms(
+        self, group: dict[str, Any], first: PhiloxState, measured: tuple[float, ...]
+    ) -> tuple[Terms, dict[str, Any]]:
         """``theta <- theta (1 - lr weight_decay) - lr sum_q coefficients[q] z_q``, in one pass."""
         directions = directions_from(first, group["next_direction"] - first.counter)
-        kept = {name: group[name] for name in self.history}
-        kept |= self._scheduled(group["steps"] + 1, group)
-        coefficients = self._coefficients(measured[: len(directions)], kept, group)
+        numbers = {name: group[name] for name in self.history}
+        numbers |= self._scheduled(group["steps"] + 1, group)
+        coefficients = self._coefficients(measured[: len(directions)], numbers, group)
         sign = -1 if group["maximize"] else 1
-        update_(
-            plan,
-            directions[::-1],  # what is to be restored is of the last one
+        lr = float(group["lr"])
+        terms = Terms.of(
+            directions[::-1],  # the one that is restored along is the last
             [sign * value for value in coefficients[::-1]],
-            None,
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            restore=restore,
-            distribution=group["distribution"],
-            rounding=group["rounding"],
-            backend=backend,
+            minus_lr=-lr,
+            decay=1 - lr * group["weight_decay"],
         )
-        group.update({name: kept[name] for name in self.history})
-        group["steps"] += 1
+        return terms, {name: numbers[name] for name in self.history}
 
-    def _resident_group(
+    def _device_group(
         self, group: dict[str, Any], directions: int, device: torch.device
-    ) -> ResidentGroup:
-        return ResidentNumbers(
+    ) -> DeviceGroup:
+        return DeviceCoefficients(
             group,
             Terms(group["seed"], horizon=directions, device=device),
             self._coefficients,

@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number
-from ..optimizer import Probe
+from ..engine.arithmetic import Number
+from ..engine.optimizer import Probe
 from .common import check_count, directions_from, two_sided
 from .memoryless import Memoryless
 

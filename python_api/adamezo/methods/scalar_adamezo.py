@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arithmetic import Number, square_root, total
+from ..engine.arithmetic import Number, square_root, total
 from .adamezo import AdaMeZO
-from .history import ResidentHistory
+from .history import DeviceHistory
 
 
 class ScalarAdaMeZO(AdaMeZO):
@@ -32,13 +32,13 @@ class ScalarAdaMeZO(AdaMeZO):
         m, v = super()._coefficients(grads, group)
         return _over_rms(m, v, group["eps"]), None
 
-    def _resident_group(
+    def _device_group(
         self, group: dict[str, Any], directions: int, device: torch.device
-    ) -> ResidentHistory:
+    ) -> DeviceHistory:
         return _OnDevice(group, device, with_second=False)
 
 
-class _OnDevice(ResidentHistory):
+class _OnDevice(DeviceHistory):
     def sums(
         self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
     ) -> tuple[Tensor, Sequence[Tensor], None]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..arithmetic import Number, quotient, steps_to_one
+from ..engine.arithmetic import Number, quotient, steps_to_one
 from .buffered import Buffered
 from .common import check_betas, check_positive
 

@@ -11,8 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..arithmetic import Number
-from ..optimizer import ZerothOrder
+from ..engine.arithmetic import Number
 from .buffered import Buffered
 from .common import check_count, check_fraction, check_positive
 
@@ -55,8 +54,6 @@ class ZOAdaMU(Buffered):
     rule = "adamu"
     buffers = {"m": 0.0}
     shared_options = (*Buffered.shared_options, "ends", "warmup", "anneal")
-
-    _resident_group = ZerothOrder._resident_group
 
     def __init__(
         self,

@@ -1,39 +1,18 @@
-"""An evaluation of a closure: the random numbers that it draws, and the loss that it returns."""
+"""What a closure returns: the loss, as one real number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .arithmetic import Number, quotient, total
-from .generators import forked_host_generators
-from .plain import plain
+from .options import plain
 
 Closure = Callable[[], Any]
 """Evaluates the model without gradients and returns the loss (:func:`checked_loss`)."""
-
-
-@contextmanager
-def forked_generators() -> Iterator[None]:
-    """Inside, the generators of torch, and the global ones of Python and numpy, advance as usual;
-    on leaving they are back where they were."""
-    # All devices in use: a trained CPU tensor may feed a frozen model on a GPU, with dropout there.
-    with ExitStack() as stack:
-        stack.enter_context(forked_host_generators())
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
-        for kind in ("cuda", "xpu"):
-            module = torch.get_device_module(kind)
-            if module.is_initialized():
-                # In a capture torch refuses to tell a generator's state (docs/adamezo.md).
-                if kind == "cuda" and torch.cuda.is_current_stream_capturing():
-                    continue
-                devices = range(module.device_count())
-                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-        yield
 
 
 def checked_loss(result: Any) -> Tensor | float:

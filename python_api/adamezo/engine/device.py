@@ -1,9 +1,12 @@
-"""A step whose numbers never leave the device: ``capturable=True``.
+"""The numbers of a step as tensors on the weights' device: ``capturable=True``.
 
-Losses, what is measured from them, the history, its coefficients and the counters are tensors, and
-kernels read them when they run. So nothing waits for the device, and a step that was captured in a
-CUDA graph goes on from where the last one ended when it is replayed. All arithmetic is that of the
-steps on the host, in float64 and in the same order (arithmetic.py), and so are the bits.
+Losses, measured numbers, the history, its coefficients and the counters are tensors, which kernels
+read when they run. So nothing waits for the device, and a step that was captured in a CUDA graph
+goes on from where the last one ended when it is replayed. All arithmetic is that of the steps on
+the host, in float64 and in the same order (arithmetic.py), and so are the bits.
+
+Steps on the host keep Python's floats all the same: the same tensors on the CPU were measured to
+cost 30 to 100 us a step, which is a third of a small step (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -15,29 +18,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamezo_kernels import RULES, PhiloxState, Plan, Terms, update_terms_
+from adamezo_kernels import RULES, PhiloxState, Terms
 
 from .arithmetic import Number, usable
-from .perturbation import Displacement
 
 Groups = Sequence[dict[str, Any]]
 
 LONGEST_SCHEDULE = 2**20
-"""Steps, of 8 bytes each on the device."""
-
+"""The most steps of a schedule, of 8 bytes each on the device."""
 
 Schedule = Mapping[str, Sequence[float]]
-"""Numbers that depend on the step alone: what they are at a group's steps 1, 2, ...; after the last
+"""Numbers that depend on the step alone: their values at a group's steps 1, 2, ...; after the last
 they stay."""
 
 
-class ResidentGroup(ABC):
+class DeviceGroup(ABC):
     """A parameter group on the device: its history, and the terms of its next update.
 
     Args:
         group: with the history so far. Its lr becomes a tensor, which schedulers write into.
         terms: of its update, on the device.
-        schedule: what :meth:`scheduled` reads.
+        schedule: the numbers that depend on the step.
     """
 
     def __init__(self, group: dict[str, Any], terms: Terms, schedule: Schedule | None = None):
@@ -53,7 +54,7 @@ class ResidentGroup(ABC):
         return torch.tensor(values, dtype=dtype, device=self.terms.words.device)
 
     def scheduled(self) -> dict[str, Number]:
-        """What is scheduled for this step."""
+        """The numbers of the schedule at this step."""
         return {
             name: row.gather(0, self.steps.clamp(max=row.numel() - 1)[None])[0]
             for name, row in self._schedule.items()
@@ -61,47 +62,35 @@ class ResidentGroup(ABC):
 
     @abstractmethod
     def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
-        """Takes in what a step measured, unless that is not ``finite``, and sets the terms of its
-        update: to such that restore the weights and change nothing, where it is not.
+        """Takes the measured numbers of a step into the history and sets the terms of its update.
+        Where they are not ``finite`` the history stays, and the update only restores the weights.
 
         Args:
             measured: float64 scalars.
-            counter: int64 scalar, the step's first direction.
+            counter: int64 scalar, the index of the step's first direction.
             finite: bool scalar.
         """
 
     def end_of_step(self, finite: Tensor) -> None:
-        """Of :meth:`advance`: the step size, and the number of steps."""
+        """The last part of :meth:`advance`: the step size, and the number of steps."""
         lr = self.group["lr"].double().reshape(()).masked_fill(finite.logical_not(), 0)
         self.terms.step[0].copy_(-lr)
         self.terms.step[1].copy_(1 - lr * self.group["weight_decay"])
         self.steps.add_(finite)
-
-    def update(self, plan: Plan, restore: float, backend: str) -> None:
-        """Restores and updates the weights, with the terms as they are when it runs."""
-        update_terms_(
-            plan,
-            self.terms,
-            eps=self.group.get("eps", 0.0),
-            restore=restore,
-            distribution=self.group["distribution"],
-            rounding=self.group["rounding"],
-            backend=backend,
-        )
 
     def read_back(self) -> None:
         """Writes the history into the group, as plain numbers and lists. Waits for the device."""
         self.group["steps"] = int(self.steps)
 
 
-class ResidentSums(ResidentGroup):
-    """One whose update is sums of directions: a method says what stands in front of which."""
+class DeviceSums(DeviceGroup):
+    """A group whose update is sums of directions, of which a method gives the coefficients."""
 
     @abstractmethod
     def sums(
         self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor
     ) -> tuple[Tensor, Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor | None]:
-        """Takes in what a step measured, with the arguments of :meth:`advance`.
+        """Takes in the measured numbers of a step, with the arguments of :meth:`advance`.
 
         Returns:
             (counters, first, second): as many of each as ``terms`` has directions, and with the
@@ -120,14 +109,14 @@ class ResidentSums(ResidentGroup):
         self.end_of_step(finite)
 
 
-class ResidentNumbers(ResidentSums):
-    """One whose history is a few numbers, from which its method computes as it does on the host.
+class DeviceCoefficients(DeviceSums):
+    """A group whose history is a few numbers. Its method computes from them as it does on the host.
 
     Args:
         group, terms, schedule: as above.
-        compute: from what a step measured, the history (whose numbers it replaces) with what is
-            scheduled, and the group: what stands in front of the step's directions, in the order of
-            the probes.
+        compute: gives the coefficients of the step's directions, in the order of the probes, from
+            the measured numbers, from the history and the schedule together (it replaces the
+            history's numbers there), and from the group.
         history: names of the numbers in the group.
     """
 
@@ -145,7 +134,7 @@ class ResidentNumbers(ResidentSums):
         self._newest_first = self.tensor(range(terms.horizon)[::-1], torch.int64)
 
     def computed(self, measured: Sequence[Tensor], finite: Tensor) -> Sequence[Tensor]:
-        """What the method computes. It is in the history then, unless not ``finite``."""
+        """The coefficients. The history is replaced, unless the step is not ``finite``."""
         kept = {**self._history, **self.scheduled()}
         numbers = self._compute(measured, kept, self.group)
         for name, value in self._history.items():
@@ -163,13 +152,13 @@ class ResidentNumbers(ResidentSums):
             self.group[name] = float(value)
 
 
-class ResidentRule(ResidentGroup):
-    """One whose update is a rule with buffers, for which its method computes the numbers.
+class DeviceRule(DeviceGroup):
+    """A group whose update is a rule with buffers. Its method computes the rule's numbers.
 
     Args:
         group, terms, schedule: as above.
-        compute: from p (negated where the group maximizes), what was measured besides, the number
-            of the step's first direction, what is scheduled, and the group: the rule's numbers.
+        compute: gives the rule's numbers from p (negated where the group maximizes), the other
+            measured numbers, the index of the step's first direction, the schedule and the group.
     """
 
     def __init__(
@@ -207,23 +196,18 @@ def _stacked(values: Sequence[Tensor] | Tensor) -> Tensor:
     return values if isinstance(values, Tensor) else torch.stack([*values])
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether what runs now on the device's current stream goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class Made(NamedTuple):
-    """What the numbers on a device were made of. A change asks for others."""
+class Setup(NamedTuple):
+    """What numbers on a device depend on. When it changes they are brought there anew."""
 
     device: torch.device
     directions: int
-    """How many a step draws."""
+    """How many directions a step draws."""
     options: list[dict[str, Any]]
 
     @classmethod
     def of(
         cls, groups: Groups, options: Collection[str], probes: Sequence[tuple[PhiloxState, float]]
-    ) -> Made:
+    ) -> Setup:
         """Raises ValueError unless all weights are on one device."""
         devices = {p.device for group in groups for p in group["params"] if p.requires_grad}
         if len(devices) != 1:
@@ -239,7 +223,7 @@ class Made(NamedTuple):
         )
 
     def check_not_capturing(self) -> None:
-        """Numbers cannot be brought to the device while it is captured what happens there."""
+        """Host values cannot be copied during graph capture."""
         if is_capturing(self.device):
             raise RuntimeError(
                 "the numbers of a step are not on the device yet, or an option was changed: "
@@ -247,16 +231,16 @@ class Made(NamedTuple):
             )
 
 
-class Resident:
+class DeviceNumbers:
     """The numbers of an optimizer's steps on one device.
 
     Args:
-        made: what they are made of.
+        setup: what they depend on.
         first: the next step's first direction.
         groups: one for each parameter group.
         skipped: how many steps were left out.
         skipped_in_a_row: how many of them since the last that was not.
-        rule: of the updates; it may bend what the weights are displaced along.
+        rule: of the updates; its own direction may differ from z.
 
     Attributes:
         skipped: an int64 tensor.
@@ -264,42 +248,42 @@ class Resident:
 
     def __init__(
         self,
-        made: Made,
+        setup: Setup,
         first: PhiloxState,
-        groups: Sequence[ResidentGroup],
+        groups: Sequence[DeviceGroup],
         skipped: Any,
         skipped_in_a_row: int,
         rule: str,
     ) -> None:
         def count(value: Any) -> Tensor:
-            return torch.tensor(int(value), dtype=torch.int64, device=made.device)
+            return torch.tensor(int(value), dtype=torch.int64, device=setup.device)
 
-        self.made = made
+        self.setup = setup
+        self.groups = groups
         self.skipped = count(skipped)
         self._skipped_in_a_row = count(skipped_in_a_row)
-        self._groups = groups
         self._next = count(first.counter)
-        along = rule if RULES[rule].bends else "moments"
+        rule = rule if RULES[rule].bends else "moments"
         self._directions = [
-            Terms(first.key, rule=along, device=made.device) for _ in range(made.directions)
+            Terms(first.key, rule=rule, device=setup.device) for _ in range(setup.directions)
         ]
 
-    def fits(self, made: Made) -> bool:
+    def fit(self, setup: Setup) -> bool:
         """Whether steps may go on with these numbers."""
-        lrs = [group.group["lr"] for group in self._groups]
-        on_device = all(isinstance(lr, Tensor) and lr.device == made.device for lr in lrs)
-        return self.made == made and on_device
+        lrs = [group.group["lr"] for group in self.groups]
+        on_device = all(isinstance(lr, Tensor) and lr.device == setup.device for lr in lrs)
+        return self.setup == setup and on_device
 
-    def probes(self, probes: Sequence[tuple[PhiloxState, float]]) -> list[tuple[Terms, float]]:
-        """The same, along directions whose indices are read from the device."""
+    def points(self, probes: Sequence[tuple[PhiloxState, float]]) -> list[tuple[Terms, float]]:
+        """The probes, along directions whose indices are read from the device."""
         first = probes[0][0].counter
         for i, terms in enumerate(self._directions):
             terms.counters.copy_(self._next + i)
-        return [(self._directions[direction.counter - first], to) for direction, to in probes]
+        return [(self._directions[z.counter - first], scale) for z, scale in probes]
 
     def losses(self, results: Sequence[Tensor | float]) -> list[Tensor]:
-        """What the closure returned, in float64. Raises TypeError unless it is on the device."""
-        device = self.made.device
+        """The losses in float64. Raises TypeError unless they are on the device."""
+        device = self.setup.device
         losses = []
         for loss in results:
             if not isinstance(loss, Tensor) or loss.device != device:
@@ -310,29 +294,24 @@ class Resident:
             losses.append(loss.double().reshape(()))
         return losses
 
-    def update(
-        self,
-        losses: Sequence[Tensor],
-        measured: Sequence[Tensor],
-        weights: Displacement,
-        plans: Sequence[Plan],
-        backend: str,
-    ) -> None:
-        """Ends a step: history, counters and weights, without a look at any number."""
+    def advance(self, losses: Sequence[Tensor], measured: Sequence[Tensor]) -> None:
+        """Brings history, terms and counters up to date, without a look at any number."""
         finite = usable([*losses, *measured])
-        for group in self._groups:
+        for group in self.groups:
             group.advance(measured, self._next, finite)
         left_out = finite.logical_not()
         self.skipped.add_(left_out)
         self._skipped_in_a_row.add_(1).mul_(left_out)
-        self._next.add_(self.made.directions)
-        for i, (group, plan) in enumerate(zip(self._groups, plans, strict=True)):
-            group.update(plan, -weights.in_weights(i), backend)
-            weights.updated(i)
+        self._next.add_(self.setup.directions)
 
     def read_back(self) -> None:
         """Writes everything into the parameter groups. Waits for the device."""
-        for group in self._groups:
+        for group in self.groups:
             group.read_back()
             group.group["next_direction"] = int(self._next)
             group.group["skipped_in_a_row"] = int(self._skipped_in_a_row)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on the device's current stream goes into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,19 +1,21 @@
-"""Displacements that nothing could take back: they would leave infinities in the weights.
+"""Refusal of perturbations in place that would leave infinities in the weights.
 
-An infinity takes no part in any further arithmetic. So what might make one is refused before
-anything is written. With M the largest number of a type and h half a unit of its last place there:
+Nothing can be subtracted from an infinity to get a weight back. So a perturbation that might make
+one is refused before anything is written. With M the largest number of a type and h half a unit of
+its last place there:
 
-- A weight, to which less than h is added, rounds to a finite number; h is 16 in float16, 2^119 in
-  bfloat16 and 2^103 in float32. Displacements of a step are from one side to the other, so each is
-  at most two reaches. With a reach below h / 2 weights near M do not even move, and nobody looks at
-  any: the case of every usual step.
-- Else the largest weight is looked up. What is stored is ``theta + to z`` and the errors of the
-  roundings so far, each at most h; what is restored is theta and those errors. Where all that stays
-  within M, neither rounding makes an infinity of it.
+- A weight to which less than h is added rounds to a finite number; h is 16 in float16, 2^119 in
+  bfloat16 and 2^103 in float32. A step goes from one side to the other, so it adds at most twice
+  the perturbation. If that is below h, even weights near M do not move, and the weights are not
+  looked at: this is the case of every usual step.
+- Else the largest weight is looked up. The stored value is ``theta + scale z`` and the errors of
+  the roundings so far, each at most h; the restored one is theta and those errors. Where all that
+  stays within M, neither rounding gives an infinity.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,20 +25,20 @@ from adamezo_kernels import Direction, Plan, Segment, Terms
 from adamezo_kernels.staging import blocks_of, capturing
 
 LARGEST_Z = {"exact": 6.56, "fast": 6.56, "rademacher": 1.0}
-"""Of all numbers that a direction of a distribution can have (docs/directions.md)."""
+"""The largest number that a direction of a distribution can have (docs/directions.md)."""
 
 LEAST_CURVATURE = 1e-4 * (1 - 2.0**-7)
-"""That HiZOO's rule keeps (csrc/adamezo/buffered.h), as bfloat16 may round it."""
+"""The least curvature that HiZOO's rule keeps (csrc/adamezo/buffered.h), rounded to bfloat16."""
 
 _FEWEST_ROUNDINGS = 16
-"""For which there has to be room: so a step with a dozen displacements is refused at its first, if
-at all, and not when it has begun."""
+"""How many roundings are always allowed for, so that a step with a dozen perturbations is refused
+at the first, if at all, and not when it has begun."""
 
-_FLOAT32_ERROR = 2.0**-22  # of a displacement: the roundings of its scalars, and of a blend
+_FLOAT32_ERROR = 2.0**-22  # relative error of a perturbation: its scalars are rounded
 
 
-class Room:
-    """Of the weights of one plan, in one step.
+class OverflowCheck:
+    """The check for the weights of one plan, in one step.
 
     Args:
         plan: the weights.
@@ -46,38 +48,37 @@ class Room:
     def __init__(self, plan: Plan, distribution: str) -> None:
         self._plan = plan
         self._largest_z = LARGEST_Z[distribution]
-        self._dtypes = [(dtype, _negligible(dtype)) for dtype in plan.dtypes]
+        self._negligible = min(map(_negligible, plan.dtypes), default=math.inf)
         self._roundings = 0
         # The largest weight of each segment before the step, where it was looked up.
         self._largest: dict[int, float] = {}
 
     def rounded(self, times: int) -> None:
-        """Weights have been stored, with errors of so many half units of the last place."""
+        """Weights have been stored, each with an error of so many half units of the last place."""
         self._roundings += times
 
-    def check(self, direction: Direction, to: float, was: Direction | None, at: float) -> None:
-        """Raises ValueError unless weights, now at ``at was``, can be at ``to direction`` and come
-        back."""
-        reach = abs(to) * self._bound(direction)
-        dtypes = {dtype for dtype, negligible in self._dtypes if reach >= negligible}
-        if not dtypes:
+    def check(self, direction: Direction, scale: float, was: Direction | None, at: float) -> None:
+        """Raises ValueError unless weights that are at ``theta + at was`` can be written at
+        ``theta + scale direction`` and be restored."""
+        reach = abs(scale) * self._bound(direction)
+        if reach < self._negligible:
             return
         for i, segment in enumerate(self._plan):
-            if segment.elements and segment.tensor.dtype in dtypes:
-                self._check(i, segment, direction, to, was, at)
+            if segment.elements and reach >= _negligible(segment.tensor.dtype):
+                self._check(i, segment, direction, scale, was, at)
 
     def _check(
-        self, i: int, segment: Segment, direction: Direction, to: float,
+        self, i: int, segment: Segment, direction: Direction, scale: float,
         was: Direction | None, at: float,
     ) -> None:  # fmt: skip
         name, dtype = self._plan.names[i], segment.tensor.dtype
         if capturing(segment.tensor.device):
             raise ValueError(
-                f"{name} would be displaced by up to {abs(to) * self._bound(direction):.3g}, which "
-                f"may overflow {dtype}, and in a capture nobody can look at the weights: "
+                f"{name} would be perturbed by up to {abs(scale) * self._bound(direction):.3g}, "
+                f"which may overflow {dtype}, and the weights cannot be read in a capture: "
                 f"{_OTHERWISE}"
             )
-        reach = abs(to) * self._bound(direction, segment)
+        reach = abs(scale) * self._bound(direction, segment)
         if reach < _negligible(dtype):
             return
         if i not in self._largest:
@@ -89,14 +90,14 @@ class Room:
         most = torch.finfo(dtype).max
         if not self._largest[i] + reach + roundings * error <= most:  # also where one is NaN
             raise ValueError(
-                f"{name} has numbers of up to {self._largest[i]:.6g} and would be displaced by up "
+                f"{name} has numbers of up to {self._largest[i]:.6g} and would be perturbed by up "
                 f"to {reach:.3g}, too near to the end of {dtype} at {most:.6g}: what overflows "
-                f"cannot be put back. {_OTHERWISE}"
+                f"cannot be restored. {_OTHERWISE}"
             )
 
     def _bound(self, direction: Direction, segment: Segment | None = None) -> float:
-        """On what weights are displaced along; better with a segment, whose buffers are looked up
-        then."""
+        """A bound on the elements of a direction; a better one with a segment, whose buffers are
+        read then."""
         z = self._largest_z
         if not isinstance(direction, Terms):
             return z
@@ -119,25 +120,26 @@ class Room:
         return z
 
 
-_OTHERWISE = "Take a smaller zo_eps, or perturbation='exact', which never writes what it displaces"
+_OTHERWISE = "Take a smaller zo_eps, or perturbation='out_of_place', which never writes weights"
 
 
 def _half_a_unit(dtype: torch.dtype) -> float:
-    """Of the last place, at the largest number of a type."""
+    """Half a unit of the last place at the largest number of a type."""
     info = torch.finfo(dtype)
     return math.ldexp(info.eps, math.frexp(info.max)[1] - 2)
 
 
+@functools.cache
 def _negligible(dtype: torch.dtype) -> float:
-    """A reach below this overflows nothing. What float32 does not see beside a number of bfloat16's
-    size is far less than bfloat16 would round away, and is not rounded up at random either."""
+    """A bound below which a perturbation overflows nothing. What float32 loses beside a number of
+    bfloat16's size is far less than bfloat16 would lose, and is not rounded up at random either."""
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     # Less, for the error of a float32 that is rounded again.
     return _half_a_unit(wide) / 2 * (1 - 2.0**-10)
 
 
 def largest(tensor: Tensor) -> float:
-    """Of the finite elements, in magnitude. What is infinite stays so, and is not at risk."""
+    """The largest magnitude of the finite elements. An infinite one stays so and is not at risk."""
     found = []
     for block in blocks_of(tensor.detach()):
         magnitudes = block.float().abs()

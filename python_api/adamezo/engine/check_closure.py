@@ -1,4 +1,4 @@
-"""Is a closure a function of the weights alone, as a step takes it to be?"""
+"""A trial of a closure: is it a function of the weights alone, as a step takes it to be?"""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from adamezo_kernels import PhiloxState
-
-from .evaluation import Closure, checked_loss, forked_generators, numbers
+from .closure import Closure, numbers
+from .evaluation import evaluate
+from .generators import ForkedGenerators
 from .guard import Guard
 from .module_buffers import BufferMarks, KeptBuffers
 from .optimizer import ZerothOrder
@@ -33,7 +33,7 @@ def check_closure(
     A step takes the difference of two losses for the work of its displacement. Whatever else makes
     them differ, such as a batch drawn in the closure, goes into the projected gradient, and nothing
     tells. Here nothing is displaced. All else is as in a step: random numbers, the modules that
-    read copies with ``perturbation="exact"``, what is done to module buffers.
+    read copies with ``perturbation="out_of_place"``, what is done to module buffers.
 
     Afterwards weights, history, the generators of torch and the global ones of Python and numpy
     are as they were before, and where the optimizer knows its model, module buffers and the
@@ -56,38 +56,21 @@ def check_closure(
         ValueError: the losses differ; the message says by how much, what that does to the projected
             gradient, and what to look for. Two that are NaN do not differ.
     """
-    options = optimizer._shared_options()
-    groups = optimizer.param_groups
-    plans = optimizer._plans()
-    backend = optimizer._backend(options, [p for group in groups for p in group["params"]])
-    weights = optimizer._displacement(options, plans, backend)
-    first = PhiloxState(options["seed"], groups[0]["next_direction"])
-    ((direction, _),) = optimizer._displaced_along([(first, 0.0)], options)
-    model = optimizer.model
-    guard = Guard(plans)
-    results: list[Tensor | float] = []
+    step = optimizer._begin(*optimizer._next_probes())
+    weights = optimizer._perturbation(step)
+    points = optimizer._points([(step.first, 0.0)] * 2, step.options)
+    model, plans = optimizer.model, step.weights.plans
+    guard = Guard(step.weights)
     wrote: list[str] = []
     with ExitStack() as around:
         signals = around.enter_context(HeldSignals())
-        around.enter_context(forked_generators())
+        around.enter_context(ForkedGenerators())
         around.enter_context(_kept_modes(model))
         between = optimizer._kept_buffers(plans)  # nothing, unless a step puts some back
         around.callback(KeptBuffers(model, plans).put_back)
         marks = None if model is None else BufferMarks(model)
         try:
-            for last in (False, True):
-                weights.displace(direction, 0.0)
-                guard.look()
-                with ExitStack() as stack:
-                    if not last:
-                        stack.enter_context(forked_generators())
-                    stack.enter_context(weights.evaluation())
-                    with signals.through():
-                        result = closure()
-                results.append(checked_loss(result))
-                guard.check()
-                if not last:
-                    between.put_back()
+            results = evaluate([closure] * 2, points, weights, guard, signals, between)
             if marks is not None and optimizer.module_buffers == "every":
                 wrote = marks.written(lambda: plans)
         finally:
@@ -96,7 +79,7 @@ def check_closure(
     once, again = numbers(results)
     allowed = _tolerance(results) if tolerance is None else tolerance
     if not _alike(once, again, allowed):
-        raise ValueError(_message(once, again, allowed, options["zo_eps"], wrote))
+        raise ValueError(_message(once, again, allowed, step.options["zo_eps"], wrote))
     return once
 
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from adamezo_kernels import Plan
 from adamezo_kernels.plan import memory_of
 
-from .exact import _extent, _has_memory, _storage
+from .memory import extent_of, has_memory, storage_of
 
 MODULE_BUFFERS = ("every", "last")
 """Which evaluations of a step may move them."""
@@ -171,20 +171,20 @@ class _Weights:
         self._on: dict[int, list[Tensor]] = {}
         for tensor in (segment.tensor for plan in plans for segment in plan):
             if tensor.numel():
-                self._on.setdefault(_storage(tensor), []).append(tensor)
+                self._on.setdefault(storage_of(tensor), []).append(tensor)
 
     def share(self, buffer: Tensor) -> bool:
         """Whether the buffer has memory of theirs."""
         if _memory(buffer) is None or not buffer.numel():
             return False
-        begin, end = _extent(buffer)
-        spans = map(_extent, self._on.get(_storage(buffer), ()))
+        begin, end = extent_of(buffer)
+        spans = map(extent_of, self._on.get(storage_of(buffer), ()))
         return any(begin < last and first < end for first, last in spans)
 
 
 def _memory(buffer: Tensor) -> _Memory | None:
     """None for a tensor that is not in one piece of memory, or not there yet."""
-    return memory_of(buffer) if not is_lazy(buffer) and _has_memory(buffer) else None
+    return memory_of(buffer) if not is_lazy(buffer) and has_memory(buffer) else None
 
 
 def _version(buffer: Tensor) -> int | None:
@@ -194,7 +194,7 @@ def _version(buffer: Tensor) -> int | None:
 
 def _can_be_written(tensor: Tensor) -> bool:
     """Of an expanded tensor one element is many, and torch refuses to write it."""
-    return not _has_memory(tensor) or all(
+    return not has_memory(tensor) or all(
         step or size <= 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
