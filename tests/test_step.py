@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adamezo import AdaMeZO, forget_optimizer, fused_adamezo_step, optimizer_of
-from adamezo.step import _optimizers as optimizers
+from adamezo.fused_step import _optimizers as optimizers
 
 OPTIONS = {"lr": 0.01, "zo_eps": 1e-2, "seed": 7}
 

@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from .engine.check_closure import check_closure
+from .fused_step import forget_optimizer, fused_adamezo_step, optimizer_of
 from .methods import (
     FZOO,
     HELENE,
@@ -15,7 +16,6 @@ from .methods import (
     ZOAdam,
     ZOAdaMU,
 )
-from .step import forget_optimizer, fused_adamezo_step, optimizer_of
 
 try:
     __version__ = _metadata.version("adamezo")

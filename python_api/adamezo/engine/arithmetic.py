@@ -1,9 +1,9 @@
-"""Arithmetic whose bits are the same for floats and for float64 tensors on a device.
+"""Arithmetic with the same bits for floats and for float64 tensors on a device.
 
-What a method computes from losses it computes in one text: on the host from floats, and with
-``capturable`` from scalar tensors, at which nothing looks (``if``, ``min``, ``float``), as that
-would wait for the device. Sums, differences, products and comparisons are the same anyway, and
-``|`` of comparisons. Here is the rest.
+A method computes its numbers from losses in one text: on the host from floats, and with
+``capturable`` from scalar tensors, which are never read (``if``, ``min``, ``float``), as that would
+wait for the device. Sums, differences, products and comparisons have the same text anyway, and
+``|`` of comparisons. Here are the other operations.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def quotient(a: Number, b: Number) -> Number:
     elif isinstance(b, Tensor) and not isinstance(a, Tensor):
         a = torch.full_like(b, a)
     return a / b
+
+
+def two_sided(loss_plus: Number, loss_minus: Number, zo_eps: float) -> Number:
+    """The projected gradient: (L(theta + zo_eps z) - L(theta - zo_eps z)) / (2 zo_eps)."""
+    return quotient(loss_plus - loss_minus, 2 * zo_eps)
 
 
 def square_root(x: Number) -> Number:

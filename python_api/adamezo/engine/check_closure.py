@@ -30,10 +30,10 @@ def check_closure(
 ) -> float:
     """Evaluates a closure twice at the weights as they are, and wants the same loss both times.
 
-    A step takes the difference of two losses for the work of its displacement. Whatever else makes
-    them differ, such as a batch drawn in the closure, goes into the projected gradient, and nothing
-    tells. Here nothing is displaced. All else is as in a step: random numbers, the modules that
-    read copies with ``perturbation="out_of_place"``, what is done to module buffers.
+    A step takes the difference of two losses for the effect of its perturbation. Whatever else
+    makes them differ, such as a batch drawn in the closure, goes into the projected gradient, and
+    nothing tells. Here nothing is perturbed. All else is as in a step: random numbers, the modules
+    that read copies with ``perturbation="out_of_place"``, what is done to module buffers.
 
     Afterwards weights, history, the generators of torch and the global ones of Python and numpy
     are as they were before, and where the optimizer knows its model, module buffers and the
@@ -106,7 +106,7 @@ def _message(once: float, again: float, tolerance: float, zo_eps: float, wrote: 
         f"the closure gave the loss {once!r} and then {again!r} at the same weights, on the same "
         "random numbers of torch, Python and numpy. They differ by "
         f"{difference:.3g}, expected {tolerance * max(abs(once), abs(again)):.3g} at most. A step "
-        "takes a difference for the work of its displacement: this one would put "
+        "takes a difference for the effect of its perturbation: this one would put "
         f"difference / (2 zo_eps) = {difference / (2 * zo_eps):.3g} into the projected gradient. "
         "Look for: a batch that is drawn in the closure (draw it before the step, so that all "
         "evaluations see the same one); a torch.Generator, random.Random or "

@@ -115,8 +115,8 @@ class DeviceCoefficients(DeviceSums):
     Args:
         group, terms, schedule: as above.
         compute: gives the coefficients of the step's directions, in the order of the probes, from
-            the measured numbers, from the history and the schedule together (it replaces the
-            history's numbers there), and from the group.
+            the measured numbers, the history, whose numbers it replaces, the schedule and the
+            group.
         history: names of the numbers in the group.
     """
 
@@ -124,7 +124,10 @@ class DeviceCoefficients(DeviceSums):
         self,
         group: dict[str, Any],
         terms: Terms,
-        compute: Callable[[Sequence[Number], dict[str, Number], dict[str, Any]], Sequence[Number]],
+        compute: Callable[
+            [Sequence[Number], dict[str, Number], dict[str, Number], dict[str, Any]],
+            Sequence[Number],
+        ],
         history: Iterable[str],
         schedule: Schedule,
     ) -> None:
@@ -135,11 +138,11 @@ class DeviceCoefficients(DeviceSums):
 
     def computed(self, measured: Sequence[Tensor], finite: Tensor) -> Sequence[Tensor]:
         """The coefficients. The history is replaced, unless the step is not ``finite``."""
-        kept = {**self._history, **self.scheduled()}
-        numbers = self._compute(measured, kept, self.group)
+        history = {**self._history}
+        coefficients = self._compute(measured, history, self.scheduled(), self.group)
         for name, value in self._history.items():
-            torch.where(finite, kept[name], value, out=value)
-        return numbers
+            torch.where(finite, history[name], value, out=value)
+        return coefficients
 
     def sums(
         self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor

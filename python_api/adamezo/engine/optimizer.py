@@ -13,7 +13,7 @@ from adamezo_kernels import RULES, Direction, PhiloxState, Plan, Terms, update_t
 from adamezo_kernels.backends import Backend
 
 from . import notices
-from .arithmetic import Number, usable
+from .arithmetic import Number, two_sided, usable
 from .base import OptimizerBase, Probe, known_model
 from .closure import Closure, mean_loss, numbers
 from .device import DeviceNumbers, is_capturing
@@ -63,13 +63,16 @@ class ZerothOrder(OptimizerBase):
         options, _, probes = self._next_probes()
         return len(self._measure([0.0] * len(probes), options))
 
-    @abstractmethod
     def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
-        """Where a step evaluates the loss. Its directions count up from ``first.counter``."""
+        """Where a step evaluates the loss: on both sides along one direction, unless a method has
+        others. Directions count up from ``first.counter``."""
+        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
 
-    @abstractmethod
     def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
-        """The numbers that an update takes from the losses of all probes."""
+        """The numbers that an update takes from the losses of all probes: the projected gradient,
+        unless a method has others."""
+        loss_plus, loss_minus = losses
+        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
     @abstractmethod
     def _terms(

@@ -14,8 +14,8 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import PhiloxState, Terms
 
 from ..engine.arithmetic import Number
-from ..engine.optimizer import Probe, ZerothOrder
-from .common import check_betas, two_sided
+from ..engine.optimizer import ZerothOrder
+from .common import check_betas
 from .history import NORMALIZATIONS, DeviceHistory, coefficients
 
 
@@ -144,13 +144,6 @@ class AdaMeZO(ZerothOrder):
         """p of the last step; NaN before the first and after one that failed. A tensor if
         ``capturable``."""
         return self.measured[0] if self.measured else math.nan
-
-    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
-        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
-
-    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
-        loss_plus, loss_minus = losses
-        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
 
     def _terms(
         self, group: dict[str, Any], first: PhiloxState, measured: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""What methods share that keep one or two numbers for each weight: those, and their one update."""
+"""Base of methods that keep one or two numbers for each weight, beside its one update."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..engine.device import DeviceGroup, DeviceRule
 from .common import Method, directions_from
 
 BUFFER_DTYPES = ("float32", "bfloat16")
-"""Of the kernels' three, those whose range squares of gradients do not leave."""
+"""Types that hold squares of gradients: of the three of the kernels, float16 does not."""
 
 
 class Buffered(Method):
     """Base of methods whose update is one of the kernels' rules (:data:`adamezo_kernels.RULES`).
 
-    A method names its rule and its buffers, and says what the rule's own numbers are
+    A method names its rule and its buffers, and computes the rule's own numbers
     (:meth:`_numbers`), in one text for floats and for tensors on a device (arithmetic.py). Buffers
-    are tensors shaped like their weight in ``state``, made at the first step, and they come and go
-    with ``state_dict``.
+    are tensors shaped like their weight in ``state``; the first step makes them, and they are saved
+    and loaded with ``state_dict``.
 
     Args:
         params: as for :class:`AdaMeZO`.
@@ -36,7 +36,7 @@ class Buffered(Method):
     """
 
     buffers: ClassVar[dict[str, float]]
-    """Their names, in the order of the rule, and how they begin."""
+    """Their names, in the order of the rule, with their first values."""
 
     def __init__(self, params: ParamsT, own: dict[str, Any], common: dict[str, Any]) -> None:
         own["buffer_dtype"] = common.pop("buffer_dtype", "float32")
@@ -45,21 +45,21 @@ class Buffered(Method):
     @staticmethod
     @abstractmethod
     def _numbers(
-        p: Number, others: Sequence[Number], counter: Number, kept: dict[str, Number],
+        p: Number, others: Sequence[Number], counter: Number, schedule: dict[str, Number],
         group: dict[str, Any],
     ) -> Sequence[Number]:  # fmt: skip
         """The rule's own numbers at an update.
 
         Args:
             p: the projected gradient, negated where the group maximizes.
-            others: what was measured besides.
+            others: the other measured numbers.
             counter: the number of the step's first direction.
-            kept: what is scheduled.
+            schedule: the numbers of :meth:`_scheduled` at this step.
             group: its options.
         """
 
-    def _bend(self, first: PhiloxState, options: dict[str, Any]) -> Sequence[float]:
-        """Those of the rule's numbers that a displacement needs: the first few, or none."""
+    def _direction_numbers(self, first: PhiloxState, options: dict[str, Any]) -> Sequence[float]:
+        """The rule's numbers that its direction needs: the first few of them, or none."""
         return ()
 
     def _direction(self, z: PhiloxState, options: dict[str, Any]) -> Direction:
@@ -67,7 +67,7 @@ class Buffered(Method):
         if not rule.bends:
             return z
         states = directions_from(z, rule.directions)
-        return Terms.of(states, rule=self.rule, numbers=self._bend(z, options))
+        return Terms.of(states, rule=self.rule, numbers=self._direction_numbers(z, options))
 
     def _buffers_of(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         state = self.state[p]
@@ -139,7 +139,7 @@ class Buffered(Method):
     def _checked_buffers(
         self, state_dict: dict[str, Any]
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Of each weight that has some, under the names of :attr:`buffers`."""
+        """The buffers of each weight that has some, under the names of :attr:`buffers`."""
         saved, groups = state_dict["state"], state_dict["param_groups"]
         found = []
         for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=False)):
@@ -157,9 +157,9 @@ class Buffered(Method):
         return found
 
 
-def _check_buffers(names: Iterable[str], kept: dict[str, Any], p: Tensor, where: str) -> None:
+def _check_buffers(names: Iterable[str], saved: dict[str, Any], p: Tensor, where: str) -> None:
     for name in names:
-        buffer = kept.get(name)
+        buffer = saved.get(name)
         kind = str(getattr(buffer, "dtype", None)).removeprefix("torch.")
         if not isinstance(buffer, Tensor) or kind not in BUFFER_DTYPES:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What methods share: the options of every one, and checks and formulas that several have."""
+"""The options of every method, and checks and formulas that several methods share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..engine.arithmetic import Number, quotient
 from ..engine.device import LONGEST_SCHEDULE, Schedule
-from ..engine.optimizer import Probe, ZerothOrder
+from ..engine.optimizer import ZerothOrder
 
 COMMON: dict[str, Any] = dict(
     weight_decay=0.0,
@@ -51,31 +50,23 @@ class Method(ZerothOrder):
         differentiable, model = options.pop("differentiable"), options.pop("model")
         super().__init__(params, options, differentiable, model)
 
-    def _probes(self, first: PhiloxState, options: dict[str, Any]) -> list[Probe]:
-        """On both sides along one direction, unless a method has something else."""
-        return [(first, options["zo_eps"]), (first, -options["zo_eps"])]
-
-    def _measure(self, losses: Sequence[Number], options: dict[str, Any]) -> tuple[Number, ...]:
-        loss_plus, loss_minus = losses
-        return (two_sided(loss_plus, loss_minus, options["zo_eps"]),)
-
     @staticmethod
     def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
-        """Numbers that depend on nothing but how often the group has moved: 1 at the first step."""
+        """The numbers that depend on the group's step alone, which is 1 at the first."""
         return {}
 
     @staticmethod
     def _settled(group: dict[str, Any]) -> int:
-        """A step from which on they are what they are there."""
+        """A step from which on the schedule is constant."""
         return 1
 
     def _schedule(self, group: dict[str, Any]) -> Schedule:
-        """The same for all steps, as ``capturable`` wants them."""
+        """The schedule as a table, which ``capturable`` needs."""
         rows = [self._scheduled(step, group) for step in range(1, self._settled(group) + 1)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _check_schedule(self, options: dict[str, Any], *names: str) -> None:
-        """Raises ValueError if these options make it too long for ``capturable``."""
+        """Raises ValueError if these options make the table too long."""
         if options["capturable"] and (steps := self._settled(options)) > LONGEST_SCHEDULE:
             values = ", ".join(f"{name}={options[name]}" for name in names)
             raise ValueError(
@@ -88,11 +79,6 @@ class Method(ZerothOrder):
 def directions_from(first: PhiloxState, count: int) -> list[PhiloxState]:
     """``count`` directions, of which ``first`` is the first."""
     return [first._replace(counter=first.counter + q) for q in range(count)]
-
-
-def two_sided(loss_plus: Number, loss_minus: Number, zo_eps: float) -> Number:
-    """The projected gradient: (L(theta + zo_eps z) - L(theta - zo_eps z)) / (2 zo_eps)."""
-    return quotient(loss_plus - loss_minus, 2 * zo_eps)
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -12,11 +12,11 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..engine.arithmetic import Number, where
+from ..engine.arithmetic import Number, two_sided, where
 from ..engine.closure import Closure
 from ..engine.optimizer import Probe
 from .buffered import Buffered
-from .common import check_betas, check_count, check_positive, two_sided
+from .common import check_betas, check_count, check_positive
 
 CURVATURES = ("loss", "sampled")
 
@@ -159,15 +159,15 @@ class HELENE(Buffered):
 
     @staticmethod
     def _numbers(
-        p: Number, others: Sequence[Number], counter: Number, kept: dict[str, Number],
+        p: Number, others: Sequence[Number], counter: Number, schedule: dict[str, Number],
         group: dict[str, Any],
     ) -> Sequence[Number]:  # fmt: skip
         (p_hat,) = others
         beta1, beta2 = group["betas"]
         rests = counter % group["curvature_every"] != 0
         fresh = (1 - beta2) * group["batch_size"] * p_hat * p_hat
-        of_m = beta1, kept["alpha"] * p
-        of_h = where(rests, 1.0, kept["beta2"]), where(rests, 0.0, fresh)
+        of_m = beta1, schedule["alpha"] * p
+        of_h = where(rests, 1.0, schedule["beta2"]), where(rests, 0.0, fresh)
         return [*of_m, *of_h, group["gamma"], group["clip"]]
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""From the projected gradients kept to the coefficients in front of the directions.
+"""The coefficients of the directions of a history, on the host and on a device.
 
-With p_k the projected gradient and z_k the direction of age k (0 = newest), K of them kept::
+With p_k the projected gradient and z_k the direction of age k (0 = newest), K of them::
 
     S1 = sum_k beta1^k p_k z_k        S2 = sum_k beta2^k p_k^2 z_k^2
     theta <- theta - lr m / (sqrt(v) + eps)
@@ -50,7 +50,7 @@ def coefficients(
 
 
 def _scales(count: int, betas: tuple[float, float], normalization: str) -> tuple[float, float]:
-    """What S1 and S2 of ``count`` directions are multiplied by."""
+    """The factors of the sums S1 and S2 of ``count`` directions."""
     beta1, beta2 = betas
     if normalization == "paper":
         return 1 - beta1, 1 - beta2

@@ -1,4 +1,4 @@
-"""HiZOO as a torch optimizer: shorter displacements and steps where the loss is curved."""
+"""HiZOO as a torch optimizer: shorter perturbations and steps where the loss is curved."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..engine.arithmetic import Number, magnitude, quotient
+from ..engine.arithmetic import Number, magnitude, quotient, two_sided
 from ..engine.optimizer import Probe
 from .buffered import Buffered
-from .common import check_fraction, two_sided
+from .common import check_fraction
 
 
 class HiZOO(Buffered):
@@ -31,7 +31,7 @@ class HiZOO(Buffered):
     One number is kept for each weight, ``state[p]["curvature"]``.
 
     Deviations from the authors' code: D is float32 unless ``buffer_dtype`` says otherwise, and
-    stays in [1e-4, 1e4], so that no curvature can make a displacement infinite. With the published
+    stays in [1e-4, 1e4], so that no curvature can make a perturbation infinite. With the published
     alpha of 1e-8 D moves where c z^2 is above 6: smaller changes are below its last place, and so
     is the decay by alpha alone. In 16 bits, as released, it never moves, and the method is MeZO
     with an evaluation wasted. alpha is constant.
@@ -74,7 +74,7 @@ class HiZOO(Buffered):
 
     @staticmethod
     def _numbers(
-        p: Number, others: Sequence[Number], counter: Number, kept: dict[str, Number],
+        p: Number, others: Sequence[Number], counter: Number, schedule: dict[str, Number],
         group: dict[str, Any],
     ) -> Sequence[Number]:  # fmt: skip
         (curvature,) = others

@@ -56,12 +56,13 @@ class MEAZO(Memoryless):
 
     @staticmethod
     def _coefficients(
-        measured: Sequence[Number], kept: dict[str, Number], group: dict[str, Any]
-    ) -> Sequence[Number]:
+        measured: Sequence[Number], history: dict[str, Number], schedule: dict[str, Number],
+        group: dict[str, Any],
+    ) -> Sequence[Number]:  # fmt: skip
         (p,) = measured
         beta = group["beta"]
-        kept["s"] = beta * kept["s"] + (1 - beta) * p * p
-        s_hat = kept["s"] / kept["correction"]
+        history["s"] = beta * history["s"] + (1 - beta) * p * p
+        s_hat = history["s"] / schedule["correction"]
         return [p / (square_root(s_hat) + group["eps"])]
 
     @staticmethod

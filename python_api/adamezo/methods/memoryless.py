@@ -1,4 +1,4 @@
-"""What methods share that keep nothing for each weight and step along the step's own directions."""
+"""Base of methods that keep nothing for each weight and step along the step's own directions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .common import Method, directions_from
 class Memoryless(Method):
     """Base of methods whose update is coefficients in front of directions of the step itself.
 
-    A method says what these are (:meth:`_coefficients`), in one text for floats and for tensors on
+    A method computes these (:meth:`_coefficients`), in one text for floats and for tensors on
     a device (arithmetic.py). Its history is plain numbers.
 
     Args:
@@ -28,14 +28,16 @@ class Memoryless(Method):
 
     @staticmethod
     def _coefficients(
-        measured: Sequence[Number], kept: dict[str, Number], group: dict[str, Any]
-    ) -> Sequence[Number]:
-        """In front of the step's directions, in the order of the probes: a share of each number
-        measured, unless a method has something else.
+        measured: Sequence[Number], history: dict[str, Number], schedule: dict[str, Number],
+        group: dict[str, Any],
+    ) -> Sequence[Number]:  # fmt: skip
+        """The coefficients of the step's directions, in the order of the probes: unless a method
+        has others, equal shares of the measured numbers.
 
         Args:
             measured: as many numbers as the step has directions.
-            kept: the history, whose numbers are to be replaced here, and what is scheduled.
+            history: the numbers of :attr:`history`, which are replaced here.
+            schedule: the numbers of :meth:`_scheduled` at this step.
             group: its options.
         """
         return [quotient(value, len(measured)) for value in measured]
@@ -45,9 +47,9 @@ class Memoryless(Method):
     ) -> tuple[Terms, dict[str, Any]]:
         """``theta <- theta (1 - lr weight_decay) - lr sum_q coefficients[q] z_q``, in one pass."""
         directions = directions_from(first, group["next_direction"] - first.counter)
-        numbers = {name: group[name] for name in self.history}
-        numbers |= self._scheduled(group["steps"] + 1, group)
-        coefficients = self._coefficients(measured[: len(directions)], numbers, group)
+        history = {name: group[name] for name in self.history}
+        schedule: dict[str, Number] = {**self._scheduled(group["steps"] + 1, group)}
+        coefficients = self._coefficients(measured[: len(directions)], history, schedule, group)
         sign = -1 if group["maximize"] else 1
         lr = float(group["lr"])
         terms = Terms.of(
@@ -56,7 +58,7 @@ class Memoryless(Method):
             minus_lr=-lr,
             decay=1 - lr * group["weight_decay"],
         )
-        return terms, {name: numbers[name] for name in self.history}
+        return terms, history
 
     def _device_group(
         self, group: dict[str, Any], directions: int, device: torch.device

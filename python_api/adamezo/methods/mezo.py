@@ -10,9 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from adamezo_kernels import PhiloxState
 
-from ..engine.arithmetic import Number
+from ..engine.arithmetic import Number, two_sided
 from ..engine.optimizer import Probe
-from .common import check_count, directions_from, two_sided
+from .common import check_count, directions_from
 from .memoryless import Memoryless
 
 

@@ -58,11 +58,11 @@ class ZOAdam(Buffered):
 
     @staticmethod
     def _numbers(
-        p: Number, others: Sequence[Number], counter: Number, kept: dict[str, Number],
+        p: Number, others: Sequence[Number], counter: Number, schedule: dict[str, Number],
         group: dict[str, Any],
     ) -> Sequence[Number]:  # fmt: skip
         beta1, beta2 = group["betas"]
-        corrections = [quotient(1.0, kept[name]) for name in ("of_m", "of_v")]
+        corrections = [quotient(1.0, schedule[name]) for name in ("of_m", "of_v")]
         return [beta1, (1 - beta1) * p, beta2, (1 - beta2) * p * p, *corrections]
 
     @staticmethod

@@ -45,7 +45,7 @@ class ZOAdaMU(Buffered):
         eps: inside the root, by group.
         zo_eps: the perturbation scale mu.
         common: as for :class:`MeZO`, and ``buffer_dtype``: "float32" or "bfloat16", by group.
-            ``capturable`` is refused: what it displaces along is scheduled.
+            ``capturable`` is refused: its direction is scheduled on the host.
 
     Attributes:
         measured (tuple[float]): p of the last step; empty if it failed.
@@ -78,12 +78,12 @@ class ZOAdaMU(Buffered):
         left = (1 + math.cos(math.pi * passed)) / 2
         return [last + (1 - last) * left for last in options["ends"]]
 
-    def _bend(self, first: PhiloxState, options: dict[str, Any]) -> Sequence[float]:
+    def _direction_numbers(self, first: PhiloxState, options: dict[str, Any]) -> Sequence[float]:
         return self._numbers(0.0, (), first.counter, {}, options)[:4]
 
     @staticmethod
     def _numbers(
-        p: Number, others: Sequence[Number], counter: Number, kept: dict[str, Number],
+        p: Number, others: Sequence[Number], counter: Number, schedule: dict[str, Number],
         group: dict[str, Any],
     ) -> Sequence[Number]:  # fmt: skip
         alpha, beta1, beta2 = ZOAdaMU.annealed(counter // 2, group)
@@ -93,7 +93,7 @@ class ZOAdaMU(Buffered):
     def check_options(self, options: dict[str, Any]) -> None:
         if options["capturable"]:
             raise ValueError(
-                "ZOAdaMU cannot do capturable=True: what it displaces the weights along is "
+                "ZOAdaMU cannot do capturable=True: the direction of its perturbations is "
                 "scheduled on the host"
             )
         super().check_options(options)
