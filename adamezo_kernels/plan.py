@@ -83,9 +83,15 @@ class Launch:
     dtype: torch.dtype
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return sum(segment.elements for segment in self.segments)
+
+    @cached_property
+    def counted(self) -> list[Tensor]:
+        """Weights and buffers whose versions autograd counts: not what inference mode made."""
+        tensors = (t for s in self.segments for t in (s.tensor, *s.buffers))
+        return [t for t in tensors if not t.is_inference()]
 
     @cached_property
     def buffer_dtype(self) -> torch.dtype:
@@ -258,6 +264,15 @@ class Plan:
     @property
     def elements(self) -> int:
         return sum(segment.elements for segment in self.segments)
+
+    @cached_property
+    def devices(self) -> frozenset[torch.device]:
+        return frozenset(segment.tensor.device for segment in self.segments)
+
+    @cached_property
+    def last_index(self) -> int:
+        """The largest index of an element in its whole parameter."""
+        return max((segment.last_index for segment in self.segments), default=0)
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:

@@ -19,13 +19,13 @@ from torch import Tensor
 from ..terms import OPERATIONS
 
 if TYPE_CHECKING:
+    from ..call import Call
     from ..plan import Segment
     from ..stream import PhiloxState
-    from ..terms import Terms
 
 NAME = "reference"
 
-DISTRIBUTIONS = ("exact", "rademacher")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
 
 CHUNK = 2**16
 """Elements worked on at a time. The temporaries of one chunk are about 16 float64 tensors of this
@@ -588,32 +588,29 @@ def _kept(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
     return [buffer[chunk].float() for buffer in _buffers(segment)]
 
 
-def _sample(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
-    (state,) = terms.states()
+def _sample(call: Call, segment: Segment) -> Iterator[Piece]:
+    (state,) = call.terms.states()
     for chunk in _chunks(segment):
-        yield chunk, (_direction(segment, state, chunk, distribution),)
+        yield chunk, (_direction(segment, state, chunk, call.distribution),)
 
 
-def _perturb(
-    segment: Segment, terms: Terms, distribution: str, scale: float, **_: Any
-) -> Iterator[Piece]:
-    source = _source(segment)
+def _perturb(call: Call, segment: Segment) -> Iterator[Piece]:
+    terms, source = call.terms, _source(segment)
     for chunk in _chunks(segment):
-        z = [_direction(segment, state, chunk, distribution) for state in terms.states()]
+        z = [_direction(segment, state, chunk, call.distribution) for state in terms.states()]
         along = displaced_along(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
-        yield chunk, (apply_perturbation(source[chunk], along, scale),)
+        yield chunk, (apply_perturbation(source[chunk], along, call.scale),)
 
 
-def _update(
-    segment: Segment, terms: Terms, distribution: str, scale: float, eps: float
-) -> Iterator[Piece]:
+def _update(call: Call, segment: Segment) -> Iterator[Piece]:
+    terms = call.terms
     states, first = terms.states(), terms.first.tolist()
     second = terms.second.tolist() if terms.with_second else None
     minus_lr, decay = terms.step.tolist()
     weights = _matrix(segment)
-    numbers: dict[str, float] = dict(lr=-minus_lr, eps=eps, decay=decay, restore=scale)
+    numbers = dict(lr=-minus_lr, eps=call.eps, decay=decay, restore=call.scale)
     for chunk in _chunks(segment):
-        directions = (_direction(segment, state, chunk, distribution) for state in states)
+        directions = (_direction(segment, state, chunk, call.distribution) for state in states)
         if terms.rule == "moments":
             yield chunk, (apply_update(weights[chunk], directions, first, second, **numbers),)
         else:
@@ -624,40 +621,31 @@ def _update(
             )
 
 
-def _moment(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
+def _moment(call: Call, segment: Segment) -> Iterator[Piece]:
+    terms = call.terms
     states, first = terms.states(), terms.first.tolist()
     second = terms.second.tolist() if terms.with_second else None
     for chunk in _chunks(segment):
-        directions = (_direction(segment, state, chunk, distribution) for state in states)
+        directions = (_direction(segment, state, chunk, call.distribution) for state in states)
         s1, s2 = sum_moments(directions, first, second)
         yield chunk, (s1 if s2 is None else s2,)
 
 
-_OPERATIONS: dict[str, Callable[..., Iterator[Piece]]] = dict(
+_OPERATIONS: dict[str, Callable[[Call, Segment], Iterator[Piece]]] = dict(
     zip(OPERATIONS, (_sample, _perturb, _update, _moment), strict=True)
 )
 
 
 @torch.no_grad()
-def run(
-    operation: str,
-    segments: Iterable[Segment],
-    terms: Terms,
-    distribution: str,
-    *,
-    scale: float = 0.0,
-    eps: float = 0.0,
-    rounding: str = "nearest",
-) -> None:
-    for segment in segments:
+def run(call: Call) -> None:
+    for segment in call.plan:
         outs = [_matrix(segment), *_buffers(segment)]
-        pieces = _OPERATIONS[operation](segment, terms, distribution, scale=scale, eps=eps)
-        for chunk, values in pieces:
+        for chunk, values in _OPERATIONS[call.operation](call, segment):
             for purpose, (out, value) in enumerate(
                 zip(outs, values, strict=False), PURPOSE_ROUNDING
             ):
-                if rounding == "stochastic" and out.dtype != torch.float32:
-                    newest = terms.states()[0]
+                if call.rounding == "stochastic" and out.dtype != torch.float32:
+                    newest = call.terms.states()[0]
                     words = _elements(rounding_words, segment, newest, chunk, purpose=purpose)
                     value = round_stochastically(value, words, out.dtype)
                 out[chunk].copy_(value)

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Launch, Plan
+from ..call import Call
+from ..plan import Launch
 from ..stream import PhiloxState
 from ..terms import RULES, Terms
-from .cuda import Place, shapes, words_for
+from .cuda import Place, failed, words_for
 from .native import mark_written
 
 NAME = "triton"
@@ -149,23 +150,13 @@ class Interpreter(Place):
         return tensor.clone()
 
 
-def run(
-    operation: str,
-    plan: Plan,
-    terms: Terms,
-    distribution: str,
-    *,
-    scale: float = 0.0,
-    eps: float = 0.0,
-    rounding: str = "nearest",
-) -> None:
-    """One operation on all tensors of the plan. ``moment`` is S2 where the terms have second
-    coefficients, else S1."""
-    for launch in plan.launches:
+def run(call: Call) -> None:
+    terms = call.terms
+    for launch in call.plan.launches:
         if not launch.elements:
             continue
         place = (Interpreter if INTERPRETED else Place)(launch.device)
-        window = window_of(operation, terms.rule)
+        window = window_of(call.operation, terms.rule)
         try:
             with place.guard:
                 # Both are kept until the launch: their memory may then be given to another.
@@ -180,12 +171,12 @@ def run(
                         terms.offset,
                         begin,
                         *key_words(terms.key),
-                        *float_bits(scale, eps),
-                        OPERATION=operation,
-                        DISTRIBUTION=distribution,
+                        *float_bits(call.scale, call.eps),
+                        OPERATION=call.operation,
+                        DISTRIBUTION=call.distribution,
                         TYPE=_TYPES[launch.dtype],
                         SECOND=terms.with_second,
-                        STOCHASTIC=rounding == "stochastic",
+                        STOCHASTIC=call.rounding == "stochastic",
                         RULE=terms.rule,
                         KEPT=_TYPES[launch.buffer_dtype] if RULES[terms.rule].buffers else "",
                         WINDOW=window,
@@ -194,9 +185,7 @@ def run(
                     )
         except Exception as error:
             raise RuntimeError(
-                f"{operation} of {shapes(launch)} on {launch.device} along {terms.horizon} "
-                f"{distribution} direction(s) failed: {type(error).__name__}: {error}. "
-                f"{availability()[1]}"
+                f"{failed(call, launch)}: {type(error).__name__}: {error}. {availability()[1]}"
             ) from error
         mark_written(launch)
 

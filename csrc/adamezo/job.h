@@ -15,6 +15,9 @@ enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2 };
 
 // Pointers are borrowed for the call, and lead to where the kernel runs.
 struct Job {
+  Operation operation;
+  Distribution distribution;
+
   const Segment* segments;
   int64_t segment_count;
   int64_t elements;  // of all segments

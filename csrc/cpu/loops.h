@@ -304,13 +304,22 @@ void moment(const Job& job, const Room& room, int64_t worker, int64_t workers) {
 }
 
 template <class L, class D>
-Kernels kernels_over() {
-  return {by_type<Sample<L, D>>, perturb<L, D>, update<L, D>, moment<L, D>};
+void by_operation(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+  switch (job.operation) {
+    case Operation::kSample:
+      return by_type<Sample<L, D>>(job, room, worker, workers);
+    case Operation::kPerturb:
+      return perturb<L, D>(job, room, worker, workers);
+    case Operation::kUpdate:
+      return update<L, D>(job, room, worker, workers);
+    case Operation::kMoment:
+      return moment<L, D>(job, room, worker, workers);
+  }
 }
 
 template <class L>
 InstructionSet instruction_set_over(const char* name) {
-  return {name, kernels_over<L, Exact<L>>(), kernels_over<L, Rademacher<L>>()};
+  return {name, by_operation<L, Exact<L>>, by_operation<L, Rademacher<L>>};
 }
 
 }  // namespace

@@ -259,26 +259,26 @@ struct BufferedUpdate {
 };
 
 // Whether a job is for a body of this file.
-inline bool follows_rule(Operation operation, const Job& job) {
+inline bool follows_rule(const Job& job) {
   switch (job.rule) {
     case Rule::kMoments:
       return false;
     case Rule::kAdam:
     case Rule::kHelene:
-      return operation == Operation::kUpdate;
+      return job.operation == Operation::kUpdate;
     case Rule::kHizoo:
     case Rule::kAdamu:
-      return operation == Operation::kUpdate || operation == Operation::kPerturb;
+      return job.operation == Operation::kUpdate || job.operation == Operation::kPerturb;
     case Rule::kBlend:
-      return operation == Operation::kPerturb;
+      return job.operation == Operation::kPerturb;
   }
   return false;
 }
 
-// Calls use(body) with the one that does `operation` on such a job.
+// Calls use(body) with the one that does such a job.
 template <class D, class Use>
-void select_rule(Operation operation, const Job& job, Use use) {
-  const bool update = operation == Operation::kUpdate;
+void select_rule(const Job& job, Use use) {
+  const bool update = job.operation == Operation::kUpdate;
   switch (job.rule) {
     case Rule::kMoments:
       return;

@@ -141,6 +141,8 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   const std::vector<float> s(second.begin(), second.begin() + call.horizon);
   if (runner == "cuda") f.insert(f.end(), s.begin(), s.end());
   Job job{};
+  job.operation = call.operation;
+  job.distribution = distribution;
   job.segments = table.data();
   job.segment_count = int64_t(table.size());
   job.elements = elements;
@@ -164,9 +166,9 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   if (runner == "cuda") {
     HighWords highs = {uint32_t(offset >> 34)};
     if ((offset + 60000) >> 34 != offset >> 34) highs.push_back(highs[0] + 1);
-    cuda_on_host(call.operation, distribution, job, highs, 2, 32);
+    cuda_on_host(job, highs, 2, 32);
   } else {
-    run(kernel_of(runner, distribution, call.operation), job, threads);
+    run(job, runner, threads);
   }
   ++calls_made;
   std::vector<unsigned char> bytes;
@@ -189,13 +191,14 @@ int main(int count, char** arguments) {
     const Segment segment{tensor.address(), tensor.address(), 1, 65, 65, 65, 0, 65, 0, {0, 0}, 0};
     const uint32_t direction = 0;
     Job job{};
+    job.operation = Operation::kPerturb;
     job.segments = &segment;
     job.segment_count = 1;
     job.elements = 65;
     job.directions = &direction;
     job.horizon = 1;
     job.scale = 1.0f;
-    run(kernel_of("portable", Distribution::kExact, Operation::kPerturb), job, 1);
+    run(job, "portable", 1);
     std::puts("not caught");
     return 0;
   }
