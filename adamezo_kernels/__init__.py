@@ -6,8 +6,9 @@ This package turns tensors into kernel calls. It knows no optimizer: see :mod:`a
 from .call import Call
 from .ops import moments, perturb_, run, sample_, update_, update_terms_
 from .plan import Plan, Segment, Shard
+from .rules import RULES
 from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState
-from .terms import RULES, Direction, Terms
+from .terms import Direction, Terms
 
 __all__ = [
     "DISTRIBUTIONS",

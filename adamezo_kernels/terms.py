@@ -3,62 +3,18 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .rules import RULES
 from .stream import PhiloxState, check_state
 
 OPERATIONS = ("sample", "perturb", "update", "moment")
 """What a backend does with terms. Their place here is their number in csrc/adamezo/job.h."""
 
-
-class Rule(NamedTuple):
-    """What a displacement and an update make of directions and of what is kept for each weight."""
-
-    directions: int
-    buffers: int
-    numbers: tuple[str, ...]
-    """The step's own numbers, in the order of `Terms.numbers`."""
-    bends: bool = False
-    """Whether weights are displaced along something else than z."""
-    updates: bool = True
-    """Whether it has an update, besides a displacement."""
-    idle: Mapping[int, float] | None = None
-    """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
-    are; None where there are none such."""
-
-
-RULES = {
-    "moments": Rule(0, 0, ()),  # as many directions as one likes
-    "adam": Rule(
-        1,
-        2,
-        ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2"),
-        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
-    ),
-    "hizoo": Rule(
-        1, 1, ("-alpha", "alpha curvature", "p"), bends=True, idle={0: 0.0, 1: 0.0, 2: 0.0}
-    ),
-    "helene": Rule(
-        1,
-        2,
-        ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip"),
-        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
-    ),
-    "adamu": Rule(
-        2,
-        1,
-        ("sqrt(alpha)", "sqrt(1 - alpha)", "beta1", "1 - beta1", "beta2", "1 - beta2", "p"),
-        bends=True,
-    ),
-    "blend": Rule(2, 0, ("of z_0", "of z_1"), bends=True, updates=False),
-}
-"""By name; "moments" is the sums of `update_`, the others are formulas of csrc/adamezo/buffered.h.
-Their place here is their number there."""
 
 RULE_NUMBERS = 8
 """Room for them: kRuleNumbers."""
