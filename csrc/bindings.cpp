@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cuda/launch.h"
@@ -25,7 +26,7 @@ Job make_job(int operation, int distribution, uint64_t table, int64_t segments, 
              int type, uint64_t seed, uint64_t offset, uint64_t words, int64_t horizon,
              bool with_second, int rule, int buffer_type, double scale, double eps, int rounding) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
-  if (rule < 0 || rule > int(Rule::kBlend))
+  if (rule != kMoments && !with_rule(rule, [](auto) {}))
     throw std::invalid_argument("no such rule: is the compiled module older than its Python side?");
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
   const DefaultFloatingPoint guard;
@@ -43,9 +44,9 @@ Job make_job(int operation, int distribution, uint64_t table, int64_t segments, 
   job.first = reinterpret_cast<const float*>(job.directions + horizon);
   job.second = with_second ? job.first + horizon : nullptr;
   job.step = job.first + 2 * horizon;
-  job.rule = Rule(rule);
+  job.rule = rule;
   job.buffer_type = ElementType(buffer_type);
-  job.numbers = job.rule == Rule::kMoments ? nullptr : job.step + 2;
+  job.numbers = rule == kMoments ? nullptr : job.step + 2;
   job.scale = float(scale);
   job.eps = float(eps);
   job.rounding = Rounding(rounding);
@@ -55,6 +56,15 @@ Job make_job(int operation, int distribution, uint64_t table, int64_t segments, 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, uint64_t seed, int rounds) {
   philox4x32(counter.data(), key_of(seed), rounds);
   return counter;
+}
+
+// The names of all rules, in the order of their numbers.
+std::vector<std::string> rules() {
+  std::vector<std::string> names = {"moments"};
+  const auto add = [&](auto rule) { names.push_back(decltype(rule)::kName); };
+  while (with_rule(int(names.size()), add)) {
+  }
+  return names;
 }
 
 py::dict build_report() {
@@ -95,6 +105,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("philox", &philox, "Philox4x32 as published: the four output words.", py::arg("counter"),
         py::arg("key"), py::arg("rounds") = kPhiloxRounds);
   m.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest first.");
+  m.def("rules", &rules);
   m.def("build_report", &build_report);
 
   m.def(

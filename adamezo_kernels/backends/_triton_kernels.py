@@ -389,7 +389,7 @@ def _store(
 
 @part
 def _numbers(words):
-    """As many as any rule has. Compiled, those that a rule does not use are not read."""
+    """RULE_NUMBERS of them. Compiled, those that a rule does not use are not read."""
     return (
         _float(tl.load(words)),
         _float(tl.load(words + 1)),
@@ -398,6 +398,7 @@ def _numbers(words):
         _float(tl.load(words + 4)),
         _float(tl.load(words + 5)),
         _float(tl.load(words + 6)),
+        _float(tl.load(words + 7)),
     )
 
 

@@ -35,8 +35,8 @@ struct Job {
   float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
   float eps;
 
-  // What perturb and update do with the directions: sum them up, or a rule of buffered.h.
-  Rule rule;
+  // What perturb and update do with the directions: kMoments, or the place of a rule of buffered.h.
+  int rule;
   ElementType buffer_type;  // of what that rule keeps
   const float* numbers;     // [kRuleNumbers], its own; null without one
 

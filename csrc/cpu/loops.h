@@ -262,9 +262,10 @@ template <class L, class D>
 void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   const bool stochastic = job.rounding == Rounding::kStochastic;
   auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
-  if (job.rule == Rule::kHizoo) kernel = by_type<BentPerturb<L, D, Hizoo>>;
-  if (job.rule == Rule::kAdamu) kernel = by_type<BentPerturb<L, D, Adamu>>;
-  if (job.rule == Rule::kBlend) kernel = by_type<BentPerturb<L, D, Blend>>;
+  with_rule(job.rule, [&](auto rule) {
+    using R = decltype(rule);
+    if constexpr (R::kBends) kernel = by_type<BentPerturb<L, D, R>>;
+  });
   kernel(job, room, worker, workers);
 }
 
@@ -281,20 +282,12 @@ void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
 template <class L, class D>
 void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   const bool stochastic = job.rounding == Rounding::kStochastic;
-  switch (job.rule) {
-    case Rule::kMoments:
-      return (stochastic ? update<L, D, true> : update<L, D, false>)(job, room, worker, workers);
-    case Rule::kAdam:
-      return by_type<BufferedUpdate<L, D, Adam>>(job, room, worker, workers);
-    case Rule::kHizoo:
-      return by_type<BufferedUpdate<L, D, Hizoo>>(job, room, worker, workers);
-    case Rule::kHelene:
-      return by_type<BufferedUpdate<L, D, Helene>>(job, room, worker, workers);
-    case Rule::kAdamu:
-      return by_type<BufferedUpdate<L, D, Adamu>>(job, room, worker, workers);
-    case Rule::kBlend:
-      return;  // has no update
-  }
+  if (job.rule == kMoments)
+    (stochastic ? update<L, D, true> : update<L, D, false>)(job, room, worker, workers);
+  with_rule(job.rule, [&](auto rule) {
+    using R = decltype(rule);
+    if constexpr (R::kUpdates) by_type<BufferedUpdate<L, D, R>>(job, room, worker, workers);
+  });
 }
 
 template <class L, class D>

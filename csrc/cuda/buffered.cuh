@@ -258,41 +258,18 @@ struct BufferedUpdate {
   }
 };
 
-// Whether a job is for a body of this file.
-inline bool follows_rule(const Job& job) {
-  switch (job.rule) {
-    case Rule::kMoments:
-      return false;
-    case Rule::kAdam:
-    case Rule::kHelene:
-      return job.operation == Operation::kUpdate;
-    case Rule::kHizoo:
-    case Rule::kAdamu:
-      return job.operation == Operation::kUpdate || job.operation == Operation::kPerturb;
-    case Rule::kBlend:
-      return job.operation == Operation::kPerturb;
-  }
-  return false;
-}
-
-// Calls use(body) with the one that does such a job.
+// Calls use(body) with the one that does the job. Gives whether it is one for a body of this file.
 template <class D, class Use>
-void select_rule(const Job& job, Use use) {
-  const bool update = job.operation == Operation::kUpdate;
-  switch (job.rule) {
-    case Rule::kMoments:
-      return;
-    case Rule::kAdam:
-      return use(BufferedUpdate<D, Adam>());
-    case Rule::kHizoo:
-      return update ? use(BufferedUpdate<D, Hizoo>()) : use(BentPerturb<D, Hizoo>());
-    case Rule::kHelene:
-      return use(BufferedUpdate<D, Helene>());
-    case Rule::kAdamu:
-      return update ? use(BufferedUpdate<D, Adamu>()) : use(BentPerturb<D, Adamu>());
-    case Rule::kBlend:
-      return use(BentPerturb<D, Blend>());
-  }
+bool select_rule(const Job& job, Use use) {
+  bool found = false;
+  with_rule(job.rule, [&](auto rule) {
+    using R = decltype(rule);
+    if constexpr (R::kUpdates)
+      if (job.operation == Operation::kUpdate) found = true, use(BufferedUpdate<D, R>());
+    if constexpr (R::kBends)
+      if (job.operation == Operation::kPerturb) found = true, use(BentPerturb<D, R>());
+  });
+  return found;
 }
 
 }  // namespace cuda

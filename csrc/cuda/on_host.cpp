@@ -23,7 +23,7 @@ void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads
       }
     }
   };
-  follows_rule(job) ? select_rule<D>(job, run) : select<D>(job, run);
+  if (!select_rule<D>(job, run)) select<D>(job, run);
 }
 
 }  // namespace
