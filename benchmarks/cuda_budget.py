@@ -241,16 +241,13 @@ class RuleKernel:
 def rule_bodies() -> dict[str, tuple[str, str]]:
     """Of an operation: the rule's name, and its body of buffered.cuh with a place for the
     distribution."""
-    bent = [rule for rule in RULES if RULES[rule].bends]
-    updates = [rule for rule in RULES if RULES[rule].updates]
-    return {
-        f"{operation} {rule}": (rule, f"{body}<{{}}, {rule.capitalize()}>")
-        for operation, body, rules in (
-            ("perturb", "BentPerturb", bent),
-            ("update", "BufferedUpdate", updates),
-        )
-        for rule in rules
-    }
+    bodies = {}
+    for operation, updates in (("perturb", "false"), ("update", "true")):
+        for name, rule in RULES.items():
+            if rule.bends if operation == "perturb" else rule.updates:
+                body = f"ByRule<{{}}, {name.capitalize()}, {updates}>"
+                bodies[f"{operation} {name}"] = (name, body)
+    return bodies
 
 
 @functools.cache

@@ -10,6 +10,7 @@ on unsigned 32-bit integers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -165,19 +166,27 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _from_calls(
     outputs: Callable[[Words], Words],
-    purpose: int,
     index_offset: int,
     index_stride: int,
     rows: int,
     row_length: int,
     *,
+    purpose: int,
     key: int,
     direction: int,
     parameter: int,
-    device: torch.device | str,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Four elements a call, of shape ``(rows, row_length)``: element i is output i % 4 of the call
-    whose block is i // 4, after ``outputs`` of its four words."""
+    """A tensor of shape ``(rows, row_length)`` with four elements a call: element i is output i % 4
+    of the call whose block is i // 4, after ``outputs`` of its four words.
+
+    Element ``(r, i)`` is the one with global index ``index_offset + r * index_stride + i`` (which
+    must be below 2**63) of the direction numbered ``direction`` (32 bits) of the parameter
+    numbered ``parameter`` (24 bits), under the 64-bit ``key``. The result is held in memory whole;
+    the operations below ask for a chunk at a time.
+    """
+    if rows == 0 or row_length == 0:
+        return torch.empty((rows, row_length), dtype=torch.float32, device=device)
 
     def count(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.int64, device=device)
@@ -193,70 +202,20 @@ def _from_calls(
     return covering.gather(1, phase[:, None] + count(row_length))
 
 
-def exact_direction(
-    index_offset: int,
-    index_stride: int,
-    rows: int,
-    row_length: int,
-    *,
-    key: int,
-    direction: int,
-    parameter: int,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Elements of a direction as a float32 tensor of shape ``(rows, row_length)``.
-
-    Element ``(r, i)`` is the one with global index ``index_offset + r * index_stride + i`` (which
-    must be below 2**63) of the direction numbered ``direction`` (32 bits) of the parameter
-    numbered ``parameter`` (24 bits), under the 64-bit ``key``. The result is held in memory whole;
-    the operations below ask for a chunk at a time.
-    """
-    if rows == 0 or row_length == 0:
-        return torch.empty((rows, row_length), dtype=torch.float32, device=device)
-
-    def normals(x: Words) -> Words:
-        return (*exact_normals(x[0], x[1]), *exact_normals(x[2], x[3]))
-
-    return _from_calls(
-        normals,
-        PURPOSE_DIRECTION,
-        index_offset,
-        index_stride,
-        rows,
-        row_length,
-        key=key,
-        direction=direction,
-        parameter=parameter,
-        device=device,
-    )
+def _normals(x: Words) -> Words:
+    return (*exact_normals(x[0], x[1]), *exact_normals(x[2], x[3]))
 
 
-def rounding_words(
-    index_offset: int,
-    index_stride: int,
-    rows: int,
-    row_length: int,
-    *,
-    key: int,
-    direction: int,
-    parameter: int,
-    device: torch.device | str = "cpu",
-    purpose: int = PURPOSE_ROUNDING,
-) -> Tensor:
-    """The random words of stochastic stores, with the arguments of :func:`exact_direction`: one for
-    each element, the same for every distribution."""
-    return _from_calls(
-        lambda x: x,
-        purpose,
-        index_offset,
-        index_stride,
-        rows,
-        row_length,
-        key=key,
-        direction=direction,
-        parameter=parameter,
-        device=device,
-    )
+def _unchanged(x: Words) -> Words:
+    return x
+
+
+exact_direction = functools.partial(_from_calls, _normals, purpose=PURPOSE_DIRECTION)
+"""Elements of a direction as a float32 tensor, with the arguments of :func:`_from_calls`."""
+
+rounding_words = functools.partial(_from_calls, _unchanged, purpose=PURPOSE_ROUNDING)
+"""The random words of stochastic stores, with the same arguments: one for each element, the same
+for every distribution. Those of a buffer have another purpose."""
 
 
 def rademacher_direction(
@@ -450,26 +409,6 @@ def displaced_along(rule: str, z: Values, kept: Values, n: Sequence[float]) -> T
     return (RULES[rule].direction or rules.along_z)(z, kept, n)
 
 
-def apply_rule(
-    rule: str,
-    theta: Tensor,
-    z: Values,
-    kept: Values,
-    n: Sequence[float],
-    *,
-    lr: float,
-    eps: float,
-    decay: float,
-    restore: float,
-) -> tuple[Tensor, ...]:
-    """The updated weights and buffers in float32, before they are rounded to their types."""
-    t = theta.float()
-    if to_float32(restore) != 0:
-        t = rules.displaced(t, displaced_along(rule, z, kept, n), to_float32(restore))
-    step, *after = cast("Callable[..., Any]", RULES[rule].step)(z, kept, n, to_float32(eps))
-    return rules.descended(t, step, -to_float32(lr), to_float32(decay)), *after
-
-
 def _buffers(segment: Segment) -> list[Tensor]:
     return [buffer.detach().view(segment.rows, segment.row_length) for buffer in segment.buffers]
 
@@ -499,16 +438,18 @@ def _update(call: Call, segment: Segment) -> Iterator[Piece]:
     minus_lr, decay = terms.step.tolist()
     weights = _matrix(segment)
     numbers = dict(lr=-minus_lr, eps=call.eps, decay=decay, restore=call.scale)
+    step_of = cast("Callable[..., Any]", RULES[terms.rule].step)
     for chunk in _chunks(segment):
         directions = (_direction(segment, state, chunk, call.distribution) for state in states)
         if terms.rule == "moments":
             yield chunk, (apply_update(weights[chunk], directions, first, second, **numbers),)
-        else:
-            kept, own = _kept(segment, chunk), terms.numbers.tolist()
-            yield (
-                chunk,
-                apply_rule(terms.rule, weights[chunk], list(directions), kept, own, **numbers),
-            )
+            continue
+        theta, z, kept = weights[chunk].float(), list(directions), _kept(segment, chunk)
+        n, scale = terms.numbers.tolist(), to_float32(call.scale)
+        if scale != 0:
+            theta = rules.displaced(theta, displaced_along(terms.rule, z, kept, n), scale)
+        step, *after = step_of(z, kept, n, to_float32(call.eps))
+        yield chunk, (rules.descended(theta, step, minus_lr, decay), *after)
 
 
 def _moment(call: Call, segment: Segment) -> Iterator[Piece]:

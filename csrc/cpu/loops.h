@@ -182,38 +182,11 @@ struct Kept {
   }
 };
 
-// theta = theta + scale d, where d is what rule R displaces along
-template <class L, class D, class R>
-struct BentPerturb {
-  template <class T>
-  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
-    using F = typename L::F;
-    constexpr int kCount = R::kDirections;
-    float n[kRuleNumbers];
-    std::memcpy(n, job.numbers, sizeof n);
-    D::template along_each<T, kCount>(
-        job, room, worker, workers,
-        [&](const Span<T>& span, const Group<T>& theta, const F z[kCount][4]) {
-          const Kept<L, R, T> buffers(job, span, theta);
-          F moved[4];
-          for (int t = 0; t < 4; ++t) {
-            F at[kCount], kept[kBuffersRoom<R>];
-            for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
-            buffers.get(t, kept);
-            moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n),
-                              L::load(theta.from + t * L::kWidth));
-          }
-          if (job.rounding == Rounding::kStochastic)
-            store_group<L, true>(job, span, theta, moved);
-          else
-            store_group<L, false>(job, span, theta, moved);
-        });
-  }
-};
-
-// Restore and step by rule R in one pass: weights and buffers are read once and written once.
-template <class L, class D, class R>
-struct BufferedUpdate {
+// By rule R: theta = theta + scale d, where d is what it displaces along; and in an update, where
+// that restores if scale is not 0, its step in the same pass, so that weights and buffers are read
+// once and written once.
+template <class L, class D, class R, bool kUpdate>
+struct ByRule {
   template <class T>
   static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
     using F = typename L::F;
@@ -230,14 +203,16 @@ struct BufferedUpdate {
             F at[kCount], kept[kBuffersRoom<R>];
             for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
             buffers.get(t, kept);
-            F value = L::load(theta.from + t * L::kWidth);
-            if (job.scale != 0.0f)
-              value = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n), value);
-            const F step = R::template step<L>(at, kept, n, job.eps);
-            buffers.set(t, kept);
-            moved[t] = descend<L>(value, step, minus_lr, decay);
+            moved[t] = L::load(theta.from + t * L::kWidth);
+            if (!kUpdate || job.scale != 0.0f)
+              moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n), moved[t]);
+            if constexpr (kUpdate) {
+              const F step = R::template step<L>(at, kept, n, job.eps);
+              buffers.set(t, kept);
+              moved[t] = descend<L>(moved[t], step, minus_lr, decay);
+            }
           }
-          buffers.store(theta);
+          if constexpr (kUpdate) buffers.store(theta);
           if (job.rounding == Rounding::kStochastic)
             store_group<L, true>(job, span, theta, moved);
           else
@@ -264,7 +239,7 @@ void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) 
   auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
   with_rule(job.rule, [&](auto rule) {
     using R = decltype(rule);
-    if constexpr (R::kBends) kernel = by_type<BentPerturb<L, D, R>>;
+    if constexpr (R::kBends) kernel = by_type<ByRule<L, D, R, false>>;
   });
   kernel(job, room, worker, workers);
 }
@@ -286,7 +261,7 @@ void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
     (stochastic ? update<L, D, true> : update<L, D, false>)(job, room, worker, workers);
   with_rule(job.rule, [&](auto rule) {
     using R = decltype(rule);
-    if constexpr (R::kUpdates) by_type<BufferedUpdate<L, D, R>>(job, room, worker, workers);
+    if constexpr (R::kUpdates) by_type<ByRule<L, D, R, true>>(job, room, worker, workers);
   });
 }
 
