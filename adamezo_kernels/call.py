@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 from .plan import Plan
@@ -78,6 +79,12 @@ class Call:
             raise ValueError(
                 f"eps must be positive in float32 where `second` is given, got {self.eps}"
             )
+
+    def on(self, plan: Plan) -> Call:
+        """The same call on copies of a part of its plan. It is not checked again."""
+        call = copy(self)
+        object.__setattr__(call, "plan", plan)
+        return call
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

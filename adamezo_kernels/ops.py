@@ -15,6 +15,7 @@ from torch import Tensor
 from .backends import Backend, choose
 from .call import Call, check_in_place, checked_number
 from .plan import Plan
+from .staging import batches
 from .stream import PhiloxState, check_state
 from .terms import Direction, Terms
 
@@ -181,8 +182,19 @@ def moments(
 
 
 def run(call: Call, backend: str | Backend | None = None) -> None:
-    """Every call comes through here, before a backend sees it."""
-    choose(call.plan.devices, backend, call.distribution).run(call)
+    """Every call comes through here: a backend is chosen, if none was, and is given the call.
+
+    This is the one place where staged tensors are copied (staging.py). A backend is given them as
+    another call, on the plan of their copies.
+    """
+    chosen = choose(call.plan.devices, backend, call.distribution)
+    staged = batches(call.plan)  # before anything is written: they may find no memory
+    chosen.run(call)
+    for batch in staged:
+        if call.operation != "sample":
+            batch.copy_out()
+        chosen.run(call.on(batch.plan))
+        batch.copy_back()
 
 
 def _check_sums(

@@ -25,7 +25,7 @@ class Backend(Protocol):
         """Whether it works on tensors there."""
 
     def run(self, call: Call) -> None:
-        """Does it, on tensors that it supports."""
+        """Does it on the tensors of the plan's launches, which it supports."""
 
 
 BACKENDS: dict[str, Backend] = {
