@@ -5,7 +5,6 @@ from collections.abc import Sequence
 class Job:
     def __init__(
         self,
-        *,
         operation: int,
         distribution: int,
         table: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .plan import Plan
@@ -36,12 +36,46 @@ class Call:
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        plan, terms = self.plan, self.terms
+        plan = self.plan
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be an adamezo_kernels.Plan, got {type(plan).__name__}")
         check_choice("operation", self.operation, OPERATIONS)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_choice("rounding", self.rounding, ROUNDINGS)
+        fields = vars(self)  # as the record is frozen
+        fields["scale"] = self._checked_scale(self.scale)
+        fields["eps"] = checked_number("eps", self.eps)
+        if self.operation != "perturb":
+            check_in_place(plan)
+        fields["terms"] = self._checked_terms(self.terms)
+
+    def vary(self, *, terms: Terms | None = None, scale: float | None = None) -> Call:
+        """The same operation on the same plan, along other directions or by another scale.
+
+        It costs less than a new call, as what stays is not checked again: a step makes three
+        displacements that differ in nothing else.
+        """
+        call = object.__new__(Call)
+        fields = vars(call)
+        fields.update(vars(self))
+        if scale is not None:
+            fields["scale"] = self._checked_scale(scale)
+        if terms is not None:
+            fields["terms"] = self._checked_terms(terms)
+        return call
+
+    def on(self, plan: Plan) -> Call:
+        """The same call on copies of a part of its plan. It is not checked again."""
+        call = object.__new__(Call)
+        vars(call).update(vars(self), plan=plan)
+        return call
+
+    def _checked_scale(self, scale: float) -> float:
+        return checked_number("restore" if self.operation == "update" else "scale", scale)
+
+    def _checked_terms(self, terms: Terms) -> Terms:
+        """The terms that a backend is given, after all checks of them against the other fields."""
+        plan = self.plan
         if terms.offset + plan.last_index >= 2**63:
             raise ValueError(
                 f"PhiloxState.offset {terms.offset} leads to element indices beyond 2**63, as the "
@@ -55,36 +89,24 @@ class Call:
                     f"the terms are on {where} and weights on {', '.join(elsewhere)}: expected "
                     "terms on the host, or on the device of all weights"
                 )
-        updates = self.operation == "update"
-        scale = checked_number("restore" if updates else "scale", self.scale)
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "eps", checked_number("eps", self.eps))
-        if self.operation == "perturb":
-            if not RULES[terms.rule].bends:
-                terms = terms.newest
-                object.__setattr__(self, "terms", terms)
-        else:
-            check_in_place(plan)
+        if self.operation == "perturb" and not RULES[terms.rule].bends:
+            terms = terms.newest
         rule = RULES[terms.rule]
         if plan.buffers < rule.buffers and len(plan):
             raise ValueError(
                 f"the rule {terms.rule!r} keeps {rule.buffers} number(s) for each weight, the plan "
                 f"has {plan.buffers}: pass `plan.with_buffers(...)`"
             )
-        if not updates:
-            return
-        if not rule.updates:
-            raise ValueError(f"the rule {terms.rule!r} only displaces: expected terms of an update")
-        if terms.with_second and self.eps <= _FLOAT32_HALF_MIN:
-            raise ValueError(
-                f"eps must be positive in float32 where `second` is given, got {self.eps}"
-            )
-
-    def on(self, plan: Plan) -> Call:
-        """The same call on copies of a part of its plan. It is not checked again."""
-        call = copy(self)
-        object.__setattr__(call, "plan", plan)
-        return call
+        if self.operation == "update":
+            if not rule.updates:
+                raise ValueError(
+                    f"the rule {terms.rule!r} only displaces: expected terms of an update"
+                )
+            if terms.with_second and self.eps <= _FLOAT32_HALF_MIN:
+                raise ValueError(
+                    f"eps must be positive in float32 where `second` is given, got {self.eps}"
+                )
+        return terms
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -106,3 +128,12 @@ def checked_number(name: str, value: float) -> float:
     if not abs(value) <= _FLOAT32_MAX:  # nor is that of a NaN
         raise ValueError(f"{name} must be finite and within float32, got {value}")
     return value
+
+
+def checked_numbers(name: str, values: Sequence[float]) -> list[float]:
+    """Each as a float that float32 can hold."""
+    numbers = list(map(float, values))
+    if not sum(map(abs, numbers)) <= _FLOAT32_MAX:  # else each of them is at most that
+        for number in numbers:
+            checked_number(name, number)
+    return numbers

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, choose
-from .call import Call, check_in_place, checked_number
+from .call import Call, check_in_place, checked_number, checked_numbers
 from .plan import Plan
 from .staging import batches
-from .stream import PhiloxState, check_state
+from .stream import PhiloxState
 from .terms import Direction, Terms
 
 
@@ -202,15 +202,9 @@ def _check_sums(
     first: Sequence[float],
     second: Sequence[float] | None,
 ) -> tuple[list[float], list[float] | None]:
-    if not states:
-        raise ValueError("got no states, expected at least one direction")
-    for state in states:
-        check_state(state)
-    if len({(state.key, state.offset) for state in states}) > 1:
-        raise ValueError("the states of one call must share key and offset")
-    first = [checked_number("first", value) for value in first]
+    first = checked_numbers("first", first)
     if second is not None:
-        second = [checked_number("second", value) for value in second]
+        second = checked_numbers("second", second)
         if min(second, default=0.0) < 0:
             raise ValueError(f"second must not be negative, got {min(second)}")
     for name, values in (("first", first), ("second", second)):

@@ -94,6 +94,13 @@ class Launch:
         return sum(segment.elements for segment in self.segments)
 
     @cached_property
+    def kind(self) -> tuple[int, int, int, int]:
+        """What the compiled module is told of it besides the table: the number of segments and of
+        elements, and the numbers of the element types of weights and buffers."""
+        types = ELEMENT_TYPES.index(self.dtype), ELEMENT_TYPES.index(self.buffer_dtype)
+        return len(self.segments), self.elements, *types
+
+    @cached_property
     def counted(self) -> list[Tensor]:
         """Weights and buffers whose versions autograd counts: not what inference mode made."""
         tensors = (t for s in self.segments for t in (s.tensor, *s.buffers))

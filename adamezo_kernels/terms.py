@@ -88,8 +88,12 @@ class Terms:
         """Numbers on the host, rounded to float32 here and once. Those of a rule may be the first
         few: the rest are zeros."""
         horizon = len(states)
+        if not horizon:
+            raise ValueError("got no states, expected at least one direction")
         for state in states:
             check_state(state)
+            if state.key != states[0].key or state.offset != states[0].offset:
+                raise ValueError("the states of one call must share key and offset")
         if rule in RULES and len(numbers) > len(RULES[rule].numbers):
             raise ValueError(
                 f"got {len(numbers)} numbers for the rule {rule!r}, which has "

@@ -94,12 +94,11 @@ PYBIND11_MODULE(_native, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   const auto job = py::arg("job");
-  py::class_<Job>(m, "Job").def(py::init(&make_job), py::kw_only(), py::arg("operation"),
-                                py::arg("distribution"), py::arg("table"), py::arg("segments"),
-                                py::arg("elements"), py::arg("type"), py::arg("seed"),
-                                py::arg("offset"), py::arg("words"), py::arg("horizon"),
-                                py::arg("with_second"), py::arg("rule"), py::arg("buffer_type"),
-                                py::arg("scale"), py::arg("eps"), py::arg("rounding"));
+  py::class_<Job>(m, "Job").def(
+      py::init(&make_job), py::arg("operation"), py::arg("distribution"), py::arg("table"),
+      py::arg("segments"), py::arg("elements"), py::arg("type"), py::arg("seed"), py::arg("offset"),
+      py::arg("words"), py::arg("horizon"), py::arg("with_second"), py::arg("rule"),
+      py::arg("buffer_type"), py::arg("scale"), py::arg("eps"), py::arg("rounding"));
   m.def("run", &run, "On this machine's CPU.", job, py::arg("isa"), py::arg("threads"), unlocked);
 
   m.def("philox", &philox, "Philox4x32 as published: the four output words.", py::arg("counter"),

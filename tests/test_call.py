@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -91,6 +92,66 @@ def test_a_displacement_along_z_takes_the_newest_direction_alone():
     assert isinstance(call.scale, float)
     hizoo = Terms.of([STATE], rule="hizoo")
     assert Call("perturb", buffered(4), hizoo, scale=2).terms is hizoo
+
+
+# --- varied calls -------------------------------------------------------------------------------
+
+
+def test_a_varied_call_differs_in_what_is_given():
+    call = Call("perturb", buffered(4), ADAM, "rademacher", "stochastic", 2.0, 0.5)
+    other = Terms.of([PhiloxState(5, 6)], rule="adam", numbers=[0.25])
+    assert call.vary() == call
+    assert call.vary(scale=-3) == replace(call, scale=-3.0)
+    assert isinstance(call.vary(scale=-3).scale, float)
+    varied = call.vary(terms=other, scale=0.0)
+    assert varied == replace(call, terms=other, scale=0.0)
+    assert varied.terms is other.newest
+    assert (call.scale, call.terms) == (2.0, ADAM.newest)
+
+
+VARIED = {
+    name: (fields, error, message)
+    for name, (fields, error, message) in WRONG.items()
+    if fields.keys() <= {"terms", "scale"}
+}
+
+
+@pytest.mark.parametrize("case", VARIED)
+def test_what_is_varied_is_checked(case):
+    fields, error, message = VARIED[case]
+    with pytest.raises(error, match=message):
+        SOUND.vary(**fields)
+
+
+def test_terms_are_checked_against_the_plan_of_the_call_that_is_varied():
+    call = Call("perturb", plan_of(2, 5), Terms.of([STATE]), scale=1.0)
+    with pytest.raises(ValueError, match="beyond 2\\*\\*63, as the plan's own reach 4"):
+        call.vary(terms=Terms.of([PhiloxState(3, 7, 2**63 - 4)]))
+    with pytest.raises(ValueError, match=r"keeps 1 number.* the plan has 0"):
+        call.vary(terms=Terms.of([STATE], rule="hizoo"))
+    with pytest.raises(ValueError, match="scale must be finite .* got inf"):
+        call.vary(scale=math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e39])
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_every_coefficient_is_a_float32(name, bad):
+    """Also behind others that are, and where only the sum of all is too large for one."""
+    states = [PhiloxState(3, k) for k in range(3)]
+    given = {"first": [1.0, 3e38, 3e38], "second": [1.0, 3e38, 3e38]}
+    update_(plan_of(2), states, given["first"], given["second"], lr=0.0)
+    given[name] = [1.0, 2.0, bad]
+    message = re.escape(f"{name} must be finite and within float32, got {bad}")
+    with pytest.raises(ValueError, match=message):
+        update_(plan_of(2), states, given["first"], given["second"], lr=0.0)
+
+
+def test_terms_of_one_call_are_of_one_stream():
+    for other in (PhiloxState(4, 7), PhiloxState(3, 7, 1)):
+        with pytest.raises(ValueError, match="share key and offset"):
+            Terms.of([STATE, other], rule="blend")
+    with pytest.raises(ValueError, match="got no states, expected at least one direction"):
+        Terms.of([])
 
 
 @pytest.fixture

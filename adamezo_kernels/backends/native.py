@@ -12,7 +12,7 @@ import torch
 from torch import Tensor  # before _native: both then share torch's OpenMP runtime
 
 from ..call import Call
-from ..plan import ELEMENT_TYPES, Launch
+from ..plan import Launch
 from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
 from ..stream import ROUNDINGS
 from ..terms import OPERATIONS, RULES
@@ -52,6 +52,7 @@ def supports(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+@functools.cache
 def build_report() -> dict[str, str]:
     """Version, compiler, and what CUDA part the module was built with."""
     return _native.build_report()
@@ -102,23 +103,25 @@ def job(call: Call, launch: Launch, table: Tensor, words: Tensor) -> Any:
     """What a call asks of a launch, for the compiled module; ``table`` and ``words`` are where it
     will run."""
     terms = call.terms
+    segments, elements, dtype, buffer_dtype = launch.kind
+    # By place: the names of sixteen arguments cost as much as a kernel of a few hundred elements.
     return compiled.Job(
-        operation=OPERATIONS.index(call.operation),
-        distribution=ALL_DISTRIBUTIONS.index(call.distribution),
-        table=table.data_ptr(),
-        segments=len(launch.segments),
-        elements=launch.elements,
-        type=ELEMENT_TYPES.index(launch.dtype),
-        seed=terms.key,
-        offset=terms.offset,
-        words=words.data_ptr(),
-        horizon=terms.horizon,
-        with_second=terms.with_second,
-        rule=_RULES[terms.rule],
-        buffer_type=ELEMENT_TYPES.index(launch.buffer_dtype),
-        scale=call.scale,
-        eps=call.eps,
-        rounding=ROUNDINGS.index(call.rounding),
+        OPERATIONS.index(call.operation),
+        ALL_DISTRIBUTIONS.index(call.distribution),
+        table.data_ptr(),
+        segments,
+        elements,
+        dtype,
+        terms.key,
+        terms.offset,
+        words.data_ptr(),
+        terms.horizon,
+        terms.with_second,
+        _RULES[terms.rule],
+        buffer_dtype,
+        call.scale,
+        call.eps,
+        ROUNDINGS.index(call.rounding),
     )
 
 
