@@ -13,9 +13,10 @@ texts check each other: operations are in the same order in both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .float32 import add, div, fma, larger, mul, smaller, sqrt
 
@@ -30,12 +31,21 @@ class Rule:
     """The step's own numbers, in the order of `Terms.numbers`."""
     direction: Callable[..., Any] | None = None
     """``(z, kept, n)``: what weights are displaced along, if that is something else than z_0."""
+    bound: Callable[..., float] | None = None
+    """``(z, kept, n)``: the largest magnitude that ``direction`` can have, as a float, where no z
+    exceeds the float ``z``. A rule with a direction has one, so that displacements which might
+    overflow can be refused. ``kept`` is None where buffers are not to be looked at; else it has a
+    :class:`Extremes` for each. ``n`` is `Terms.numbers`."""
     step: Callable[..., Any] | None = None
     """``(z, kept, n, eps)``: the step of theta <- theta decay - lr step, and what is kept from then
     on, as a tuple; None where there is no update, but a displacement only."""
     idle: Mapping[int, float] | None = None
     """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
     are; None where there are none such."""
+
+    def __post_init__(self) -> None:
+        if self.bends and self.bound is None:
+            raise TypeError("a rule with a direction needs a bound on what that can be")
 
     @property
     def bends(self) -> bool:
@@ -46,6 +56,16 @@ class Rule:
     def updates(self) -> bool:
         """Whether it has an update, besides a displacement."""
         return self.step is not None
+
+
+class Extremes(Protocol):
+    """What a bound may ask of a buffer. It is looked up when it is asked for."""
+
+    def least(self) -> float:
+        """The least element; NaN if there is one."""
+
+    def largest(self) -> float:
+        """The largest magnitude of a finite element."""
 
 
 # --- what all have in common --------------------------------------------------------------------
@@ -95,6 +115,12 @@ def hizoo_direction(z, kept, n):
     return div(z[0], sqrt(kept[0]))
 
 
+def hizoo_bound(z, kept, n):
+    # The step's lower end, as bfloat16 may round it.
+    least = 1e-4 * (1 - 2.0**-7) if kept is None else kept[0].least()
+    return z / math.sqrt(least) if least > 0 else math.inf if least <= 0 else math.nan
+
+
 def hizoo_step(z, kept, n, eps):
     change = fma(n[1], mul(z[0], z[0]), n[0])
     moved = fma(kept[0], change, kept[0])
@@ -128,6 +154,18 @@ def adamu_direction(z, kept, n):
     return adamu_parts(z, kept, n)[2]
 
 
+def adamu_bound(z, kept, n):
+    fresh, moving, beta, rest = n[:4].tolist()
+    if kept is None:
+        # m <- beta1 z' + (1 - beta1) z'', and beta1 has never been less than it is: |m| is at most
+        # |z| + (1 - beta1) |m|, rounded to bfloat16.
+        grows = 1 + 2.0**-7
+        largest = grows * z / (1 - grows * rest) if grows * rest < 1 else math.inf
+    else:
+        largest = kept[0].largest()
+    return beta * fresh * z + rest * (largest + moving * z)
+
+
 def adamu_step(z, kept, n, eps):
     fresh, moving, both = adamu_parts(z, kept, n)
     v = fma(n[4], mul(fresh, fresh), mul(n[5], mul(moving, moving)))
@@ -140,6 +178,10 @@ def adamu_step(z, kept, n, eps):
 
 def blend_direction(z, kept, n):
     return fma(n[1], z[1], mul(n[0], z[0]))
+
+
+def blend_bound(z, kept, n):
+    return z * sum(map(abs, n[:2].tolist()))
 
 
 RULES = {
@@ -156,6 +198,7 @@ RULES = {
         1,
         ("-alpha", "alpha curvature", "p"),
         direction=hizoo_direction,
+        bound=hizoo_bound,
         step=hizoo_step,
         idle={0: 0.0, 1: 0.0, 2: 0.0},
     ),
@@ -171,9 +214,10 @@ RULES = {
         1,
         ("sqrt(alpha)", "sqrt(1 - alpha)", "beta1", "1 - beta1", "beta2", "1 - beta2", "p"),
         direction=adamu_direction,
+        bound=adamu_bound,
         step=adamu_step,
     ),
-    "blend": Rule(2, 0, ("of z_0", "of z_1"), direction=blend_direction),
+    "blend": Rule(2, 0, ("of z_0", "of z_1"), direction=blend_direction, bound=blend_bound),
 }
 """By name, in the order of csrc/adamezo/buffered.h. "moments" is the sums of `update_`: it has as
 many directions as one likes, and its step is of their sums."""

@@ -46,7 +46,7 @@ def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
     def step(z, kept, n, eps):
         return n[0] * z[0], kept[0] + 1
 
-    rule = Rule(1, 1, ("number",), direction=doubled, step=step)
+    rule = Rule(1, 1, ("number",), direction=doubled, step=step, bound=lambda z, kept, n: 2 * z)
     monkeypatch.setitem(RULES, "doubled", rule)
     assert rule.bends
     assert rule.updates
@@ -58,3 +58,9 @@ def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
     update_terms_(plan, terms, restore=-0.25, backend="reference")
     torch.testing.assert_close(w, -0.5 * (3 * z), rtol=0, atol=0)
     assert (kept == 4).all()
+
+
+def test_a_rule_that_bends_says_how_far():
+    """So that a displacement which might overflow is refused; nothing knows such rules by name."""
+    with pytest.raises(TypeError, match="a rule with a direction needs a bound"):
+        Rule(1, 0, (), direction=lambda z, kept, n: z[0])
