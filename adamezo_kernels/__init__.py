@@ -3,16 +3,19 @@
 This package turns tensors into kernel calls. It knows no optimizer: see :mod:`adamezo`.
 """
 
-from .ops import moments, perturb_, sample_, update_, update_terms_
+from .call import Call
+from .ops import moments, perturb_, run, sample_, update_, update_terms_
 from .plan import Plan, Segment, Shard
+from .rules import RULES
 from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState
-from .terms import RULES, Direction, Terms
+from .terms import Direction, Terms
 
 __all__ = [
     "DISTRIBUTIONS",
     "ROUNDINGS",
     "RULES",
     "STREAM_VERSION",
+    "Call",
     "Direction",
     "PhiloxState",
     "Plan",
@@ -21,6 +24,7 @@ __all__ = [
     "Terms",
     "moments",
     "perturb_",
+    "run",
     "sample_",
     "update_",
     "update_terms_",

@@ -1,4 +1,4 @@
-"""The operations: every argument is checked here, then a backend does the work.
+"""The operations: each makes a Call, which checks itself, and a backend runs it.
 
 All arithmetic is in float32, in the order that the formulas show, with scalars computed in float64
 and rounded to float32 once; ``fma`` rounds once. Results are stored to the weights' type: rounded
@@ -7,21 +7,17 @@ to nearest even, or stochastically (ROUNDINGS). Every backend gives the same bit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import Backend, choose
+from .call import Call, check_in_place, checked_number, checked_numbers
 from .plan import Plan
 from .staging import batches
-from .stream import DISTRIBUTIONS, ROUNDINGS, PhiloxState, check_state
-from .terms import RULES, Direction, Terms
-
-_FLOAT32_MAX = 3.4028234663852886e38
-_FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
+from .stream import PhiloxState
+from .terms import Direction, Terms
 
 
 def sample_(
@@ -30,7 +26,7 @@ def sample_(
     *,
     parameter: int = 0,
     distribution: str = "exact",
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> Tensor:
     """Fills ``out`` with elements of a direction: ``out[i] = z[state.offset + i]``, row-major.
 
@@ -39,15 +35,14 @@ def sample_(
         state: the direction.
         parameter: 24-bit index of the parameter whose elements these are.
         distribution: one of DISTRIBUTIONS.
-        backend: None takes the best available; a name never falls back.
+        backend: None takes the best available; a name never falls back. One that
+            :func:`adamezo_kernels.backends.choose` gave is taken without choosing again.
 
     Returns:
         ``out``.
     """
     plan = Plan([out], parameters=[parameter], names=["out"])
-    terms = Terms.of([state])
-    _check_stream(plan, terms, distribution)
-    _run("sample", plan, terms, distribution, backend)
+    run(Call("sample", plan, Terms.of([state]), distribution), backend)
     return out
 
 
@@ -58,7 +53,7 @@ def perturb_(
     *,
     distribution: str = "exact",
     rounding: str = "nearest",
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> None:
     """``theta = fma(scale, z, theta)`` for every weight of the plan.
 
@@ -72,14 +67,7 @@ def perturb_(
         distribution, backend: as in :func:`sample_`.
     """
     terms = state if isinstance(state, Terms) else Terms.of([state])
-    _check_stream(plan, terms, distribution)
-    _check_rounding(rounding)
-    scale = _number("scale", scale)
-    if RULES[terms.rule].bends:
-        _check_buffers(plan, terms)
-    else:
-        terms = terms.newest
-    _run("perturb", plan, terms, distribution, backend, scale=scale, rounding=rounding)
+    run(Call("perturb", plan, terms, distribution, rounding, scale), backend)
 
 
 def update_(
@@ -94,7 +82,7 @@ def update_(
     restore: float = 0.0,
     distribution: str = "exact",
     rounding: str = "nearest",
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> None:
     """Restores perturbed weights, forms the truncated moments and steps, in one pass.
 
@@ -121,8 +109,10 @@ def update_(
         distribution, backend: as in :func:`sample_`.
     """
     first, second = _check_sums(states, first, second)
-    lr = _number("lr", lr)
-    decay = _number("1 - lr * weight_decay", 1.0 - lr * _number("weight_decay", weight_decay))
+    lr = checked_number("lr", lr)
+    decay = checked_number(
+        "1 - lr * weight_decay", 1.0 - lr * checked_number("weight_decay", weight_decay)
+    )
     update_terms_(
         plan,
         Terms.of(states, first, second, minus_lr=-lr, decay=decay),
@@ -142,7 +132,7 @@ def update_terms_(
     restore: float = 0.0,
     distribution: str = "exact",
     rounding: str = "nearest",
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> None:
     """:func:`update_` with its directions, coefficients and step size out of ``terms``.
 
@@ -153,17 +143,7 @@ def update_terms_(
 
     What is in ``terms`` is not checked: where it is on a GPU, that would wait for the device.
     """
-    _check_stream(plan, terms, distribution)
-    _check_in_place(plan)
-    _check_rounding(rounding)
-    _check_buffers(plan, terms)
-    if not RULES[terms.rule].updates:
-        raise ValueError(f"the rule {terms.rule!r} only displaces: expected terms of an update")
-    eps = _number("eps", eps)
-    if terms.with_second and eps <= _FLOAT32_HALF_MIN:
-        raise ValueError(f"eps must be positive in float32 where `second` is given, got {eps}")
-    restore = _number("restore", restore)
-    _run("update", plan, terms, distribution, backend, scale=restore, eps=eps, rounding=rounding)
+    run(Call("update", plan, terms, distribution, rounding, restore, eps), backend)
 
 
 def moments(
@@ -173,7 +153,7 @@ def moments(
     second: Sequence[float] | None,
     *,
     distribution: str = "exact",
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The sums S1 and S2 of :func:`update_`, to look at: float32 tensors shaped like the weights.
 
@@ -183,7 +163,7 @@ def moments(
         (m, v): a list of tensors each, one for each tensor of the plan.
     """
     first, second = _check_sums(states, first, second)
-    _check_in_place(plan)
+    check_in_place(plan)
     sums = []
     for squared in (False, True):
         out = [
@@ -196,71 +176,25 @@ def moments(
                 ones.fill_(1.0)
             continue
         terms = Terms.of(states, first, second if squared else None)
-        _check_stream(plan, terms, distribution)
-        _run("moment", plan.like(out), terms, distribution, backend)
+        run(Call("moment", plan.like(out), terms, distribution), backend)
     m, v = sums
     return m, v
 
 
-def _run(
-    operation: str,
-    plan: Plan,
-    terms: Terms,
-    distribution: str,
-    backend: str | None,
-    **numbers: Any,
-) -> None:
-    chosen = choose((segment.tensor.device for segment in plan), backend, distribution)
-    staged = batches(plan)  # before anything is written: they may find no memory
-    chosen.run(operation, plan.walked, terms, distribution, **numbers)
+def run(call: Call, backend: str | Backend | None = None) -> None:
+    """Every call comes through here: a backend is chosen, if none was, and is given the call.
+
+    This is the one place where staged tensors are copied (staging.py). A backend is given them as
+    another call, on the plan of their copies.
+    """
+    chosen = choose(call.plan.devices, backend, call.distribution)
+    staged = batches(call.plan)  # before anything is written: they may find no memory
+    chosen.run(call)
     for batch in staged:
-        if operation != "sample":
+        if call.operation != "sample":
             batch.copy_out()
-        chosen.run(operation, batch.plan, terms, distribution, **numbers)
+        chosen.run(call.on(batch.plan))
         batch.copy_back()
-
-
-def _check_rounding(rounding: str) -> None:
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-
-
-def _check_buffers(plan: Plan, terms: Terms) -> None:
-    expected = RULES[terms.rule].buffers
-    if len(plan) and plan.buffers < expected:
-        raise ValueError(
-            f"the rule {terms.rule!r} keeps {expected} number(s) for each weight, the plan has "
-            f"{plan.buffers}: pass `plan.with_buffers(...)`"
-        )
-
-
-def _check_in_place(plan: Plan) -> None:
-    if not plan.in_place:
-        raise ValueError(
-            "this plan reads one set of tensors and writes another (Plan.into), which only "
-            "perturb_ can do"
-        )
-
-
-def _check_stream(plan: Plan, terms: Terms, distribution: str) -> None:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be an adamezo_kernels.Plan, got {type(plan).__name__}")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-    last = max((segment.last_index for segment in plan), default=0)
-    if terms.offset + last >= 2**63:
-        raise ValueError(
-            f"PhiloxState.offset {terms.offset} leads to element indices beyond 2**63, as the "
-            f"plan's own reach {last}"
-        )
-    where = terms.words.device
-    if where.type != "cpu":
-        elsewhere = {str(s.tensor.device) for s in plan if s.tensor.device != where}
-        if elsewhere:
-            raise ValueError(
-                f"the terms are on {where} and weights on {', '.join(sorted(elsewhere))}: expected "
-                "terms on the host, or on the device of all weights"
-            )
 
 
 def _check_sums(
@@ -268,25 +202,12 @@ def _check_sums(
     first: Sequence[float],
     second: Sequence[float] | None,
 ) -> tuple[list[float], list[float] | None]:
-    if not states:
-        raise ValueError("got no states, expected at least one direction")
-    for state in states:
-        check_state(state)
-    if len({(state.key, state.offset) for state in states}) > 1:
-        raise ValueError("the states of one call must share key and offset")
-    first = [_number("first", value) for value in first]
+    first = checked_numbers("first", first)
     if second is not None:
-        second = [_number("second", value) for value in second]
+        second = checked_numbers("second", second)
         if min(second, default=0.0) < 0:
             raise ValueError(f"second must not be negative, got {min(second)}")
     for name, values in (("first", first), ("second", second)):
         if values is not None and len(values) != len(states):
             raise ValueError(f"{name} has {len(values)} coefficients for {len(states)} states")
     return first, second
-
-
-def _number(name: str, value: float) -> float:
-    value = float(value)
-    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite and within float32, got {value}")
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -96,9 +95,22 @@ class Launch:
     dtype: torch.dtype
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return sum(segment.elements for segment in self.segments)
+
+    @cached_property
+    def kind(self) -> tuple[int, int, int, int]:
+        """What the compiled module is told of it besides the table: the number of segments and of
+        elements, and the numbers of the element types of weights and buffers."""
+        types = ELEMENT_TYPES.index(self.dtype), ELEMENT_TYPES.index(self.buffer_dtype)
+        return len(self.segments), self.elements, *types
+
+    @cached_property
+    def counted(self) -> list[Tensor]:
+        """Weights and buffers whose versions autograd counts: not what inference mode made."""
+        tensors = (t for s in self.segments for t in (s.tensor, *s.buffers))
+        return [t for t in tensors if not t.is_inference()]
 
     @cached_property
     def buffer_dtype(self) -> torch.dtype:
@@ -261,10 +273,8 @@ class Plan:
 
     def _of(self, segments: Iterable[Segment]) -> Plan:
         """The same with other segments."""
-        plan = copy(self)
-        plan.segments = tuple(segments)
-        for cached in ("in_place", "dtypes", "_walked", "launches", "batches"):
-            vars(plan).pop(cached, None)
+        plan = object.__new__(Plan)  # and not a copy, which would have what is cached here
+        plan.names, plan.staging, plan.segments = self.names, self.staging, tuple(segments)
         return plan
 
     @property
@@ -288,19 +298,22 @@ class Plan:
         return sum(segment.elements for segment in self.segments)
 
     @cached_property
+    def devices(self) -> frozenset[torch.device]:
+        return frozenset(segment.tensor.device for segment in self.segments)
+
+    @cached_property
+    def last_index(self) -> int:
+        """The largest index of an element in its whole parameter."""
+        return max((segment.last_index for segment in self.segments), default=0)
+
+    @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
         return frozenset(segment.tensor.dtype for segment in self.segments)
 
-    @property
-    def walked(self) -> Plan:
-        """Of those segments that kernels walk where they are: all but the staged ones."""
-        return self if self._walked is None else self._walked
-
     @cached_property
-    def _walked(self) -> Plan | None:  # not the plan itself, which would then hold itself alive
-        if not any(segment.staged for segment in self.segments):
-            return None
-        return self._of(segment for segment in self.segments if not segment.staged)
+    def staged(self) -> tuple[Segment, ...]:
+        """The segments whose copies kernels walk (staging.py)."""
+        return tuple(segment for segment in self.segments if segment.staged)
 
     @cached_property
     def batches(self) -> dict[object, list[Batch]]:
@@ -309,9 +322,9 @@ class Plan:
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        """The segments that kernels walk where they are, by device and element type."""
-        if self._walked is not None:
-            return self._walked.launches
+        """The segments that kernels walk where they are, by device and element type: all but the
+        staged ones."""
+        walked = [segment for segment in self.segments if not segment.staged]
 
         def kind(segment: Segment) -> tuple[str, int]:
             return str(segment.tensor.device), ELEMENT_TYPES.index(segment.tensor.dtype)
@@ -319,7 +332,7 @@ class Plan:
         return tuple(
             Launch(members[0].tensor.device, members[0].tensor.dtype, members)
             for members in (
-                tuple(group) for _, group in groupby(sorted(self.segments, key=kind), key=kind)
+                tuple(group) for _, group in groupby(sorted(walked, key=kind), key=kind)
             )
         )
 

@@ -89,10 +89,9 @@ class _Block(NamedTuple):
 
 def batches(plan: Plan) -> list[Batch]:
     """Those of a plan's staged segments, for the current streams."""
-    staged = [segment for segment in plan.segments if segment.staged]
-    if not staged:
+    if not plan.staged:
         return []
-    devices = sorted({segment.tensor.device for segment in staged}, key=str)
+    devices = sorted({segment.tensor.device for segment in plan.staged}, key=str)
     streams = tuple(map(_stream, devices))
     made = plan.batches.get(streams)
     if made is None and any(map(capturing, devices)):
@@ -101,7 +100,7 @@ def batches(plan: Plan) -> list[Batch]:
     if made is None:
         # What is made here is used in every mode, whatever this one is.
         with torch.inference_mode(False), torch.no_grad():
-            made = plan.batches[streams] = list(_make(plan, staged))
+            made = plan.batches[streams] = list(_make(plan))
     return made
 
 
@@ -114,11 +113,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _make(plan: Plan, staged: list[Segment]) -> Iterator[Batch]:
+def _make(plan: Plan) -> Iterator[Batch]:
     def kind(segment: Segment) -> tuple[str, str]:
         return str(segment.tensor.device), str(segment.tensor.dtype)
 
-    for _, group in groupby(sorted(staged, key=kind), key=kind):
+    for _, group in groupby(sorted(plan.staged, key=kind), key=kind):
         members = list(group)
         room = min(BLOCK, sum(_aligned(segment.elements) for segment in members))
         first = members[0].tensor

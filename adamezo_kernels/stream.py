@@ -40,11 +40,14 @@ class PhiloxState(NamedTuple):
     """The first element: added to every element index."""
 
 
+_BITS = (("key", 64), ("counter", 32), ("offset", 63))
+
+
 def check_state(state: PhiloxState) -> None:
     """Raises ValueError where a field of ``state`` does not fit its bits."""
-    for field, bits in (("key", 64), ("counter", 32), ("offset", 63)):
+    for field, bits in _BITS:
         value = getattr(state, field, None)
-        if not isinstance(value, int) or not 0 <= value < 2**bits:
+        if not isinstance(value, int) or value < 0 or value >> bits:
             raise ValueError(
                 f"PhiloxState.{field} must be an integer in [0, 2**{bits}), got {value!r}"
             )

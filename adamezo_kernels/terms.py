@@ -3,62 +3,18 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .rules import RULES
 from .stream import PhiloxState, check_state
 
 OPERATIONS = ("sample", "perturb", "update", "moment")
 """What a backend does with terms. Their place here is their number in csrc/adamezo/job.h."""
 
-
-class Rule(NamedTuple):
-    """What a displacement and an update make of directions and of what is kept for each weight."""
-
-    directions: int
-    buffers: int
-    numbers: tuple[str, ...]
-    """The step's own numbers, in the order of `Terms.numbers`."""
-    bends: bool = False
-    """Whether weights are displaced along something else than z."""
-    updates: bool = True
-    """Whether it has an update, besides a displacement."""
-    idle: Mapping[int, float] | None = None
-    """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
-    are; None where there are none such."""
-
-
-RULES = {
-    "moments": Rule(0, 0, ()),  # as many directions as one likes
-    "adam": Rule(
-        1,
-        2,
-        ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2"),
-        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
-    ),
-    "hizoo": Rule(
-        1, 1, ("-alpha", "alpha curvature", "p"), bends=True, idle={0: 0.0, 1: 0.0, 2: 0.0}
-    ),
-    "helene": Rule(
-        1,
-        2,
-        ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip"),
-        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
-    ),
-    "adamu": Rule(
-        2,
-        1,
-        ("sqrt(alpha)", "sqrt(1 - alpha)", "beta1", "1 - beta1", "beta2", "1 - beta2", "p"),
-        bends=True,
-    ),
-    "blend": Rule(2, 0, ("of z_0", "of z_1"), bends=True, updates=False),
-}
-"""By name; "moments" is the sums of `update_`, the others are formulas of csrc/adamezo/buffered.h.
-Their place here is their number there."""
 
 RULE_NUMBERS = 8
 """Room for them: kRuleNumbers."""
@@ -86,6 +42,7 @@ class Terms:
         with_second: whether there are coefficients for S2; else v = 1.
         rule: one of RULES; it decides the horizon if it is not "moments".
         device: where the words are; zeros at first.
+        words: those that are there already, of directions that were checked.
     """
 
     def __init__(
@@ -97,8 +54,8 @@ class Terms:
         with_second: bool = False,
         rule: str = "moments",
         device: torch.device | str = "cpu",
+        words: Tensor | None = None,
     ) -> None:
-        check_state(PhiloxState(key, 0, offset))
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
         if rule != "moments" and (horizon != RULES[rule].directions or with_second):
@@ -111,8 +68,10 @@ class Terms:
         self.offset = offset
         self.horizon = horizon
         self.with_second = with_second
-        length = 3 * horizon + 2 + (0 if rule == "moments" else RULE_NUMBERS)
-        self.words = torch.zeros(length, dtype=torch.int32, device=device)
+        if words is None:
+            check_state(PhiloxState(key, 0, offset))
+            words = torch.zeros(_length(horizon, rule), dtype=torch.int32, device=device)
+        self.words = words
 
     @classmethod
     def of(
@@ -129,17 +88,19 @@ class Terms:
         """Numbers on the host, rounded to float32 here and once. Those of a rule may be the first
         few: the rest are zeros."""
         horizon = len(states)
+        if not horizon:
+            raise ValueError("got no states, expected at least one direction")
         for state in states:
             check_state(state)
-        key, offset = states[0].key, states[0].offset
-        terms = cls(key, offset, horizon, with_second=second is not None, rule=rule)
-        if len(numbers) > len(RULES[rule].numbers):
+            if state.key != states[0].key or state.offset != states[0].offset:
+                raise ValueError("the states of one call must share key and offset")
+        if rule in RULES and len(numbers) > len(RULES[rule].numbers):
             raise ValueError(
                 f"got {len(numbers)} numbers for the rule {rule!r}, which has "
                 f"{len(RULES[rule].numbers)}: {', '.join(RULES[rule].numbers)}"
             )
         zeros = [0.0] * horizon
-        own = [*numbers, *[0.0] * (terms.words.numel() - 3 * horizon - 2 - len(numbers))]
+        own = [*numbers, *[0.0] * (_length(horizon, rule) - 3 * horizon - 2 - len(numbers))]
         numbers = [*(first or zeros), *(second or zeros), minus_lr, decay, *own]
         counters = [state.counter for state in states]
         try:
@@ -147,11 +108,13 @@ class Terms:
         except OverflowError:
             largest = max(map(abs, numbers))
             raise ValueError(f"got a number beyond float32: {largest}") from None
-        terms.words = torch.frombuffer(bytearray(packed), dtype=torch.int32)
+        words = torch.frombuffer(bytearray(packed), dtype=torch.int32)
         for i, number in enumerate(numbers):
             if 0 < abs(number) < _LEAST_NORMAL:
-                terms.words[horizon + i] = _subnormal_bits(number)
-        return terms
+                words[horizon + i] = _subnormal_bits(number)
+        key, _, offset = states[0]
+        squares = second is not None
+        return cls(key, offset, horizon, with_second=squares, rule=rule, words=words)
 
     @cached_property
     def counters(self) -> Tensor:
@@ -183,9 +146,7 @@ class Terms:
         """The first direction alone, from the same words."""
         if self.horizon == 1 and not self.with_second and self.rule == "moments":
             return self
-        terms = Terms(self.key, self.offset)
-        terms.words = self.words
-        return terms
+        return Terms(self.key, self.offset, words=self.words)
 
     @classmethod
     def blend(cls, a: Direction, of_a: float, b: Direction, of_b: float) -> Terms | None:
@@ -212,6 +173,11 @@ class Terms:
 Direction = PhiloxState | Terms
 """z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms
 with a rule that bends: what it displaces along."""
+
+
+def _length(horizon: int, rule: str) -> int:
+    """Of the words."""
+    return 3 * horizon + 2 + (0 if rule == "moments" else RULE_NUMBERS)
 
 
 def _subnormal_bits(number: float) -> int:

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import adamezo_kernels
+
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90")
 DISTRIBUTIONS = {"exact": "Exact", "fast": "Fast", "rademacher": "Rademacher"}
@@ -30,9 +32,7 @@ ROUNDINGS = {"nearest": "Rounding::kNearest", "stochastic": "Rounding::kStochast
 OPERATIONS = {"perturb": "Perturb<{}, {}>", "update": "Update<{}, true, {}>"}
 ELEMENTS_PER_THREAD = 16
 QUAD = 4  # elements that a rule with numbers of its own takes at once
-RULES = {"adam": (1, 2), "hizoo": (1, 1), "helene": (1, 2), "adamu": (2, 1), "blend": (2, 0)}
-"""(directions, numbers kept for each weight) of those in csrc/adamezo/buffered.h"""
-BENT = ("hizoo", "adamu", "blend")
+RULES = {name: rule for name, rule in adamezo_kernels.RULES.items() if name != "moments"}
 KEPT_TYPES = {"float32": ("kFloat32", 4), "bfloat16": ("kBFloat16", 2)}
 
 # An H100: what a prediction assumes. Each multiprocessor has four schedulers; a scheduler issues
@@ -241,9 +241,13 @@ class RuleKernel:
 def rule_bodies() -> dict[str, tuple[str, str]]:
     """Of an operation: the rule's name, and its body of buffered.cuh with a place for the
     distribution."""
-    bent = {f"perturb {r}": (r, f"BentPerturb<{{}}, {r.capitalize()}>") for r in BENT}
-    updates = [r for r in RULES if r != "blend"]  # which only displaces
-    return bent | {f"update {r}": (r, f"BufferedUpdate<{{}}, {r.capitalize()}>") for r in updates}
+    bodies = {}
+    for operation, updates in (("perturb", "false"), ("update", "true")):
+        for name, rule in RULES.items():
+            if rule.bends if operation == "perturb" else rule.updates:
+                body = f"ByRule<{{}}, {name.capitalize()}, {updates}>"
+                bodies[f"{operation} {name}"] = (name, body)
+    return bodies
 
 
 @functools.cache
@@ -273,7 +277,7 @@ def rule_budgets(architecture: str) -> tuple[Budget, ...]:
         (operation, kept): f"Assumed<{body.format('Exact')}, ElementType::{name}>"
         for operation, (rule, body) in rule_bodies().items()
         for kept, (name, _) in KEPT_TYPES.items()
-        if RULES[rule][1] or kept == "float32"
+        if RULES[rule].buffers or kept == "float32"
     }
     launched = {(k.operation, k.distribution): k for k in rule_kernels(architecture)}
     made = []
@@ -281,7 +285,7 @@ def rule_budgets(architecture: str) -> tuple[Budget, ...]:
         quad, window = count(code)
         each = {pipe: ELEMENTS_PER_THREAD // QUAD * n for pipe, n in quad.items()}
         rule, _ = rule_bodies()[operation]
-        directions, buffers = RULES[rule]
+        directions, buffers = RULES[rule].directions, RULES[rule].buffers
         times = 2 if operation.startswith("update") else 1  # read, and in an update written
         kernel = launched[operation, "exact"]
         made.append(

@@ -76,17 +76,16 @@ def compiled(
     from triton.compiler import ASTSource
 
     gpu = GPUTarget(*TARGETS[target])
-    constants = {
-        "OPERATION": operation,
-        "DISTRIBUTION": distribution,
-        "TYPE": type,
-        "SECOND": second and operation in ("update", "moment") and rule == "moments",
-        "STOCHASTIC": stochastic,
-        "RULE": rule,
-        "KEPT": kept,
-        "WINDOW": backend.window_of(operation, rule),
-        "ON": gpu.backend,
-    }
+    constants = backend.constants(
+        operation,
+        distribution,
+        type,
+        kept,
+        second=second and operation in ("update", "moment") and rule == "moments",
+        stochastic=stochastic,
+        rule=rule,
+        on=gpu.backend,
+    )
     source = ASTSource(
         fn=backend.kernels().run,
         signature=SIGNATURE | dict.fromkeys(constants, "constexpr"),

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cuda/launch.h"
@@ -19,25 +20,19 @@ namespace {
 
 PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 
-// An operation over a table of segments. The table (rows of twelve int64, as in adamezo/segment.h)
-// and the words of adamezo_kernels/terms.py are where the kernels run: in the host's memory, or in
-// a device's.
-struct Call {
-  Operation operation;
-  Distribution distribution;
-  Job job;
-};
-
-Call make_call(int operation, int distribution, uint64_t table, int64_t segments, int64_t elements,
-               int type, uint64_t seed, uint64_t offset, uint64_t words, int64_t horizon,
-               bool with_second, int rule, int buffer_type, double scale, double eps,
-               int rounding) {
+// The table (rows of twelve int64, as in adamezo/segment.h) and the words of
+// adamezo_kernels/terms.py are where the kernels run: in the host's memory, or in a device's.
+Job make_job(int operation, int distribution, uint64_t table, int64_t segments, int64_t elements,
+             int type, uint64_t seed, uint64_t offset, uint64_t words, int64_t horizon,
+             bool with_second, int rule, int buffer_type, double scale, double eps, int rounding) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
-  if (rule < 0 || rule > int(Rule::kBlend))
+  if (rule != kMoments && !with_rule(rule, [](auto) {}))
     throw std::invalid_argument("no such rule: is the compiled module older than its Python side?");
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
   const DefaultFloatingPoint guard;
   Job job{};
+  job.operation = Operation(operation);
+  job.distribution = Distribution(distribution);
   job.segments = reinterpret_cast<const Segment*>(table);
   job.segment_count = segments;
   job.elements = elements;
@@ -49,18 +44,27 @@ Call make_call(int operation, int distribution, uint64_t table, int64_t segments
   job.first = reinterpret_cast<const float*>(job.directions + horizon);
   job.second = with_second ? job.first + horizon : nullptr;
   job.step = job.first + 2 * horizon;
-  job.rule = Rule(rule);
+  job.rule = rule;
   job.buffer_type = ElementType(buffer_type);
-  job.numbers = job.rule == Rule::kMoments ? nullptr : job.step + 2;
+  job.numbers = rule == kMoments ? nullptr : job.step + 2;
   job.scale = float(scale);
   job.eps = float(eps);
   job.rounding = Rounding(rounding);
-  return {Operation(operation), Distribution(distribution), job};
+  return job;
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, uint64_t seed, int rounds) {
   philox4x32(counter.data(), key_of(seed), rounds);
   return counter;
+}
+
+// The names of all rules, in the order of their numbers.
+std::vector<std::string> rules() {
+  std::vector<std::string> names = {"moments"};
+  const auto add = [&](auto rule) { names.push_back(decltype(rule)::kName); };
+  while (with_rule(int(names.size()), add)) {
+  }
+  return names;
 }
 
 py::dict build_report() {
@@ -89,42 +93,32 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of adamezo. Use adamezo_kernels, which checks its arguments.";
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  const auto call = py::arg("call");
-  py::class_<Call>(m, "Call").def(py::init(&make_call), py::kw_only(), py::arg("operation"),
-                                  py::arg("distribution"), py::arg("table"), py::arg("segments"),
-                                  py::arg("elements"), py::arg("type"), py::arg("seed"),
-                                  py::arg("offset"), py::arg("words"), py::arg("horizon"),
-                                  py::arg("with_second"), py::arg("rule"), py::arg("buffer_type"),
-                                  py::arg("scale"), py::arg("eps"), py::arg("rounding"));
-  m.def(
-      "run",
-      [](const Call& call, const std::string& isa, int threads) {
-        run(kernel_of(isa, call.distribution, call.operation), call.job, threads);
-      },
-      "On this machine's CPU.", call, py::arg("isa"), py::arg("threads"), unlocked);
+  const auto job = py::arg("job");
+  py::class_<Job>(m, "Job").def(
+      py::init(&make_job), py::arg("operation"), py::arg("distribution"), py::arg("table"),
+      py::arg("segments"), py::arg("elements"), py::arg("type"), py::arg("seed"), py::arg("offset"),
+      py::arg("words"), py::arg("horizon"), py::arg("with_second"), py::arg("rule"),
+      py::arg("buffer_type"), py::arg("scale"), py::arg("eps"), py::arg("rounding"));
+  m.def("run", &run, "On this machine's CPU.", job, py::arg("isa"), py::arg("threads"), unlocked);
 
   m.def("philox", &philox, "Philox4x32 as published: the four output words.", py::arg("counter"),
         py::arg("key"), py::arg("rounds") = kPhiloxRounds);
   m.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest first.");
+  m.def("rules", &rules);
   m.def("build_report", &build_report);
 
   m.def(
       "cuda_on_host",
-      [](const Call& call, const HighWords& highs, int64_t blocks, int threads) {
+      [](const Job& job, const HighWords& highs, int64_t blocks, int threads) {
         const DefaultFloatingPoint guard;
-        cuda_on_host(call.operation, call.distribution, call.job, highs, blocks, threads);
+        cuda_on_host(job, highs, blocks, threads);
       },
-      "The bodies of the CUDA kernels on the host, thread by thread, for tests.", call,
+      "The bodies of the CUDA kernels on the host, thread by thread, for tests.", job,
       py::arg("highs"), py::arg("blocks"), py::arg("threads"), unlocked);
 #if defined(ADAMEZO_WITH_CUDA)
   m.def("cuda_report", &cuda_report);
-  m.def(
-      "cuda_launch",
-      [](const Call& call, const HighWords& highs, int device, uint64_t stream) {
-        cuda_launch(call.operation, call.distribution, call.job, highs, device, stream);
-      },
-      "Queues it on a stream of a device.", call, py::arg("highs"), py::arg("device"),
-      py::arg("stream"), unlocked);
+  m.def("cuda_launch", &cuda_launch, "Queues it on a stream of a device.", job, py::arg("highs"),
+        py::arg("device"), py::arg("stream"), unlocked);
   m.def(
       "cuda_check_sqrt",
       [](uint64_t count, int device, uint64_t stream) {

@@ -97,7 +97,7 @@ def test_four_elements_of_an_array_are_one_access(architecture):
     """Of 16 bytes or of 8, and each of them in the device's memory for certain (LDG, not LD)."""
     for kernel in cuda_budget.rule_kernels(architecture):
         operation, rule = kernel.operation.split()
-        arrays = 1 + cuda_budget.RULES[rule][1]
+        arrays = 1 + cuda_budget.RULES[rule].buffers
         written = arrays if operation == "update" else 1
         assert kernel.accesses["LDG.E.128"] == arrays, kernel
         assert kernel.accesses["LDG.E.64"] >= arrays, kernel  # and addresses

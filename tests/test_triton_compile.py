@@ -261,6 +261,14 @@ def test_a_rule_and_its_buffers_are_compiled_in(compilations):
     assert compilations() == 9
 
 
+def test_what_a_rule_calls_is_part_of_what_is_compiled():
+    """So that Triton's cache of compiled kernels sees a change of any operation that it names."""
+    rules = triton.kernels()
+    for name, differs in (("adam_step", True), ("adamu_step", True), ("blend_direction", False)):
+        keys = {traced[name].cache_key for traced in (rules.RULES, rules.NVIDIA_RULES)}
+        assert (len(keys) == 2) == differs
+
+
 def test_what_is_compiled_in(compilations):
     w = [torch.zeros(9, dtype=t) for t in (torch.float32, torch.bfloat16, torch.float16)]
     perturb_(Plan(w), PhiloxState(0, 0), 1.0, backend="triton")

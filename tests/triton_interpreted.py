@@ -484,15 +484,14 @@ def test_programs_and_rows_beyond_32_bits(rule):
         2 * row,
         *triton.key_words(KEY),
         *triton.float_bits(1.0, 0.0),
-        OPERATION="perturb",
-        DISTRIBUTION="exact",
-        TYPE="float32",
-        SECOND=False,
-        STOCHASTIC=False,
-        RULE=rule,
-        KEPT="float32",
-        WINDOW=2048,
-        ON="interpreter",
+        **triton.constants(
+            *("perturb", "exact", "float32", "float32"),
+            second=False,
+            stochastic=False,
+            rule=rule,
+            on="interpreter",
+        )
+        | {"WINDOW": 2048},
     )
     expected = torch.zeros(700)
     plan = Plan([expected], parameters=[3], shards=[Shard(row * stride)]).with_buffers([[kept]])

@@ -12,9 +12,12 @@ way from and to memory are one tensor, in the order of memory.
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import triton
 import triton.language as tl
 
+from .. import rules
 from .triton import INTERPRETED
 
 
@@ -96,25 +99,78 @@ def _of_integer(bits):
 
 
 @part
-def _root(a, ON: tl.constexpr):
-    """Correctly rounded. By name on NVIDIA, as tl.sqrt_rn flushes subnormals in Triton 3.4."""
-    if ON == "cuda":
-        return tl.inline_asm_elementwise(
-            "sqrt.rn.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.sqrt_rn(a)
+def fma(a, b, c):
+    return tl.fma(a, b, c)
 
 
 @part
-def _quotient(a, b, ON: tl.constexpr):
-    """Correctly rounded; the same of tl.div_rn."""
-    if ON == "cuda":
-        return tl.inline_asm_elementwise(
-            "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.div_rn(a, b)
+def mul(a, b):
+    return a * b
+
+
+@part
+def add(a, b):
+    return a + b
+
+
+@part
+def larger(a, b):
+    return tl.where(a > b, a, b)
+
+
+@part
+def smaller(a, b):
+    return tl.where(a < b, a, b)
+
+
+@part
+def sqrt(a):
+    """Correctly rounded, as is the next."""
+    return tl.sqrt_rn(a)
+
+
+@part
+def div(a, b):
+    return tl.div_rn(a, b)
+
+
+@part
+def nvidia_sqrt(a):
+    """By name, as tl.sqrt_rn and tl.div_rn flush subnormals in Triton 3.4."""
+    return tl.inline_asm_elementwise(
+        "sqrt.rn.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@part
+def nvidia_div(a, b):
+    return tl.inline_asm_elementwise(
+        "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+# --- rules: rules.py ----------------------------------------------------------------------------
+
+
+def traced(**operations):
+    """The functions of rules.py over these operations instead of those for torch's tensors.
+
+    A function finds the operations that it names in its globals. So the same code with other
+    globals is the same formula over other operations, and Triton, which reads a function's text
+    and looks names up there too, compiles it as if it stood here. A change of any of them is seen
+    by its cache of compiled kernels, which goes by the texts of all functions that are called.
+    """
+    names = {"__name__": rules.__name__, **operations}
+    for name, function in vars(rules).items():
+        if isinstance(function, FunctionType) and function.__module__ == rules.__name__:
+            names[name] = part(FunctionType(function.__code__, names, name))
+    return names
+
+
+_SHARED = {"fma": fma, "mul": mul, "add": add, "larger": larger, "smaller": smaller}
+RULES = traced(**_SHARED, sqrt=sqrt, div=div)
+NVIDIA_RULES = traced(**_SHARED, sqrt=nvidia_sqrt, div=nvidia_div)
+displaced, descended, summed = (RULES[name] for name in ("displaced", "descended", "summed"))
 
 
 # --- directions: csrc/adamezo/normal.h, fast_normal.h, rademacher.h -----------------------------
@@ -134,7 +190,8 @@ def _exact(x0, x1, ON: tl.constexpr):
     p = tl.fma(p, g, 0.49999937415122986)
     # Triton 3.4 makes 0 - g of -g: of g = 0 another zero, but with the same sum.
     p = tl.fma(p, g * g, -g)
-    r = _root(tl.fma(_of_integer(e), -8.262958405176314e-08, p), ON)
+    squared = tl.fma(_of_integer(e), -8.262958405176314e-08, p)
+    r = nvidia_sqrt(squared) if ON == "cuda" else sqrt(squared)
     f = _float((x1 & 0x007FFFFF) | 0x40000000) - 3.0
     s = f * f
     sine = tl.fma(s, -3.5579418181441724e-05, 0.002489370759576559)
@@ -325,7 +382,7 @@ def _store(
         tl.store(_pointers(address, False, TYPE, WINDOW), values, mask=inside)
 
 
-# --- rules that keep numbers for each weight: csrc/adamezo/buffered.h ---------------------------
+# --- the operations: csrc/cpu/loops.h -----------------------------------------------------------
 
 # Of every fourth element: z, a tensor for each of two directions; kept, one for each of two
 # buffers; n, the step's own numbers. A rule with fewer has another tensor in the place.
@@ -333,7 +390,7 @@ def _store(
 
 @part
 def _numbers(words):
-    """As many as any rule has. Compiled, those that a rule does not use are not read."""
+    """RULE_NUMBERS of them. Compiled, those that a rule does not use are not read."""
     return (
         _float(tl.load(words)),
         _float(tl.load(words + 1)),
@@ -342,72 +399,25 @@ def _numbers(words):
         _float(tl.load(words + 4)),
         _float(tl.load(words + 5)),
         _float(tl.load(words + 6)),
+        _float(tl.load(words + 7)),
     )
 
 
 @part
-def _adamu_parts(z, kept, n):
-    """z', z'' and d."""
-    fresh = z[0] * n[0]
-    moving = tl.fma(z[1], n[1], kept[0])
-    return fresh, moving, tl.fma(fresh, n[2], moving * n[3])
+def _restored(theta, along, scale):
+    """A scale of 0 would turn -0 into 0."""
+    return tl.where(scale != 0.0, displaced(theta, along, scale), theta)
 
 
 @part
-def _displaced_along(z, kept, n, RULE: tl.constexpr, ON: tl.constexpr):
-    if RULE == "hizoo":
-        return _quotient(z[0], _root(kept[0], ON), ON)
-    elif RULE == "adamu":
-        fresh, moving, both = _adamu_parts(z, kept, n)
-        return both
-    elif RULE == "blend":
-        return tl.fma(z[1], n[1], z[0] * n[0])
-    else:
-        return z[0]
-
-
-@part
-def _rule_step(z, kept, n, eps, RULE: tl.constexpr, ON: tl.constexpr):
-    """The step, and what is kept afterwards."""
-    if RULE == "adam":
-        m = tl.fma(z[0], n[1], kept[0] * n[0])
-        v = tl.fma(z[0] * z[0], n[3], kept[1] * n[2])
-        return _quotient(m * n[4], _root(v * n[5], ON) + eps, ON), m, v
-    elif RULE == "hizoo":
-        curvature = tl.fma(kept[0], tl.fma(z[0] * z[0], n[1], n[0]), kept[0])
-        curvature = tl.where(curvature > 1e-4, curvature, 1e-4)
-        curvature = tl.where(curvature < 1e4, curvature, 1e4)
-        return _quotient(z[0] * n[2], _root(curvature, ON), ON), curvature, curvature
-    elif RULE == "helene":
-        m = tl.fma(z[0], n[1], kept[0] * n[0])
-        h = tl.fma(z[0] * z[0], n[3], kept[1] * n[2])
-        clipped = tl.where(h > n[5], h, n[5]) * n[4]
-        return _quotient(m, clipped + eps, ON), m, h
-    else:
-        tl.static_assert(RULE == "adamu", "no such rule")
-        fresh, moving, both = _adamu_parts(z, kept, n)
-        v = tl.fma(fresh * fresh, n[4], (moving * moving) * n[5])
-        return _quotient(both * n[6], _root(v + eps, ON), ON), both, both
-
-
-# --- the operations: csrc/cpu/loops.h -----------------------------------------------------------
-
-
-@part
-def _step(s1, s2, theta, minus_lr, eps, decay, SECOND: tl.constexpr, ON: tl.constexpr):
-    if SECOND:
-        s1 = _quotient(s1, _root(s2, ON) + eps, ON)
-    return tl.fma(s1, minus_lr, theta * decay)
-
-
-@part
-def _rule_update(theta, z, kept, n, scalars, RULE: tl.constexpr, ON: tl.constexpr):
+def _rule_update(
+    theta, z, kept, n, scalars, DIRECTION: tl.constexpr, STEP: tl.constexpr, BUFFERS: tl.constexpr
+):
     """The weights after it, and what is kept."""
     scale, minus_lr, eps, decay = scalars
-    restored = tl.fma(_displaced_along(z, kept, n, RULE, ON), scale, theta)
-    theta = tl.where(scale != 0.0, restored, theta)  # as in an update by sums
-    step, first, second = _rule_step(z, kept, n, eps, RULE, ON)
-    return tl.fma(step, minus_lr, theta * decay), first, second
+    theta = _restored(theta, DIRECTION(z, kept, n), scale)
+    made = STEP(z, kept, n, eps)
+    return descended(theta, made[0], minus_lr, decay), made[1], made[BUFFERS]
 
 
 @triton.jit(
@@ -440,7 +450,10 @@ def run(
     TYPE: tl.constexpr,
     SECOND: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    RULE: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    BUFFERS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    STEP: tl.constexpr,
     KEPT: tl.constexpr,
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
@@ -455,7 +468,9 @@ def run(
         first_program: what program 0 of this launch stands for.
         key_low, key_high: the words of the key, as int32.
         scale, eps: the bits of a float32, as int32: that leaves no choice of a type.
-        RULE: one of adamezo_kernels.terms.RULES, and "moments" for a perturbation along z.
+        DIRECTIONS, BUFFERS: how many a rule has; 0 directions stand for sums of them, or for a
+            perturbation along z.
+        DIRECTION, STEP: its functions, traced.
         KEPT: the type of its buffers; "" where it has none.
     """
     key_low = key_low.to(tl.uint32, bitcast=True)
@@ -476,10 +491,9 @@ def run(
     row_length = tl.load(table + 3)
     index = tl.load(table + 6) + offset
     parameter = tl.load(table + 8).to(tl.uint32)
-    if KEPT != "":
-        TWO: tl.constexpr = RULE == "adam" or RULE == "helene"
+    if BUFFERS > 0:
         kept = tl.load(table + 9)
-        also_kept = tl.load(table + 10) if TWO else kept
+        also_kept = tl.load(table + 10) if BUFFERS > 1 else kept
     window = program - tl.load(table + 11)
 
     # Every row has as many windows as its length could take at the worst alignment.
@@ -492,7 +506,7 @@ def run(
         address += row * tl.load(table + 4) * SIZE
         source += row * tl.load(table + 5) * SIZE
         index += row * tl.load(table + 7)
-        if KEPT != "":
+        if BUFFERS > 0:
             kept += row * row_length * KEPT_SIZE
             also_kept += row * row_length * KEPT_SIZE
     before = index & (WINDOW - 1)  # elements of the row's first window that lie before the row
@@ -505,7 +519,7 @@ def run(
     address += distance * SIZE
     source += distance * SIZE
     whole = (low == 0) & (high == WINDOW) & (((address | source) & (4 * SIZE - 1)) == 0)
-    if KEPT != "":
+    if BUFFERS > 0:
         kept += distance * KEPT_SIZE
         also_kept += distance * KEPT_SIZE
         whole = whole & (((kept | also_kept) & (4 * KEPT_SIZE - 1)) == 0)
@@ -529,62 +543,60 @@ def run(
     call, span = (key_low, key_high, index, newest, parameter), (low, high, whole)
     if OPERATION == "sample":
         v0, v1, v2, v3 = z0, z1, z2, z3
-    elif RULE != "moments":
+    elif DIRECTIONS > 0:
         n = _numbers(words + 3 * horizon + 2)
         a0, a1, a2, a3 = z0, z1, z2, z3
-        if RULE == "adamu" or RULE == "blend":
+        if DIRECTIONS > 1:
             direction = tl.load(words + 1).to(tl.uint32, bitcast=True)
             a0, a1, a2, a3 = _direction(
                 key_low, key_high, y0, y1, y2, block_high, direction, DISTRIBUTION, WINDOW, ON
             )
         k0, k1, k2, k3 = z0, z1, z2, z3  # where nothing is kept, nothing looks at it
-        if KEPT != "":
+        if BUFFERS > 0:
             k0, k1, k2, k3 = _load(kept, low, high, whole, KEPT, WINDOW)
         m0, m1, m2, m3 = k0, k1, k2, k3
+        if BUFFERS > 1:
+            m0, m1, m2, m3 = _load(also_kept, low, high, whole, KEPT, WINDOW)
         if OPERATION == "perturb":
-            v0 = tl.fma(_displaced_along((z0, a0), (k0, m0), n, RULE, ON), scale, v0)
-            v1 = tl.fma(_displaced_along((z1, a1), (k1, m1), n, RULE, ON), scale, v1)
-            v2 = tl.fma(_displaced_along((z2, a2), (k2, m2), n, RULE, ON), scale, v2)
-            v3 = tl.fma(_displaced_along((z3, a3), (k3, m3), n, RULE, ON), scale, v3)
+            v0 = displaced(v0, DIRECTION((z0, a0), (k0, m0), n), scale)
+            v1 = displaced(v1, DIRECTION((z1, a1), (k1, m1), n), scale)
+            v2 = displaced(v2, DIRECTION((z2, a2), (k2, m2), n), scale)
+            v3 = displaced(v3, DIRECTION((z3, a3), (k3, m3), n), scale)
         else:
-            if TWO:
-                m0, m1, m2, m3 = _load(also_kept, low, high, whole, KEPT, WINDOW)
             minus_lr = _float(tl.load(words + 3 * horizon))
             decay = _float(tl.load(words + 3 * horizon + 1))
             scalars = (scale, minus_lr, _float(eps), decay)
-            v0, k0, m0 = _rule_update(v0, (z0, a0), (k0, m0), n, scalars, RULE, ON)
-            v1, k1, m1 = _rule_update(v1, (z1, a1), (k1, m1), n, scalars, RULE, ON)
-            v2, k2, m2 = _rule_update(v2, (z2, a2), (k2, m2), n, scalars, RULE, ON)
-            v3, k3, m3 = _rule_update(v3, (z3, a3), (k3, m3), n, scalars, RULE, ON)
+            v0, k0, m0 = _rule_update(v0, (z0, a0), (k0, m0), n, scalars, DIRECTION, STEP, BUFFERS)
+            v1, k1, m1 = _rule_update(v1, (z1, a1), (k1, m1), n, scalars, DIRECTION, STEP, BUFFERS)
+            v2, k2, m2 = _rule_update(v2, (z2, a2), (k2, m2), n, scalars, DIRECTION, STEP, BUFFERS)
+            v3, k3, m3 = _rule_update(v3, (z3, a3), (k3, m3), n, scalars, DIRECTION, STEP, BUFFERS)
     elif OPERATION == "perturb":
-        v0 = tl.fma(z0, scale, v0)
-        v1 = tl.fma(z1, scale, v1)
-        v2 = tl.fma(z2, scale, v2)
-        v3 = tl.fma(z3, scale, v3)
+        v0 = displaced(v0, z0, scale)
+        v1 = displaced(v1, z1, scale)
+        v2 = displaced(v2, z2, scale)
+        v3 = displaced(v3, z3, scale)
     else:
         if OPERATION == "update":
-            # A scale of 0 would turn -0 into 0.
-            restores = scale != 0.0
-            v0 = tl.where(restores, tl.fma(z0, scale, v0), v0)
-            v1 = tl.where(restores, tl.fma(z1, scale, v1), v1)
-            v2 = tl.where(restores, tl.fma(z2, scale, v2), v2)
-            v3 = tl.where(restores, tl.fma(z3, scale, v3), v3)
+            v0 = _restored(v0, z0, scale)
+            v1 = _restored(v1, z1, scale)
+            v2 = _restored(v2, z2, scale)
+            v3 = _restored(v3, z3, scale)
         zero = tl.full([WINDOW // 4], 0.0, tl.float32)
         a = _float(tl.load(words + horizon))
         s0, s1, s2, s3 = (
-            tl.fma(z0, a, zero),
-            tl.fma(z1, a, zero),
-            tl.fma(z2, a, zero),
-            tl.fma(z3, a, zero),
+            summed(zero, z0, a),
+            summed(zero, z1, a),
+            summed(zero, z2, a),
+            summed(zero, z3, a),
         )
         q0, q1, q2, q3 = zero, zero, zero, zero
         if SECOND:
             b = _float(tl.load(words + 2 * horizon))
             q0, q1, q2, q3 = (
-                tl.fma(z0 * z0, b, zero),
-                tl.fma(z1 * z1, b, zero),
-                tl.fma(z2 * z2, b, zero),
-                tl.fma(z3 * z3, b, zero),
+                summed(zero, z0 * z0, b),
+                summed(zero, z1 * z1, b),
+                summed(zero, z2 * z2, b),
+                summed(zero, z3 * z3, b),
             )
         for k in range(1, horizon):
             direction = tl.load(words + k).to(tl.uint32, bitcast=True)
@@ -592,37 +604,42 @@ def run(
                 key_low, key_high, y0, y1, y2, block_high, direction, DISTRIBUTION, WINDOW, ON
             )
             a = _float(tl.load(words + horizon + k))
-            s0 = tl.fma(z0, a, s0)
-            s1 = tl.fma(z1, a, s1)
-            s2 = tl.fma(z2, a, s2)
-            s3 = tl.fma(z3, a, s3)
+            s0 = summed(s0, z0, a)
+            s1 = summed(s1, z1, a)
+            s2 = summed(s2, z2, a)
+            s3 = summed(s3, z3, a)
             if SECOND:
                 b = _float(tl.load(words + 2 * horizon + k))
-                q0 = tl.fma(z0 * z0, b, q0)
-                q1 = tl.fma(z1 * z1, b, q1)
-                q2 = tl.fma(z2 * z2, b, q2)
-                q3 = tl.fma(z3 * z3, b, q3)
+                q0 = summed(q0, z0 * z0, b)
+                q1 = summed(q1, z1 * z1, b)
+                q2 = summed(q2, z2 * z2, b)
+                q3 = summed(q3, z3 * z3, b)
         if OPERATION == "update":
             minus_lr = _float(tl.load(words + 3 * horizon))
             decay = _float(tl.load(words + 3 * horizon + 1))
-            eps = _float(eps)
-            v0 = _step(s0, q0, v0, minus_lr, eps, decay, SECOND, ON)
-            v1 = _step(s1, q1, v1, minus_lr, eps, decay, SECOND, ON)
-            v2 = _step(s2, q2, v2, minus_lr, eps, decay, SECOND, ON)
-            v3 = _step(s3, q3, v3, minus_lr, eps, decay, SECOND, ON)
+            if SECOND:
+                eps = _float(eps)
+                s0 = STEP(s0, q0, eps)
+                s1 = STEP(s1, q1, eps)
+                s2 = STEP(s2, q2, eps)
+                s3 = STEP(s3, q3, eps)
+            v0 = descended(v0, s0, minus_lr, decay)
+            v1 = descended(v1, s1, minus_lr, decay)
+            v2 = descended(v2, s2, minus_lr, decay)
+            v3 = descended(v3, s3, minus_lr, decay)
         elif SECOND:
             v0, v1, v2, v3 = q0, q1, q2, q3
         else:
             v0, v1, v2, v3 = s0, s1, s2, s3
     _store((v0, v1, v2, v3), address, call, span, 1, TYPE, STOCHASTIC, WINDOW, ON)
-    if RULE != "moments" and OPERATION == "update":
+    if BUFFERS > 0 and OPERATION == "update":
         _store((k0, k1, k2, k3), kept, call, span, 2, KEPT, STOCHASTIC, WINDOW, ON)
-        if TWO:
+        if BUFFERS > 1:
             _store((m0, m1, m2, m3), also_kept, call, span, 3, KEPT, STOCHASTIC, WINDOW, ON)
 
 
 @triton.jit
-def fma(values):
+def round_fma(values):
     """values[3] = fma(values[0], values[1], values[2]), to look at how it is rounded."""
     a, b, c = tl.load(values), tl.load(values + 1), tl.load(values + 2)
     tl.store(values + 3, tl.fma(a, b, c))

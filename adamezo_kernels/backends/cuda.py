@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Launch, Plan
+from ..call import Call
+from ..plan import Launch
 from ..terms import Terms
 from . import native
 from .native import compiled
 
 NAME = "cuda"
 
-DISTRIBUTIONS = ("exact", "fast", "rademacher")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "fast", "rademacher")
 """Their place here is their number in csrc/adamezo/job.h."""
 
 # A launch does elements whose indices agree above these bits: 2**32 Philox calls of 4 elements.
@@ -98,44 +99,24 @@ class Place:
         """A copy on the device, without waiting for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def run(self, call: Any, highs: Sequence[int]) -> None:
-        compiled.cuda_launch(call, highs, self.device.index, self.stream)
+    def run(self, job: Any, highs: Sequence[int]) -> None:
+        compiled.cuda_launch(job, highs, self.device.index, self.stream)
 
 
-def run(
-    operation: str,
-    plan: Plan,
-    terms: Terms,
-    distribution: str,
-    *,
-    scale: float = 0.0,
-    eps: float = 0.0,
-    rounding: str = "nearest",
-) -> None:
-    for launch in plan.launches:
+def run(call: Call) -> None:
+    for launch in call.plan.launches:
         if not launch.elements:
             continue
         place = Place(launch.device)
         try:
             with place.guard:
                 # Both are kept until the launch: their memory may then be given to another.
-                table, words = _table(launch, place), words_for(terms, place)
-                call = native.call(
-                    launch,
-                    operation,
-                    terms,
-                    distribution,
-                    table=table,
-                    words=words,
-                    scale=scale,
-                    eps=eps,
-                    rounding=rounding,
-                )
-                place.run(call, high_words(launch, terms.offset))
+                table, words = _table(launch, place), words_for(call.terms, place)
+                job = native.job(call, launch, table, words)
+                place.run(job, high_words(launch, call.terms.offset))
         except RuntimeError as error:
             raise RuntimeError(
-                f"{operation} of {shapes(launch)} on {launch.device} along {terms.horizon} "
-                f"{distribution} direction(s) failed: {error}. The module was built by "
+                f"{failed(call, launch)}: {error}. The module was built by "
                 f"{native.build_report()['cuda']}"
             ) from error
         native.mark_written(launch)
@@ -185,7 +166,11 @@ def high_words(launch: Launch, offset: int) -> list[int]:
     return sorted(highs)
 
 
-def shapes(launch: Launch) -> str:
+def failed(call: Call, launch: Launch) -> str:
+    """What a message about an error begins with."""
     shapes = [str(tuple(s.tensor.shape)) for s in launch.segments]
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
-    return f"{launch.dtype} tensors {', '.join(shapes[:3])}{more}"
+    return (
+        f"{call.operation} of {launch.dtype} tensors {', '.join(shapes[:3])}{more} on "
+        f"{launch.device} along {call.terms.horizon} {call.distribution} direction(s) failed"
+    )

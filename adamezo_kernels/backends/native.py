@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor  # before _native: both then share torch's OpenMP runtime
 
-from ..plan import ELEMENT_TYPES, Launch, Plan
+from ..call import Call
+from ..plan import Launch
 from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
 from ..stream import ROUNDINGS
-from ..terms import OPERATIONS, RULES, Terms
+from ..terms import OPERATIONS, RULES
 
 try:
     from .. import _native
@@ -28,7 +30,9 @@ NAME = "native"
 compiled: Any = _native
 """The compiled module, for the backend that shares it; None where it is not there."""
 
-DISTRIBUTIONS = ("exact", "rademacher")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
+
+_RULES = {name: place for place, name in enumerate(RULES)}
 
 _forced_instruction_set: str | None = None
 
@@ -48,6 +52,7 @@ def supports(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+@functools.cache
 def build_report() -> dict[str, str]:
     """Version, compiler, and what CUDA part the module was built with."""
     return _native.build_report()
@@ -58,9 +63,10 @@ def cuda_report() -> dict[str, int | str]:
     return _native.cuda_report()
 
 
-def instruction_sets() -> list[str]:
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
     """The instruction sets that this machine can run, the fastest first."""
-    return _native.instruction_sets() if _native is not None else []
+    return tuple(_native.instruction_sets()) if _native is not None else ()
 
 
 def instruction_set() -> str:
@@ -93,67 +99,39 @@ def use_isa(name: str) -> Iterator[None]:
         _forced_instruction_set = before
 
 
-def call(
-    launch: Launch,
-    operation: str,
-    terms: Terms,
-    distribution: str,
-    *,
-    table: Tensor,
-    words: Tensor,
-    scale: float,
-    eps: float,
-    rounding: str,
-) -> Any:
-    """The compiled module's form of an operation; ``table`` and ``words`` are where it will run."""
-    return compiled.Call(
-        operation=OPERATIONS.index(operation),
-        distribution=ALL_DISTRIBUTIONS.index(distribution),
-        table=table.data_ptr(),
-        segments=len(launch.segments),
-        elements=launch.elements,
-        type=ELEMENT_TYPES.index(launch.dtype),
-        seed=terms.key,
-        offset=terms.offset,
-        words=words.data_ptr(),
-        horizon=terms.horizon,
-        with_second=terms.with_second,
-        rule=list(RULES).index(terms.rule),
-        buffer_type=ELEMENT_TYPES.index(launch.buffer_dtype),
-        scale=scale,
-        eps=eps,
-        rounding=ROUNDINGS.index(rounding),
+def job(call: Call, launch: Launch, table: Tensor, words: Tensor) -> Any:
+    """What a call asks of a launch, for the compiled module; ``table`` and ``words`` are where it
+    will run."""
+    terms = call.terms
+    segments, elements, dtype, buffer_dtype = launch.kind
+    # By place: the names of sixteen arguments cost as much as a kernel of a few hundred elements.
+    return compiled.Job(
+        OPERATIONS.index(call.operation),
+        ALL_DISTRIBUTIONS.index(call.distribution),
+        table.data_ptr(),
+        segments,
+        elements,
+        dtype,
+        terms.key,
+        terms.offset,
+        words.data_ptr(),
+        terms.horizon,
+        terms.with_second,
+        _RULES[terms.rule],
+        buffer_dtype,
+        call.scale,
+        call.eps,
+        ROUNDINGS.index(call.rounding),
     )
 
 
-def run(
-    operation: str,
-    plan: Plan,
-    terms: Terms,
-    distribution: str,
-    *,
-    scale: float = 0.0,
-    eps: float = 0.0,
-    rounding: str = "nearest",
-) -> None:
-    for launch in plan.launches:
-        work = call(
-            launch,
-            operation,
-            terms,
-            distribution,
-            table=launch.table,
-            words=terms.words,
-            scale=scale,
-            eps=eps,
-            rounding=rounding,
-        )
-        compiled.run(work, instruction_set(), torch.get_num_threads())
+def run(call: Call) -> None:
+    isa, threads = instruction_set(), torch.get_num_threads()
+    for launch in call.plan.launches:
+        compiled.run(job(call, launch, launch.table, call.terms.words), isa, threads)
         mark_written(launch)
 
 
 def mark_written(launch: Launch) -> None:
     """Lets autograd know of what was written behind its back."""
-    tensors = [t for s in launch.segments for t in (s.tensor, *s.buffers)]
-    written = [t for t in tensors if not t.is_inference()]
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version(launch.counted)

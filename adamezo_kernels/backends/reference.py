@@ -2,7 +2,7 @@
 
 It runs wherever torch has float64 and needs no compiler. It gives the same bits as the compiled
 kernels and is far slower: each float32 operation is a pass over memory instead of one instruction
-on a register, and each fused multiply-add is emulated by several such passes (see :func:`fma`).
+on a register, and each fused multiply-add is emulated by several such passes (float32.py).
 
 Word-valued tensors are int64 and hold integers in ``[0, 2**32)``, since torch has no arithmetic
 on unsigned 32-bit integers.
@@ -10,22 +10,26 @@ on unsigned 32-bit integers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from .. import rules
+from ..float32 import fma, mul, sqrt, to_float32
+from ..rules import RULES
 from ..terms import OPERATIONS
 
 if TYPE_CHECKING:
+    from ..call import Call
     from ..plan import Segment
     from ..stream import PhiloxState
-    from ..terms import Terms
 
 NAME = "reference"
 
-DISTRIBUTIONS = ("exact", "rademacher")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
 
 CHUNK = 2**16
 """Elements worked on at a time. The temporaries of one chunk are about 16 float64 tensors of this
@@ -92,74 +96,6 @@ def philox4x32(
     return x0, x1, x2, x3
 
 
-# --- float32 arithmetic -----------------------------------------------------------------------
-
-
-def to_float32(x: float) -> float:
-    """The float32 nearest to ``x``, as a Python float."""
-    return torch.tensor(x, dtype=torch.float32).item()
-
-
-def _double(x: float | Tensor) -> float | Tensor:
-    return x.double() if isinstance(x, Tensor) else x
-
-
-def fma(a: float | Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
-    """``a * b + c`` of float32 values, rounded once to float32: exact everywhere.
-
-    Each operand is a float32 tensor or a Python float that float32 can hold; at least one of them
-    is a tensor. The result is float32 and broadcast.
-
-    A product of two float32 is exact in float64 (24 + 24 <= 53 bits, exponents far inside its
-    range), so only the sum rounds, once to 53 bits and then again to 24. Both roundings are
-    monotonic, hence the second can go wrong only if the first moved the sum *onto* a boundary
-    between two float32: a point half-way between two neighbours, whose low 29 bits in float64 are
-    exactly 0x10000000. Below 2**-126 the neighbours of float32 lie further apart and the boundary
-    has other bits. Elements of either kind are rare; they are computed again with the first
-    rounding to odd, which keeps the sum off every boundary it was not on before and so makes the
-    second rounding right (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008).
-
-    This assumes that the process does not flush subnormals to zero, and that torch runs the
-    multiply and the add as two operations: do not put it through torch.compile.
-    """
-    product = _double(a) * _double(b)
-    addend = _double(c)
-    total = cast(Tensor, product + addend)
-    bits = total.view(torch.int64)
-    doubtful = ((bits & 0x1FFFFFFF) == 0x10000000) | ((total.abs() < 2.0**-126) & (total != 0))
-    result = total.float()
-    if doubtful.any():
-        p, q = (x if isinstance(x, Tensor) else total.new_tensor(x) for x in (product, addend))
-        p, q = (x.expand(total.shape)[doubtful] for x in (p, q))
-        result[doubtful] = _add_to_odd(p, q).float()
-    return result
-
-
-def _add_to_odd(p: Tensor, q: Tensor) -> Tensor:
-    """``p + q`` in float64, rounded to odd: to the neighbour whose last bit is 1 if inexact."""
-    total = p + q
-    # Knuth's TwoSum: total + error == p + q exactly.
-    q_part = total - p
-    error = (p - (total - q_part)) + (q - q_part)
-    bits = total.view(torch.int64)
-    # Of the two float64 around an inexact sum just one is odd. If rounding took the even one, the
-    # other is next to it on the side of the error. (Both comparisons are false for NaN, which is
-    # what TwoSum gives for infinities.)
-    step = torch.where((error > 0) == (total > 0), 1, -1)
-    wrong = ((error > 0) | (error < 0)) & ((bits & 1) == 0)
-    return torch.where(wrong, bits + step, bits).view(torch.float64)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    # sqrt, / and + of float32 computed in float64 and rounded again are correctly rounded, as
-    # 53 >= 2 * 24 + 2 (Figueroa, 1995), on any device and whatever its float32 mode is.
-    return x.double().sqrt().float()
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() / b.double()).float()
-
-
 # --- directions -------------------------------------------------------------------------------
 
 _LOG_COEFFICIENTS = (
@@ -216,7 +152,7 @@ def exact_normals(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Through float64, so that the conversion from 31 bits rounds once and to nearest.
     u = (((x0 & 0x7FFFFFFE) | 1).double() * 2.0**-31).float()
-    r = _sqrt(minus_log(u))
+    r = sqrt(minus_log(u))
     f = ((x1 & 0x007FFFFF) | 0x40000000).to(torch.int32).view(torch.float32) - 3
     sine, cosine = sin_cos_eighth_turn(f)
     r_cosine = r * cosine
@@ -230,19 +166,27 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _from_calls(
     outputs: Callable[[Words], Words],
-    purpose: int,
     index_offset: int,
     index_stride: int,
     rows: int,
     row_length: int,
     *,
+    purpose: int,
     key: int,
     direction: int,
     parameter: int,
-    device: torch.device | str,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Four elements a call, of shape ``(rows, row_length)``: element i is output i % 4 of the call
-    whose block is i // 4, after ``outputs`` of its four words."""
+    """A tensor of shape ``(rows, row_length)`` with four elements a call: element i is output i % 4
+    of the call whose block is i // 4, after ``outputs`` of its four words.
+
+    Element ``(r, i)`` is the one with global index ``index_offset + r * index_stride + i`` (which
+    must be below 2**63) of the direction numbered ``direction`` (32 bits) of the parameter
+    numbered ``parameter`` (24 bits), under the 64-bit ``key``. The result is held in memory whole;
+    the operations below ask for a chunk at a time.
+    """
+    if rows == 0 or row_length == 0:
+        return torch.empty((rows, row_length), dtype=torch.float32, device=device)
 
     def count(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.int64, device=device)
@@ -258,70 +202,20 @@ def _from_calls(
     return covering.gather(1, phase[:, None] + count(row_length))
 
 
-def exact_direction(
-    index_offset: int,
-    index_stride: int,
-    rows: int,
-    row_length: int,
-    *,
-    key: int,
-    direction: int,
-    parameter: int,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Elements of a direction as a float32 tensor of shape ``(rows, row_length)``.
-
-    Element ``(r, i)`` is the one with global index ``index_offset + r * index_stride + i`` (which
-    must be below 2**63) of the direction numbered ``direction`` (32 bits) of the parameter
-    numbered ``parameter`` (24 bits), under the 64-bit ``key``. The result is held in memory whole;
-    the operations below ask for a chunk at a time.
-    """
-    if rows == 0 or row_length == 0:
-        return torch.empty((rows, row_length), dtype=torch.float32, device=device)
-
-    def normals(x: Words) -> Words:
-        return (*exact_normals(x[0], x[1]), *exact_normals(x[2], x[3]))
-
-    return _from_calls(
-        normals,
-        PURPOSE_DIRECTION,
-        index_offset,
-        index_stride,
-        rows,
-        row_length,
-        key=key,
-        direction=direction,
-        parameter=parameter,
-        device=device,
-    )
+def _normals(x: Words) -> Words:
+    return (*exact_normals(x[0], x[1]), *exact_normals(x[2], x[3]))
 
 
-def rounding_words(
-    index_offset: int,
-    index_stride: int,
-    rows: int,
-    row_length: int,
-    *,
-    key: int,
-    direction: int,
-    parameter: int,
-    device: torch.device | str = "cpu",
-    purpose: int = PURPOSE_ROUNDING,
-) -> Tensor:
-    """The random words of stochastic stores, with the arguments of :func:`exact_direction`: one for
-    each element, the same for every distribution."""
-    return _from_calls(
-        lambda x: x,
-        purpose,
-        index_offset,
-        index_stride,
-        rows,
-        row_length,
-        key=key,
-        direction=direction,
-        parameter=parameter,
-        device=device,
-    )
+def _unchanged(x: Words) -> Words:
+    return x
+
+
+exact_direction = functools.partial(_from_calls, _normals, purpose=PURPOSE_DIRECTION)
+"""Elements of a direction as a float32 tensor, with the arguments of :func:`_from_calls`."""
+
+rounding_words = functools.partial(_from_calls, _unchanged, purpose=PURPOSE_ROUNDING)
+"""The random words of stochastic stores, with the same arguments: one for each element, the same
+for every distribution. Those of a buffer have another purpose."""
 
 
 def rademacher_direction(
@@ -393,6 +287,8 @@ Piece = tuple[tuple[slice, slice], Sequence[Tensor]]
 """A rectangle of a segment, and float32 values for it before they are rounded: the weights, and
 where a rule keeps something for each, its buffers."""
 
+Values = Sequence[Tensor]
+
 
 def _chunks(segment: Segment) -> Iterator[tuple[slice, slice]]:
     """Rectangles of at most CHUNK elements that tile the segment."""
@@ -461,9 +357,9 @@ def sum_moments(
         if s1 is None:
             s1 = torch.zeros_like(z)
             s2 = None if second is None else torch.zeros_like(z)
-        s1 = fma(to_float32(first[age]), z, s1)
+        s1 = rules.summed(s1, z, to_float32(first[age]))
         if second is not None and s2 is not None:
-            s2 = fma(to_float32(second[age]), z * z, s2)
+            s2 = rules.summed(s2, mul(z, z), to_float32(second[age]))
     if s1 is None:
         raise ValueError("got no directions, expected at least one")
     return s1, s2
@@ -471,7 +367,7 @@ def sum_moments(
 
 def apply_perturbation(theta: Tensor, z: Tensor, scale: float) -> Tensor:
     """``theta + scale * z`` in float32, before it is rounded to the type of ``theta``."""
-    return fma(to_float32(scale), z, theta.float())
+    return rules.displaced(theta.float(), z, to_float32(scale))
 
 
 def apply_update(
@@ -498,87 +394,20 @@ def apply_update(
     newest = next(directions)
     t = theta.float()
     if to_float32(restore) != 0:
-        t = fma(to_float32(restore), newest, t)
+        t = rules.displaced(t, newest, to_float32(restore))
 
     def all_directions() -> Iterator[Tensor]:
         yield newest
         yield from directions
 
     s1, s2 = sum_moments(all_directions(), first, second)
-    step = s1 if s2 is None else _divide(s1, _sqrt(s2) + to_float32(eps))
-    return fma(-to_float32(lr), step, t * to_float32(decay))
+    step = s1 if s2 is None else rules.preconditioned(s1, s2, to_float32(eps))
+    return rules.descended(t, step, -to_float32(lr), to_float32(decay))
 
 
-# Rules that keep something for each weight: csrc/adamezo/buffered.h has their formulas. z and kept
-# are lists of float32 tensors, n the step's own numbers; a rule gives its step and the new `kept`.
-
-Kept = Sequence[Tensor]
-
-
-def _adam(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
-    m = fma(n[1], z[0], n[0] * kept[0])
-    v = fma(n[3], z[0] * z[0], n[2] * kept[1])
-    return _divide(n[4] * m, _sqrt(n[5] * v) + eps), (m, v)
-
-
-def _hizoo(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
-    change = fma(n[1], z[0] * z[0], n[0])
-    moved = fma(kept[0], change, kept[0])
-    least, most = (torch.full_like(moved, bound) for bound in (1e-4, 1e4))
-    curvature = torch.where(moved > least, moved, least)
-    curvature = torch.where(curvature < most, curvature, most)
-    return _divide(n[2] * z[0], _sqrt(curvature)), (curvature,)
-
-
-def _helene(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
-    m = fma(n[1], z[0], n[0] * kept[0])
-    h = fma(n[3], z[0] * z[0], n[2] * kept[1])
-    clipped = torch.where(h > n[5], h, n[5])
-    return _divide(m, n[4] * clipped + eps), (m, h)
-
-
-def _adamu_parts(z: Kept, kept: Kept, n: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    fresh = n[0] * z[0]
-    moving = fma(n[1], z[1], kept[0])
-    return fresh, moving, fma(n[2], fresh, n[3] * moving)
-
-
-def _adamu(z: Kept, kept: Kept, n: Sequence[float], eps: float) -> tuple[Tensor, Kept]:
-    fresh, moving, both = _adamu_parts(z, kept, n)
-    v = fma(n[4], fresh * fresh, n[5] * (moving * moving))
-    return _divide(n[6] * both, _sqrt(v + eps)), (both,)
-
-
-_STEPS = {"adam": _adam, "hizoo": _hizoo, "helene": _helene, "adamu": _adamu}
-
-
-def displaced_along(rule: str, z: Kept, kept: Kept, n: Sequence[float]) -> Tensor:
+def displaced_along(rule: str, z: Values, kept: Values, n: Sequence[float]) -> Tensor:
     """What a rule displaces along: z_0, where it does not bend it."""
-    if rule == "hizoo":
-        return _divide(z[0], _sqrt(kept[0]))
-    if rule == "blend":
-        return fma(n[1], z[1], n[0] * z[0])
-    return _adamu_parts(z, kept, n)[2] if rule == "adamu" else z[0]
-
-
-def apply_rule(
-    rule: str,
-    theta: Tensor,
-    z: Kept,
-    kept: Kept,
-    n: Sequence[float],
-    *,
-    lr: float,
-    eps: float,
-    decay: float,
-    restore: float,
-) -> tuple[Tensor, ...]:
-    """The updated weights and buffers in float32, before they are rounded to their types."""
-    t = theta.float()
-    if to_float32(restore) != 0:
-        t = fma(to_float32(restore), displaced_along(rule, z, kept, n), t)
-    step, after = _STEPS[rule](z, kept, n, to_float32(eps))
-    return fma(-to_float32(lr), step, t * to_float32(decay)), *after
+    return (RULES[rule].direction or rules.along_z)(z, kept, n)
 
 
 def _buffers(segment: Segment) -> list[Tensor]:
@@ -589,76 +418,66 @@ def _kept(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
     return [buffer[chunk].float() for buffer in _buffers(segment)]
 
 
-def _sample(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
-    (state,) = terms.states()
+def _sample(call: Call, segment: Segment) -> Iterator[Piece]:
+    (state,) = call.terms.states()
     for chunk in _chunks(segment):
-        yield chunk, (_direction(segment, state, chunk, distribution),)
+        yield chunk, (_direction(segment, state, chunk, call.distribution),)
 
 
-def _perturb(
-    segment: Segment, terms: Terms, distribution: str, scale: float, **_: Any
-) -> Iterator[Piece]:
-    source = _source(segment)
+def _perturb(call: Call, segment: Segment) -> Iterator[Piece]:
+    terms, source = call.terms, _source(segment)
     for chunk in _chunks(segment):
-        z = [_direction(segment, state, chunk, distribution) for state in terms.states()]
+        z = [_direction(segment, state, chunk, call.distribution) for state in terms.states()]
         along = displaced_along(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
-        yield chunk, (apply_perturbation(source[chunk], along, scale),)
+        yield chunk, (apply_perturbation(source[chunk], along, call.scale),)
 
 
-def _update(
-    segment: Segment, terms: Terms, distribution: str, scale: float, eps: float
-) -> Iterator[Piece]:
+def _update(call: Call, segment: Segment) -> Iterator[Piece]:
+    terms = call.terms
     states, first = terms.states(), terms.first.tolist()
     second = terms.second.tolist() if terms.with_second else None
     minus_lr, decay = terms.step.tolist()
     weights = _matrix(segment)
-    numbers: dict[str, float] = dict(lr=-minus_lr, eps=eps, decay=decay, restore=scale)
+    numbers = dict(lr=-minus_lr, eps=call.eps, decay=decay, restore=call.scale)
+    step_of = cast("Callable[..., Any]", RULES[terms.rule].step)
     for chunk in _chunks(segment):
-        directions = (_direction(segment, state, chunk, distribution) for state in states)
+        directions = (_direction(segment, state, chunk, call.distribution) for state in states)
         if terms.rule == "moments":
             yield chunk, (apply_update(weights[chunk], directions, first, second, **numbers),)
-        else:
-            kept, own = _kept(segment, chunk), terms.numbers.tolist()
-            yield (
-                chunk,
-                apply_rule(terms.rule, weights[chunk], list(directions), kept, own, **numbers),
-            )
+            continue
+        theta, z, kept = weights[chunk].float(), list(directions), _kept(segment, chunk)
+        n, scale = terms.numbers.tolist(), to_float32(call.scale)
+        if scale != 0:
+            theta = rules.displaced(theta, displaced_along(terms.rule, z, kept, n), scale)
+        step, *after = step_of(z, kept, n, to_float32(call.eps))
+        yield chunk, (rules.descended(theta, step, minus_lr, decay), *after)
 
 
-def _moment(segment: Segment, terms: Terms, distribution: str, **_: Any) -> Iterator[Piece]:
+def _moment(call: Call, segment: Segment) -> Iterator[Piece]:
+    terms = call.terms
     states, first = terms.states(), terms.first.tolist()
     second = terms.second.tolist() if terms.with_second else None
     for chunk in _chunks(segment):
-        directions = (_direction(segment, state, chunk, distribution) for state in states)
+        directions = (_direction(segment, state, chunk, call.distribution) for state in states)
         s1, s2 = sum_moments(directions, first, second)
         yield chunk, (s1 if s2 is None else s2,)
 
 
-_OPERATIONS: dict[str, Callable[..., Iterator[Piece]]] = dict(
+_OPERATIONS: dict[str, Callable[[Call, Segment], Iterator[Piece]]] = dict(
     zip(OPERATIONS, (_sample, _perturb, _update, _moment), strict=True)
 )
 
 
 @torch.no_grad()
-def run(
-    operation: str,
-    segments: Iterable[Segment],
-    terms: Terms,
-    distribution: str,
-    *,
-    scale: float = 0.0,
-    eps: float = 0.0,
-    rounding: str = "nearest",
-) -> None:
-    for segment in segments:
+def run(call: Call) -> None:
+    for segment in (s for launch in call.plan.launches for s in launch.segments):
         outs = [_matrix(segment), *_buffers(segment)]
-        pieces = _OPERATIONS[operation](segment, terms, distribution, scale=scale, eps=eps)
-        for chunk, values in pieces:
+        for chunk, values in _OPERATIONS[call.operation](call, segment):
             for purpose, (out, value) in enumerate(
                 zip(outs, values, strict=False), PURPOSE_ROUNDING
             ):
-                if rounding == "stochastic" and out.dtype != torch.float32:
-                    newest = terms.states()[0]
+                if call.rounding == "stochastic" and out.dtype != torch.float32:
+                    newest = call.terms.states()[0]
                     words = _elements(rounding_words, segment, newest, chunk, purpose=purpose)
                     value = round_stochastically(value, words, out.dtype)
                 out[chunk].copy_(value)

@@ -23,10 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Launch, Plan
+from .. import rules
+from ..call import Call
+from ..plan import Launch
+from ..rules import RULES
 from ..stream import PhiloxState
-from ..terms import RULES, Terms
-from .cuda import Place, shapes, words_for
+from ..terms import Terms
+from .cuda import Place, failed, words_for
 from .native import mark_written
 
 NAME = "triton"
@@ -122,7 +125,7 @@ def can_fuse(target: Any) -> bool:
 def _interpreter_rounds_once() -> bool:
     # (1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, and 0 where the product is rounded first.
     values = torch.tensor([1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 0.0])
-    kernels().fma[(1,)](values)
+    kernels().round_fma[(1,)](values)
     return values[3].item() == 2.0**-24
 
 
@@ -149,23 +152,13 @@ class Interpreter(Place):
         return tensor.clone()
 
 
-def run(
-    operation: str,
-    plan: Plan,
-    terms: Terms,
-    distribution: str,
-    *,
-    scale: float = 0.0,
-    eps: float = 0.0,
-    rounding: str = "nearest",
-) -> None:
-    """One operation on all tensors of the plan. ``moment`` is S2 where the terms have second
-    coefficients, else S1."""
-    for launch in plan.launches:
+def run(call: Call) -> None:
+    terms = call.terms
+    for launch in call.plan.launches:
         if not launch.elements:
             continue
         place = (Interpreter if INTERPRETED else Place)(launch.device)
-        window = window_of(operation, terms.rule)
+        window = window_of(call.operation, terms.rule)
         try:
             with place.guard:
                 # Both are kept until the launch: their memory may then be given to another.
@@ -180,25 +173,55 @@ def run(
                         terms.offset,
                         begin,
                         *key_words(terms.key),
-                        *float_bits(scale, eps),
-                        OPERATION=operation,
-                        DISTRIBUTION=distribution,
-                        TYPE=_TYPES[launch.dtype],
-                        SECOND=terms.with_second,
-                        STOCHASTIC=rounding == "stochastic",
-                        RULE=terms.rule,
-                        KEPT=_TYPES[launch.buffer_dtype] if RULES[terms.rule].buffers else "",
-                        WINDOW=window,
-                        ON=_on(),
+                        *float_bits(call.scale, call.eps),
+                        **constants(
+                            call.operation,
+                            call.distribution,
+                            _TYPES[launch.dtype],
+                            _TYPES[launch.buffer_dtype],
+                            second=terms.with_second,
+                            stochastic=call.rounding == "stochastic",
+                            rule=terms.rule,
+                            on=_on(),
+                        ),
                         **options(_warp(launch.device)),
                     )
         except Exception as error:
             raise RuntimeError(
-                f"{operation} of {shapes(launch)} on {launch.device} along {terms.horizon} "
-                f"{distribution} direction(s) failed: {type(error).__name__}: {error}. "
-                f"{availability()[1]}"
+                f"{failed(call, launch)}: {type(error).__name__}: {error}. {availability()[1]}"
             ) from error
         mark_written(launch)
+
+
+def constants(
+    operation: str,
+    distribution: str,
+    dtype: str,
+    buffer_dtype: str,
+    *,
+    second: bool,
+    stochastic: bool,
+    rule: str,
+    on: str,
+) -> dict[str, Any]:
+    """What the kernel is compiled for. ``on``: "cuda", "hip" or "interpreter"."""
+    of = RULES[rule]
+    traced = kernels().NVIDIA_RULES if on == "cuda" else kernels().RULES
+    direction = of.direction or rules.along_z
+    return {
+        "OPERATION": operation,
+        "DISTRIBUTION": distribution,
+        "TYPE": dtype,
+        "SECOND": second,
+        "STOCHASTIC": stochastic,
+        "DIRECTIONS": of.directions,
+        "BUFFERS": of.buffers,
+        "DIRECTION": traced[direction.__name__],
+        "STEP": of.step and traced[of.step.__name__],
+        "KEPT": buffer_dtype if of.buffers else "",
+        "WINDOW": window_of(operation, rule),
+        "ON": on,
+    }
 
 
 def window_of(operation: str, rule: str) -> int:

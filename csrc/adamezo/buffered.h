@@ -1,19 +1,19 @@
 // Rules for what cannot be written as sums of directions: most keep one or two numbers for each
 // weight. A rule R has
+//   kName                   its name in adamezo_kernels/rules.py, which has the same in Python
 //   kDirections, kBuffers   how many directions it draws and how many numbers it keeps, at most 2
 //   kBends                  whether what the weights are displaced along is other than z
-//   direction(z, kept, n)   that, from the directions and what is kept
+//   kUpdates                whether it has a step, besides a displacement
+//   direction(z, kept, n)   what they are displaced along, from the directions and what is kept
 //   step(z, kept, n, eps)   the step of theta <- theta decay - lr step; changes what is kept
 // where z[k] belongs to direction k, kept[i] to buffer i, and n are the step's own numbers, which
-// the host has worked out (adamezo_kernels/terms.py names them). Operations are in the order that
-// the formulas show; fma(a, b, c) is a b + c, rounded once.
+// the host has worked out (rules.py names them). Operations are in the order that the formulas
+// show; fma(a, b, c) is a b + c, rounded once. At the end of this file is the list of all rules.
 #pragma once
 
 #include "adamezo/config.h"
 
 namespace adamezo {
-
-enum class Rule : int { kMoments = 0, kAdam = 1, kHizoo = 2, kHelene = 3, kAdamu = 4, kBlend = 5 };
 
 constexpr int kMostBuffers = 2;
 constexpr int kRuleNumbers = 8;
@@ -22,8 +22,9 @@ constexpr int kRuleNumbers = 8;
 //   m <- beta1 m + (1 - beta1) p z        v <- beta2 v + (1 - beta2) p^2 z^2
 //   step = c1 m / (sqrt(c2 v) + eps)      with c = 1 / (1 - beta^t)
 struct Adam {
+  static constexpr const char* kName = "adam";
   static constexpr int kDirections = 1, kBuffers = 2;
-  static constexpr bool kBends = false;
+  static constexpr bool kBends = false, kUpdates = true;
 
   template <class L>
   static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[2],
@@ -41,8 +42,9 @@ struct Adam {
 constexpr float kLeastCurvature = 1e-4f, kMostCurvature = 1e4f;
 
 struct Hizoo {
+  static constexpr const char* kName = "hizoo";
   static constexpr int kDirections = 1, kBuffers = 1;
-  static constexpr bool kBends = true;
+  static constexpr bool kBends = true, kUpdates = true;
 
   template <class L>
   static ADAMEZO_HD typename L::F direction(const typename L::F z[1], const typename L::F kept[1],
@@ -63,8 +65,9 @@ struct Hizoo {
 //   m <- beta1 m + alpha p z      h <- beta2 h + (1 - beta2) B p_hat^2 z^2
 //   step = m / (gamma max(h, lambda) + eps)
 struct Helene {
+  static constexpr const char* kName = "helene";
   static constexpr int kDirections = 1, kBuffers = 2;
-  static constexpr bool kBends = false;
+  static constexpr bool kBends = false, kUpdates = true;
 
   template <class L>
   static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[2],
@@ -80,8 +83,9 @@ struct Helene {
 //   z' = sqrt(alpha) u_0      z'' = m + sqrt(1 - alpha) u_1      d = beta1 z' + (1 - beta1) z''
 //   step = p d / sqrt(beta2 z'^2 + (1 - beta2) z''^2 + eps)      m <- d
 struct Adamu {
+  static constexpr const char* kName = "adamu";
   static constexpr int kDirections = 2, kBuffers = 1;
-  static constexpr bool kBends = true;
+  static constexpr bool kBends = true, kUpdates = true;
 
   template <class L>
   struct Parts {
@@ -113,8 +117,9 @@ struct Adamu {
 // From one direction to the next in one pass, where a step has several: a displacement only.
 //   d = n_0 z_0 + n_1 z_1
 struct Blend {
+  static constexpr const char* kName = "blend";
   static constexpr int kDirections = 2, kBuffers = 0;
-  static constexpr bool kBends = true;
+  static constexpr bool kBends = true, kUpdates = false;
 
   template <class L>
   static ADAMEZO_HD typename L::F direction(const typename L::F z[2], const typename L::F*,
@@ -122,6 +127,24 @@ struct Blend {
     return L::fma(L::f(n[1]), z[1], L::mul(L::f(n[0]), z[0]));
   }
 };
+
+// All rules, in the order of RULES in rules.py. A job's rule is its place here, counted from 1.
+template <class... R>
+struct RuleList {};
+using Rules = RuleList<Adam, Hizoo, Helene, Adamu, Blend>;
+
+constexpr int kMoments = 0;  // no rule of these, but sums of directions (rule.h)
+
+// Calls use(R()) with the rule at a place. Gives whether there is one.
+template <class Use, class... R>
+bool with_rule(int rule, Use use, RuleList<R...>) {
+  int place = kMoments;
+  return ((++place == rule ? (use(R()), true) : false) || ...);
+}
+template <class Use>
+bool with_rule(int rule, Use use) {
+  return with_rule(rule, use, Rules());
+}
 
 // Of an array with an element for each buffer, as none may be empty.
 template <class R>

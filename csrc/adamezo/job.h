@@ -15,6 +15,9 @@ enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2 };
 
 // Pointers are borrowed for the call, and lead to where the kernel runs.
 struct Job {
+  Operation operation;
+  Distribution distribution;
+
   const Segment* segments;
   int64_t segment_count;
   int64_t elements;  // of all segments
@@ -32,8 +35,8 @@ struct Job {
   float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
   float eps;
 
-  // What perturb and update do with the directions: sum them up, or a rule of buffered.h.
-  Rule rule;
+  // What perturb and update do with the directions: kMoments, or the place of a rule of buffered.h.
+  int rule;
   ElementType buffer_type;  // of what that rule keeps
   const float* numbers;     // [kRuleNumbers], its own; null without one
 

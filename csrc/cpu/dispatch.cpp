@@ -29,6 +29,18 @@ std::vector<const InstructionSet*> available() {
   return sets;
 }
 
+Kernel kernel_of(const Job& job, const std::string& instruction_set) {
+  if (job.distribution == Distribution::kFast)
+    throw std::invalid_argument("a CPU has no `fast` directions; expected exact or rademacher");
+  for (const InstructionSet* set : available())
+    if (set->name == instruction_set)
+      return job.distribution == Distribution::kExact ? set->exact : set->rademacher;
+  std::string message =
+      "unknown or unsupported instruction set '" + instruction_set + "'; this machine can run:";
+  for (const auto& name : instruction_sets()) message += " " + name;
+  throw std::invalid_argument(message);
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -37,20 +49,8 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-Kernel kernel_of(const std::string& instruction_set, Distribution distribution,
-                 Operation operation) {
-  if (distribution == Distribution::kFast)
-    throw std::invalid_argument("a CPU has no `fast` directions; expected exact or rademacher");
-  for (const InstructionSet* set : available())
-    if (set->name == instruction_set)
-      return (distribution == Distribution::kExact ? set->exact : set->rademacher)[operation];
-  std::string message =
-      "unknown or unsupported instruction set '" + instruction_set + "'; this machine can run:";
-  for (const auto& name : instruction_sets()) message += " " + name;
-  throw std::invalid_argument(message);
-}
-
-void run(Kernel kernel, const Job& job, int threads) {
+void run(const Job& job, const std::string& instruction_set, int threads) {
+  const Kernel kernel = kernel_of(job, instruction_set);
   const int64_t shares = (job.elements + kElementsPerWorker - 1) / kElementsPerWorker;
   if (shares == 0) return;
   threads = int(std::min<int64_t>(std::max(threads, 1), shares));

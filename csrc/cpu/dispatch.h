@@ -26,12 +26,8 @@ class DefaultFloatingPoint {
 // Names of the instruction sets that this machine can run, the fastest first.
 std::vector<std::string> instruction_sets();
 
-// Throws std::invalid_argument for a name that is not among instruction_sets(), and for `fast`
-// directions, which only a GPU has.
-Kernel kernel_of(const std::string& instruction_set, Distribution distribution,
-                 Operation operation);
-
-// Runs `kernel` over the whole job on at most `threads` threads.
-void run(Kernel kernel, const Job& job, int threads);
+// Does the job on at most `threads` threads. Throws std::invalid_argument for a name that is not
+// among instruction_sets(), and for `fast` directions, which only a GPU has.
+void run(const Job& job, const std::string& instruction_set, int threads);
 
 }  // namespace adamezo

@@ -15,27 +15,9 @@ constexpr int64_t kSignWords = 64;  // four words of each of the sixteen blocks 
 // Does `worker`'s share of `job`. The result does not depend on the number of workers.
 using Kernel = void (*)(const Job& job, const Room& room, int64_t worker, int64_t workers);
 
-struct Kernels {
-  Kernel sample, perturb, update, moment;
-
-  Kernel operator[](Operation operation) const {
-    switch (operation) {
-      case Operation::kSample:
-        return sample;
-      case Operation::kPerturb:
-        return perturb;
-      case Operation::kUpdate:
-        return update;
-      case Operation::kMoment:
-        return moment;
-    }
-    return nullptr;
-  }
-};
-
 struct InstructionSet {
   const char* name;
-  Kernels exact, rademacher;
+  Kernel exact, rademacher;
 };
 
 const InstructionSet& portable_kernels();

@@ -182,38 +182,11 @@ struct Kept {
   }
 };
 
-// theta = theta + scale d, where d is what rule R displaces along
-template <class L, class D, class R>
-struct BentPerturb {
-  template <class T>
-  static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
-    using F = typename L::F;
-    constexpr int kCount = R::kDirections;
-    float n[kRuleNumbers];
-    std::memcpy(n, job.numbers, sizeof n);
-    D::template along_each<T, kCount>(
-        job, room, worker, workers,
-        [&](const Span<T>& span, const Group<T>& theta, const F z[kCount][4]) {
-          const Kept<L, R, T> buffers(job, span, theta);
-          F moved[4];
-          for (int t = 0; t < 4; ++t) {
-            F at[kCount], kept[kBuffersRoom<R>];
-            for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
-            buffers.get(t, kept);
-            moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n),
-                              L::load(theta.from + t * L::kWidth));
-          }
-          if (job.rounding == Rounding::kStochastic)
-            store_group<L, true>(job, span, theta, moved);
-          else
-            store_group<L, false>(job, span, theta, moved);
-        });
-  }
-};
-
-// Restore and step by rule R in one pass: weights and buffers are read once and written once.
-template <class L, class D, class R>
-struct BufferedUpdate {
+// By rule R: theta = theta + scale d, where d is what it displaces along; and in an update, where
+// that restores if scale is not 0, its step in the same pass, so that weights and buffers are read
+// once and written once.
+template <class L, class D, class R, bool kUpdate>
+struct ByRule {
   template <class T>
   static void run(const Job& job, const Room& room, int64_t worker, int64_t workers) {
     using F = typename L::F;
@@ -230,14 +203,16 @@ struct BufferedUpdate {
             F at[kCount], kept[kBuffersRoom<R>];
             for (int k = 0; k < kCount; ++k) at[k] = z[k][t];
             buffers.get(t, kept);
-            F value = L::load(theta.from + t * L::kWidth);
-            if (job.scale != 0.0f)
-              value = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n), value);
-            const F step = R::template step<L>(at, kept, n, job.eps);
-            buffers.set(t, kept);
-            moved[t] = descend<L>(value, step, minus_lr, decay);
+            moved[t] = L::load(theta.from + t * L::kWidth);
+            if (!kUpdate || job.scale != 0.0f)
+              moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n), moved[t]);
+            if constexpr (kUpdate) {
+              const F step = R::template step<L>(at, kept, n, job.eps);
+              buffers.set(t, kept);
+              moved[t] = descend<L>(moved[t], step, minus_lr, decay);
+            }
           }
-          buffers.store(theta);
+          if constexpr (kUpdate) buffers.store(theta);
           if (job.rounding == Rounding::kStochastic)
             store_group<L, true>(job, span, theta, moved);
           else
@@ -262,9 +237,10 @@ template <class L, class D>
 void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   const bool stochastic = job.rounding == Rounding::kStochastic;
   auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
-  if (job.rule == Rule::kHizoo) kernel = by_type<BentPerturb<L, D, Hizoo>>;
-  if (job.rule == Rule::kAdamu) kernel = by_type<BentPerturb<L, D, Adamu>>;
-  if (job.rule == Rule::kBlend) kernel = by_type<BentPerturb<L, D, Blend>>;
+  with_rule(job.rule, [&](auto rule) {
+    using R = decltype(rule);
+    if constexpr (R::kBends) kernel = by_type<ByRule<L, D, R, false>>;
+  });
   kernel(job, room, worker, workers);
 }
 
@@ -281,20 +257,12 @@ void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
 template <class L, class D>
 void update(const Job& job, const Room& room, int64_t worker, int64_t workers) {
   const bool stochastic = job.rounding == Rounding::kStochastic;
-  switch (job.rule) {
-    case Rule::kMoments:
-      return (stochastic ? update<L, D, true> : update<L, D, false>)(job, room, worker, workers);
-    case Rule::kAdam:
-      return by_type<BufferedUpdate<L, D, Adam>>(job, room, worker, workers);
-    case Rule::kHizoo:
-      return by_type<BufferedUpdate<L, D, Hizoo>>(job, room, worker, workers);
-    case Rule::kHelene:
-      return by_type<BufferedUpdate<L, D, Helene>>(job, room, worker, workers);
-    case Rule::kAdamu:
-      return by_type<BufferedUpdate<L, D, Adamu>>(job, room, worker, workers);
-    case Rule::kBlend:
-      return;  // has no update
-  }
+  if (job.rule == kMoments)
+    (stochastic ? update<L, D, true> : update<L, D, false>)(job, room, worker, workers);
+  with_rule(job.rule, [&](auto rule) {
+    using R = decltype(rule);
+    if constexpr (R::kUpdates) by_type<ByRule<L, D, R, true>>(job, room, worker, workers);
+  });
 }
 
 template <class L, class D>
@@ -304,13 +272,22 @@ void moment(const Job& job, const Room& room, int64_t worker, int64_t workers) {
 }
 
 template <class L, class D>
-Kernels kernels_over() {
-  return {by_type<Sample<L, D>>, perturb<L, D>, update<L, D>, moment<L, D>};
+void by_operation(const Job& job, const Room& room, int64_t worker, int64_t workers) {
+  switch (job.operation) {
+    case Operation::kSample:
+      return by_type<Sample<L, D>>(job, room, worker, workers);
+    case Operation::kPerturb:
+      return perturb<L, D>(job, room, worker, workers);
+    case Operation::kUpdate:
+      return update<L, D>(job, room, worker, workers);
+    case Operation::kMoment:
+      return moment<L, D>(job, room, worker, workers);
+  }
 }
 
 template <class L>
 InstructionSet instruction_set_over(const char* name) {
-  return {name, kernels_over<L, Exact<L>>(), kernels_over<L, Rademacher<L>>()};
+  return {name, by_operation<L, Exact<L>>, by_operation<L, Rademacher<L>>};
 }
 
 }  // namespace

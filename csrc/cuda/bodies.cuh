@@ -371,11 +371,11 @@ void by_rounding(const Job& job, Use use) {
   return use(Instance<Stochastic, float16>());
 }
 
-// Calls use(instance) with the body that does `operation` on the job.
+// Calls use(instance) with the body that does the job.
 template <class D, class Use>
-void select(Operation operation, const Job& job, Use use) {
+void select(const Job& job, Use use) {
   constexpr auto kNearest = Rounding::kNearest, kStochastic = Rounding::kStochastic;
-  switch (operation) {
+  switch (job.operation) {
     case Operation::kSample:
       return by_type<Sample<D>>(job.type, use);
     case Operation::kPerturb:

@@ -210,89 +210,49 @@ ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t work
   });
 }
 
-// theta = theta + scale d, read where the source is; d is what rule R displaces along
-template <class D, class R>
-struct BentPerturb {
-  using Directions = D;
-
-  static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
-                             int64_t workers) {
-    for_each_quad<R>(job, worker, workers, [&](Quad<R>& quad, const float* n) {
-      quad.load(D(), space.table, quad.source());
-      ADAMEZO_UNROLL
-      for (int i = 0; i < kQuad; ++i) {
-        float z[R::kDirections], kept[kBuffersRoom<R>];
-        quad.get(i, z, kept);
-        quad.theta[i] =
-            ScalarLanes::fma(job.scale, displaced_along<R, ScalarLanes>(z, kept, n), quad.theta[i]);
-      }
-      quad.store_theta();
-    });
-  }
-};
-
-// Restore and step by rule R in one pass: weights and buffers are read once and written once.
-template <class D, class R>
-struct BufferedUpdate {
+// By rule R: theta = theta + scale d, read where the source is, where d is what it displaces along;
+// and in an update, where that restores if scale is not 0, its step in the same pass, so that
+// weights and buffers are read once and written once.
+template <class D, class R, bool kUpdate>
+struct ByRule {
   using Directions = D;
 
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
     const float minus_lr = job.step[0], decay = job.step[1];
     for_each_quad<R>(job, worker, workers, [&](Quad<R>& quad, const float* n) {
-      quad.load(D(), space.table, quad.weights());
+      quad.load(D(), space.table, kUpdate ? quad.weights() : quad.source());
       ADAMEZO_UNROLL
       for (int i = 0; i < kQuad; ++i) {
         float z[R::kDirections], kept[kBuffersRoom<R>];
         quad.get(i, z, kept);
-        float value = quad.theta[i];
-        if (job.scale != 0.0f)
+        float& value = quad.theta[i];
+        if (!kUpdate || job.scale != 0.0f)
           value = ScalarLanes::fma(job.scale, displaced_along<R, ScalarLanes>(z, kept, n), value);
-        const float step = R::template step<ScalarLanes>(z, kept, n, job.eps);
-        quad.set(i, kept);
-        quad.theta[i] = descend<ScalarLanes>(value, step, minus_lr, decay);
+        if constexpr (kUpdate) {
+          const float step = R::template step<ScalarLanes>(z, kept, n, job.eps);
+          quad.set(i, kept);
+          value = descend<ScalarLanes>(value, step, minus_lr, decay);
+        }
       }
-      quad.store_kept();
+      if constexpr (kUpdate) quad.store_kept();
       quad.store_theta();
     });
   }
 };
 
-// Whether a job is for a body of this file.
-inline bool follows_rule(Operation operation, const Job& job) {
-  switch (job.rule) {
-    case Rule::kMoments:
-      return false;
-    case Rule::kAdam:
-    case Rule::kHelene:
-      return operation == Operation::kUpdate;
-    case Rule::kHizoo:
-    case Rule::kAdamu:
-      return operation == Operation::kUpdate || operation == Operation::kPerturb;
-    case Rule::kBlend:
-      return operation == Operation::kPerturb;
-  }
-  return false;
-}
-
-// Calls use(body) with the one that does `operation` on such a job.
+// Calls use(body) with the one that does the job. Gives whether it is one for a body of this file.
 template <class D, class Use>
-void select_rule(Operation operation, const Job& job, Use use) {
-  const bool update = operation == Operation::kUpdate;
-  switch (job.rule) {
-    case Rule::kMoments:
-      return;
-    case Rule::kAdam:
-      return use(BufferedUpdate<D, Adam>());
-    case Rule::kHizoo:
-      return update ? use(BufferedUpdate<D, Hizoo>()) : use(BentPerturb<D, Hizoo>());
-    case Rule::kHelene:
-      return use(BufferedUpdate<D, Helene>());
-    case Rule::kAdamu:
-      return update ? use(BufferedUpdate<D, Adamu>()) : use(BentPerturb<D, Adamu>());
-    case Rule::kBlend:
-      return use(BentPerturb<D, Blend>());
-  }
+bool select_rule(const Job& job, Use use) {
+  bool found = false;
+  with_rule(job.rule, [&](auto rule) {
+    using R = decltype(rule);
+    if constexpr (R::kUpdates)
+      if (job.operation == Operation::kUpdate) found = true, use(ByRule<D, R, true>());
+    if constexpr (R::kBends)
+      if (job.operation == Operation::kPerturb) found = true, use(ByRule<D, R, false>());
+  });
+  return found;
 }
 
 }  // namespace cuda

@@ -75,16 +75,14 @@ void launch_body(Body, const Job& job, const HighWords& highs, int device, uint6
 }
 
 template <class D>
-void launch(Operation operation, const Job& job, const HighWords& highs, int device,
-            uint64_t stream) {
-  select<D>(operation, job, [&](auto body) { launch_body(body, job, highs, device, stream); });
+void launch(const Job& job, const HighWords& highs, int device, uint64_t stream) {
+  select<D>(job, [&](auto body) { launch_body(body, job, highs, device, stream); });
 }
 
-// Where follows_rule(operation, job).
+// Gives whether the job is one for a rule's body.
 template <class D>
-void launch_rule(Operation operation, const Job& job, const HighWords& highs, int device,
-                 uint64_t stream) {
-  select_rule<D>(operation, job, [&](auto body) { launch_body(body, job, highs, device, stream); });
+bool launch_rule(const Job& job, const HighWords& highs, int device, uint64_t stream) {
+  return select_rule<D>(job, [&](auto body) { launch_body(body, job, highs, device, stream); });
 }
 
 }  // namespace cuda

@@ -3,7 +3,7 @@
 namespace adamezo {
 namespace cuda {
 
-template void launch<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
+template void launch<Exact>(const Job&, const HighWords&, int, uint64_t);
 
 }  // namespace cuda
 }  // namespace adamezo

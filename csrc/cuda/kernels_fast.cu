@@ -3,7 +3,7 @@
 namespace adamezo {
 namespace cuda {
 
-template void launch<Fast>(Operation, const Job&, const HighWords&, int, uint64_t);
+template void launch<Fast>(const Job&, const HighWords&, int, uint64_t);
 
 }  // namespace cuda
 }  // namespace adamezo

@@ -3,9 +3,9 @@
 namespace adamezo {
 namespace cuda {
 
-template void launch_rule<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
-template void launch_rule<Fast>(Operation, const Job&, const HighWords&, int, uint64_t);
-template void launch_rule<Rademacher>(Operation, const Job&, const HighWords&, int, uint64_t);
+template bool launch_rule<Exact>(const Job&, const HighWords&, int, uint64_t);
+template bool launch_rule<Fast>(const Job&, const HighWords&, int, uint64_t);
+template bool launch_rule<Rademacher>(const Job&, const HighWords&, int, uint64_t);
 
 }  // namespace cuda
 }  // namespace adamezo

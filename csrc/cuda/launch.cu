@@ -3,13 +3,12 @@
 namespace adamezo {
 namespace cuda {
 
-extern template void launch<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
-extern template void launch<Fast>(Operation, const Job&, const HighWords&, int, uint64_t);
-extern template void launch<Rademacher>(Operation, const Job&, const HighWords&, int, uint64_t);
-extern template void launch_rule<Exact>(Operation, const Job&, const HighWords&, int, uint64_t);
-extern template void launch_rule<Fast>(Operation, const Job&, const HighWords&, int, uint64_t);
-extern template void launch_rule<Rademacher>(Operation, const Job&, const HighWords&, int,
-                                             uint64_t);
+extern template void launch<Exact>(const Job&, const HighWords&, int, uint64_t);
+extern template void launch<Fast>(const Job&, const HighWords&, int, uint64_t);
+extern template void launch<Rademacher>(const Job&, const HighWords&, int, uint64_t);
+extern template bool launch_rule<Exact>(const Job&, const HighWords&, int, uint64_t);
+extern template bool launch_rule<Fast>(const Job&, const HighWords&, int, uint64_t);
+extern template bool launch_rule<Rademacher>(const Job&, const HighWords&, int, uint64_t);
 
 namespace {
 
@@ -26,14 +25,13 @@ __global__ void check_sqrt(uint32_t first, uint32_t last, unsigned long long* co
 }  // namespace
 }  // namespace cuda
 
-void cuda_launch(Operation operation, Distribution distribution, const Job& job,
-                 const HighWords& highs, int device, uint64_t stream) {
-  const bool by_rule = cuda::follows_rule(operation, job);
+void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t stream) {
   const auto launch = [&](auto of) {
     using D = decltype(of);
-    (by_rule ? cuda::launch_rule<D> : cuda::launch<D>)(operation, job, highs, device, stream);
+    if (!cuda::launch_rule<D>(job, highs, device, stream))
+      cuda::launch<D>(job, highs, device, stream);
   };
-  switch (distribution) {
+  switch (job.distribution) {
     case Distribution::kExact:
       return launch(cuda::Exact());
     case Distribution::kFast:

@@ -17,13 +17,11 @@ using HighWords = std::vector<uint32_t>;
 // current for this thread.
 //
 // Throws std::runtime_error with what CUDA said.
-void cuda_launch(Operation operation, Distribution distribution, const Job& job,
-                 const HighWords& highs, int device, uint64_t stream);
+void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t stream);
 
 // The same bodies on the host, one thread after the other, in a launch of that shape. Pointers lead
 // to host memory; the caller has set the default floating-point environment.
-void cuda_on_host(Operation operation, Distribution distribution, const Job& job,
-                  const HighWords& highs, int64_t blocks, int threads);
+void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads);
 
 // Of all float32 in [2^-25, 22], the numbers of those whose root ThreadLanes::sqrt does not round
 // correctly are added to *count, which is in the device's memory.

@@ -5,8 +5,7 @@ namespace adamezo {
 namespace {
 
 template <class D>
-void on_host(Operation operation, const Job& job, const HighWords& highs, int64_t blocks,
-             int threads) {
+void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads) {
   using namespace cuda;
   std::vector<Direction> table(static_cast<size_t>(job.horizon));
   std::vector<float> newest(static_cast<size_t>(kThreadElements * threads));
@@ -24,21 +23,19 @@ void on_host(Operation operation, const Job& job, const HighWords& highs, int64_
       }
     }
   };
-  follows_rule(operation, job) ? select_rule<D>(operation, job, run)
-                               : select<D>(operation, job, run);
+  if (!select_rule<D>(job, run)) select<D>(job, run);
 }
 
 }  // namespace
 
-void cuda_on_host(Operation operation, Distribution distribution, const Job& job,
-                  const HighWords& highs, int64_t blocks, int threads) {
-  switch (distribution) {
+void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads) {
+  switch (job.distribution) {
     case Distribution::kExact:
-      return on_host<cuda::Exact>(operation, job, highs, blocks, threads);
+      return on_host<cuda::Exact>(job, highs, blocks, threads);
     case Distribution::kFast:
-      return on_host<cuda::Fast>(operation, job, highs, blocks, threads);
+      return on_host<cuda::Fast>(job, highs, blocks, threads);
     case Distribution::kRademacher:
-      return on_host<cuda::Rademacher>(operation, job, highs, blocks, threads);
+      return on_host<cuda::Rademacher>(job, highs, blocks, threads);
   }
 }
 

@@ -64,7 +64,7 @@ struct Call {
   Rounding rounding;
   bool second, elsewhere;
   int64_t horizon;
-  Rule rule = Rule::kMoments;
+  int rule = kMoments;
   ElementType buffers = ElementType::kFloat32;
 };
 
@@ -80,19 +80,25 @@ const std::vector<Call> kCalls = {
     {Operation::kUpdate, Rounding::kStochastic, false, false, 1},
     {Operation::kMoment, Rounding::kNearest, false, false, 3},
     {Operation::kMoment, Rounding::kNearest, true, false, 3},
-    {Operation::kPerturb, Rounding::kNearest, false, true, 1, Rule::kHizoo, ElementType::kFloat32},
-    {Operation::kPerturb, Rounding::kStochastic, false, false, 2, Rule::kAdamu,
-     ElementType::kBFloat16},
-    {Operation::kPerturb, Rounding::kStochastic, false, true, 2, Rule::kBlend},
-    {Operation::kUpdate, Rounding::kNearest, false, false, 1, Rule::kAdam, ElementType::kFloat32},
-    {Operation::kUpdate, Rounding::kStochastic, false, false, 1, Rule::kAdam,
-     ElementType::kBFloat16},
-    {Operation::kUpdate, Rounding::kStochastic, false, false, 1, Rule::kHizoo,
-     ElementType::kFloat16},
-    {Operation::kUpdate, Rounding::kNearest, false, false, 1, Rule::kHelene, ElementType::kFloat16},
-    {Operation::kUpdate, Rounding::kStochastic, false, false, 2, Rule::kAdamu,
-     ElementType::kFloat32},
 };
+
+// Those of all rules: each displaces somewhere else and makes two updates, with buffers of each
+// type in turn.
+std::vector<Call> with_rules(std::vector<Call> calls) {
+  int rule = kMoments + 1, type = 0;
+  const auto add = [&](auto of) {
+    using R = decltype(of);
+    const auto call = [&](Operation operation, Rounding rounding, bool elsewhere) {
+      calls.push_back({operation, rounding, false, elsewhere, R::kDirections, rule,
+                       ElementType(R::kBuffers ? type++ % 3 : 0)});
+    };
+    if (R::kBends) call(Operation::kPerturb, Rounding::kStochastic, true);
+    if (R::kUpdates) call(Operation::kUpdate, Rounding::kNearest, false);
+    if (R::kUpdates) call(Operation::kUpdate, Rounding::kStochastic, false);
+  };
+  while (with_rule(rule, add)) ++rule;
+  return calls;
+}
 
 long calls_made = 0;
 
@@ -121,7 +127,7 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
                     parameter,
                     {0, 0},
                     elements};
-    for (int i = 0; i < kMostBuffers && call.rule != Rule::kMoments; ++i) {
+    for (int i = 0; i < kMostBuffers && call.rule != kMoments; ++i) {
       // Row after row; numbers as curvatures are, above 0.
       const Shape kept{1, shape.rows * shape.row_length, 0, (shape.misaligned + 3 * i) % 8};
       const int size = kSizes[int(call.buffers)];
@@ -141,6 +147,8 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   const std::vector<float> s(second.begin(), second.begin() + call.horizon);
   if (runner == "cuda") f.insert(f.end(), s.begin(), s.end());
   Job job{};
+  job.operation = call.operation;
+  job.distribution = distribution;
   job.segments = table.data();
   job.segment_count = int64_t(table.size());
   job.elements = elements;
@@ -159,14 +167,14 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   job.rule = call.rule;
   job.buffer_type = call.buffers;
   const std::vector<float> numbers = {0.5f, 0.25f, 0.75f, 0.125f, 1.5f, 0.25f, -1.25f, 0.0f};
-  job.numbers = call.rule == Rule::kMoments ? nullptr : numbers.data();
+  job.numbers = call.rule == kMoments ? nullptr : numbers.data();
   const DefaultFloatingPoint guard;
   if (runner == "cuda") {
     HighWords highs = {uint32_t(offset >> 34)};
     if ((offset + 60000) >> 34 != offset >> 34) highs.push_back(highs[0] + 1);
-    cuda_on_host(call.operation, distribution, job, highs, 2, 32);
+    cuda_on_host(job, highs, 2, 32);
   } else {
-    run(kernel_of(runner, distribution, call.operation), job, threads);
+    run(job, runner, threads);
   }
   ++calls_made;
   std::vector<unsigned char> bytes;
@@ -177,7 +185,7 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
 
 [[noreturn]] void differ(const std::string& runner, int type, const Call& call) {
   std::fprintf(stderr, "%s has other bits: operation %d, rule %d, type %d\n", runner.c_str(),
-               int(call.operation), int(call.rule), type);
+               int(call.operation), call.rule, type);
   std::exit(1);
 }
 
@@ -189,20 +197,21 @@ int main(int count, char** arguments) {
     const Segment segment{tensor.address(), tensor.address(), 1, 65, 65, 65, 0, 65, 0, {0, 0}, 0};
     const uint32_t direction = 0;
     Job job{};
+    job.operation = Operation::kPerturb;
     job.segments = &segment;
     job.segment_count = 1;
     job.elements = 65;
     job.directions = &direction;
     job.horizon = 1;
     job.scale = 1.0f;
-    run(kernel_of("portable", Distribution::kExact, Operation::kPerturb), job, 1);
+    run(job, "portable", 1);
     std::puts("not caught");
     return 0;
   }
   std::vector<std::string> runners = instruction_sets();
   for (const Distribution distribution : {Distribution::kExact, Distribution::kRademacher})
     for (int type = 0; type < 3; ++type)
-      for (const Call& call : kCalls) {
+      for (const Call& call : with_rules(kCalls)) {
         if (call.operation == Operation::kMoment && type != 0) continue;
         for (const uint64_t offset : {uint64_t(0), uint64_t(3), (uint64_t(1) << 34) - 70}) {
           for (const bool special : {false, true}) {

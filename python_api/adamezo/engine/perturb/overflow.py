@@ -21,14 +21,11 @@ import math
 import torch
 from torch import Tensor
 
-from adamezo_kernels import Direction, Plan, Segment, Terms
+from adamezo_kernels import RULES, Direction, Plan, Segment, Terms
 from adamezo_kernels.staging import blocks_of, capturing
 
 LARGEST_Z = {"exact": 6.56, "fast": 6.56, "rademacher": 1.0}
 """The largest number that a direction of a distribution can have (docs/directions.md)."""
-
-LEAST_CURVATURE = 1e-4 * (1 - 2.0**-7)
-"""The least curvature that HiZOO's rule keeps (csrc/adamezo/buffered.h), rounded to bfloat16."""
 
 _FEWEST_ROUNDINGS = 16
 """How many roundings are always allowed for, so that a step with a dozen perturbations is refused
@@ -98,26 +95,11 @@ class OverflowCheck:
     def _bound(self, direction: Direction, segment: Segment | None = None) -> float:
         """A bound on the elements of a direction; a better one with a segment, whose buffers are
         read then."""
-        z = self._largest_z
-        if not isinstance(direction, Terms):
-            return z
-        rule = direction.rule
-        if rule == "hizoo":
-            least = LEAST_CURVATURE if segment is None else least_of(segment.buffers[0])
-            return z / math.sqrt(least) if least > 0 else math.inf if least <= 0 else math.nan
-        if rule == "adamu":
-            fresh, moving, beta, rest = direction.numbers[:4].tolist()
-            if segment is not None:
-                kept = largest(segment.buffers[0])
-            else:
-                # m <- beta1 z' + (1 - beta1) z'', and beta1 has never been less than it is: |m| is
-                # at most |z| + (1 - beta1) |m|, rounded to bfloat16.
-                grows = 1 + 2.0**-7
-                kept = grows * z / (1 - grows * rest) if grows * rest < 1 else math.inf
-            return beta * fresh * z + rest * (kept + moving * z)
-        if rule == "blend":
-            return z * sum(map(abs, direction.numbers[:2].tolist()))
-        return z
+        bound = RULES[direction.rule].bound if isinstance(direction, Terms) else None
+        if not isinstance(direction, Terms) or bound is None:
+            return self._largest_z
+        buffers = None if segment is None else [_Extremes(buffer) for buffer in segment.buffers]
+        return bound(self._largest_z, buffers, direction.numbers)
 
 
 _OTHERWISE = "Take a smaller zo_eps, or perturbation='out_of_place', which never writes weights"
@@ -150,3 +132,16 @@ def largest(tensor: Tensor) -> float:
 def least_of(tensor: Tensor) -> float:
     """The least element; NaN if there is one."""
     return float(torch.stack([b.float().amin() for b in blocks_of(tensor.detach())]).amin())
+
+
+class _Extremes:
+    """The extremes of a buffer, for the bound of a rule."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+
+    def least(self) -> float:
+        return least_of(self._buffer)
+
+    def largest(self) -> float:
+        return largest(self._buffer)

@@ -1,0 +1,223 @@
+"""Rules: what an update makes of directions and of what is kept for each weight.
+
+Each is written once in Python, over the operations of float32.py. Called as they are, its functions
+are the definition, on torch's tensors. Triton compiles the same text over operations of its own
+(backends/_triton_kernels.py); so it has only calls of those, indices that are numbers, and no
+annotations. csrc/adamezo/buffered.h and rule.h have each once more for CPU and CUDA, so that two
+texts check each other: operations are in the same order in both.
+
+``z`` holds a value for each direction, ``kept`` one for each buffer, ``n`` the step's own numbers.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .float32 import add, div, fma, larger, mul, smaller, sqrt
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What weights are displaced along, and how they and what is kept for them are updated."""
+
+    directions: int
+    buffers: int
+    numbers: tuple[str, ...]
+    """The step's own numbers, in the order of `Terms.numbers`."""
+    direction: Callable[..., Any] | None = None
+    """``(z, kept, n)``: what weights are displaced along, if that is something else than z_0."""
+    bound: Callable[..., float] | None = None
+    """``(z, kept, n)``: the largest magnitude that ``direction`` can have, as a float, where no z
+    exceeds the float ``z``. A rule with a direction has one, so that displacements which might
+    overflow can be refused. ``kept`` is None where buffers are not to be looked at; else it has a
+    :class:`Extremes` for each. ``n`` is `Terms.numbers`."""
+    step: Callable[..., Any] | None = None
+    """``(z, kept, n, eps)``: the step of theta <- theta decay - lr step, and what is kept from then
+    on, as a tuple; None where there is no update, but a displacement only."""
+    idle: Mapping[int, float] | None = None
+    """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
+    are; None where there are none such."""
+
+    def __post_init__(self) -> None:
+        if self.bends and self.bound is None:
+            raise TypeError("a rule with a direction needs a bound on what that can be")
+
+    @property
+    def bends(self) -> bool:
+        """Whether weights are displaced along something else than z_0."""
+        return self.direction is not None
+
+    @property
+    def updates(self) -> bool:
+        """Whether it has an update, besides a displacement."""
+        return self.step is not None
+
+
+class Extremes(Protocol):
+    """What a bound may ask of a buffer. It is looked up when it is asked for."""
+
+    def least(self) -> float:
+        """The least element; NaN if there is one."""
+
+    def largest(self) -> float:
+        """The largest magnitude of a finite element."""
+
+
+# --- what all have in common --------------------------------------------------------------------
+
+
+def along_z(z, kept, n):
+    return z[0]
+
+
+def displaced(theta, along, scale):
+    return fma(scale, along, theta)
+
+
+def descended(theta, step, minus_lr, decay):
+    return fma(minus_lr, step, mul(theta, decay))
+
+
+# --- sums of directions, as AdaMeZO and every method without buffers has them ---------------------
+#   S1 = sum_k first_k z_k      S2 = sum_k second_k z_k^2      step = S1 / (sqrt(S2) + eps), or S1
+
+
+def summed(total, value, coefficient):
+    return fma(coefficient, value, total)
+
+
+def preconditioned(s1, s2, eps):
+    return div(s1, add(sqrt(s2), eps))
+
+
+# --- Adam on the estimate p z, with both moments stored (the table of MeZO's authors' code) -------
+#   m <- beta1 m + (1 - beta1) p z        v <- beta2 v + (1 - beta2) p^2 z^2
+#   step = c1 m / (sqrt(c2 v) + eps)      with c = 1 / (1 - beta^t)
+
+
+def adam_step(z, kept, n, eps):
+    m = fma(n[1], z[0], mul(n[0], kept[0]))
+    v = fma(n[3], mul(z[0], z[0]), mul(n[2], kept[1]))
+    return div(mul(n[4], m), add(sqrt(mul(n[5], v)), eps)), m, v
+
+
+# --- HiZOO (arXiv 2402.15173): D is a curvature, and displacements are shorter where it is large --
+#   d = z / sqrt(D)      D <- D + D (a c z^2 - a), within bounds      step = p z / sqrt(D)
+# where c is the curvature along d. The bounds keep d finite, whatever c was; float16 holds both.
+
+
+def hizoo_direction(z, kept, n):
+    return div(z[0], sqrt(kept[0]))
+
+
+def hizoo_bound(z, kept, n):
+    # The step's lower end, as bfloat16 may round it.
+    least = 1e-4 * (1 - 2.0**-7) if kept is None else kept[0].least()
+    return z / math.sqrt(least) if least > 0 else math.inf if least <= 0 else math.nan
+
+
+def hizoo_step(z, kept, n, eps):
+    change = fma(n[1], mul(z[0], z[0]), n[0])
+    moved = fma(kept[0], change, kept[0])
+    curvature = smaller(larger(moved, 1e-4), 1e4)
+    return div(mul(n[2], z[0]), sqrt(curvature)), curvature
+
+
+# --- HELENE (arXiv 2411.10696): momentum over a clipped Gauss-Newton curvature --------------------
+#   m <- beta1 m + alpha p z      h <- beta2 h + (1 - beta2) B p_hat^2 z^2
+#   step = m / (gamma max(h, lambda) + eps)
+
+
+def helene_step(z, kept, n, eps):
+    m = fma(n[1], z[0], mul(n[0], kept[0]))
+    h = fma(n[3], mul(z[0], z[0]), mul(n[2], kept[1]))
+    return div(m, add(mul(n[4], larger(h, n[5])), eps)), m, h
+
+
+# --- ZO-AdaMU (arXiv 2312.15184): the direction itself has momentum; m is the last one ------------
+#   z' = sqrt(alpha) u_0      z'' = m + sqrt(1 - alpha) u_1      d = beta1 z' + (1 - beta1) z''
+#   step = p d / sqrt(beta2 z'^2 + (1 - beta2) z''^2 + eps)      m <- d
+
+
+def adamu_parts(z, kept, n):
+    fresh = mul(n[0], z[0])
+    moving = fma(n[1], z[1], kept[0])
+    return fresh, moving, fma(n[2], fresh, mul(n[3], moving))
+
+
+def adamu_direction(z, kept, n):
+    return adamu_parts(z, kept, n)[2]
+
+
+def adamu_bound(z, kept, n):
+    fresh, moving, beta, rest = n[:4].tolist()
+    if kept is None:
+        # m <- beta1 z' + (1 - beta1) z'', and beta1 has never been less than it is: |m| is at most
+        # |z| + (1 - beta1) |m|, rounded to bfloat16.
+        grows = 1 + 2.0**-7
+        largest = grows * z / (1 - grows * rest) if grows * rest < 1 else math.inf
+    else:
+        largest = kept[0].largest()
+    return beta * fresh * z + rest * (largest + moving * z)
+
+
+def adamu_step(z, kept, n, eps):
+    fresh, moving, both = adamu_parts(z, kept, n)
+    v = fma(n[4], mul(fresh, fresh), mul(n[5], mul(moving, moving)))
+    return div(mul(n[6], both), sqrt(add(v, eps))), both
+
+
+# --- from one direction to the next in one pass, where a step has several: a displacement only ----
+#   d = n_0 z_0 + n_1 z_1
+
+
+def blend_direction(z, kept, n):
+    return fma(n[1], z[1], mul(n[0], z[0]))
+
+
+def blend_bound(z, kept, n):
+    return z * sum(map(abs, n[:2].tolist()))
+
+
+RULES = {
+    "moments": Rule(0, 0, (), step=preconditioned),
+    "adam": Rule(
+        1,
+        2,
+        ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2"),
+        step=adam_step,
+        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
+    ),
+    "hizoo": Rule(
+        1,
+        1,
+        ("-alpha", "alpha curvature", "p"),
+        direction=hizoo_direction,
+        bound=hizoo_bound,
+        step=hizoo_step,
+        idle={0: 0.0, 1: 0.0, 2: 0.0},
+    ),
+    "helene": Rule(
+        1,
+        2,
+        ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip"),
+        step=helene_step,
+        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
+    ),
+    "adamu": Rule(
+        2,
+        1,
+        ("sqrt(alpha)", "sqrt(1 - alpha)", "beta1", "1 - beta1", "beta2", "1 - beta2", "p"),
+        direction=adamu_direction,
+        bound=adamu_bound,
+        step=adamu_step,
+    ),
+    "blend": Rule(2, 0, ("of z_0", "of z_1"), direction=blend_direction, bound=blend_bound),
+}
+"""By name, in the order of csrc/adamezo/buffered.h. "moments" is the sums of `update_`: it has as
+many directions as one likes, and its step is of their sums."""
