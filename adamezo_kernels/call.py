@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .float32 import FLOAT32_MAX
 from .plan import Plan
 from .stream import DISTRIBUTIONS, ROUNDINGS
 from .terms import OPERATIONS, RULES, Terms
 
-_FLOAT32_MAX = 3.4028234663852886e38
 _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
 
 
@@ -125,7 +125,7 @@ def check_in_place(plan: Plan) -> None:
 def checked_number(name: str, value: float) -> float:
     """``value`` as a float that float32 can hold."""
     value = float(value)
-    if not abs(value) <= _FLOAT32_MAX:  # nor is that of a NaN
+    if not abs(value) <= FLOAT32_MAX:  # nor is that of a NaN
         raise ValueError(f"{name} must be finite and within float32, got {value}")
     return value
 
@@ -133,7 +133,7 @@ def checked_number(name: str, value: float) -> float:
 def checked_numbers(name: str, values: Sequence[float]) -> list[float]:
     """Each as a float that float32 can hold."""
     numbers = list(map(float, values))
-    if not sum(map(abs, numbers)) <= _FLOAT32_MAX:  # else each of them is at most that
+    if not sum(map(abs, numbers)) <= FLOAT32_MAX:  # else each of them is at most that
         for number in numbers:
             checked_number(name, number)
     return numbers

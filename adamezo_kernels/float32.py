@@ -12,6 +12,8 @@ from torch import Tensor
 
 Value = float | Tensor
 
+FLOAT32_MAX = 3.4028234663852886e38
+
 
 def mul(a: Value, b: Value) -> Tensor:
     return cast(Tensor, a * b)

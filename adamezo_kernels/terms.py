@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .float32 import FLOAT32_MAX
 from .rules import RULES
 from .stream import PhiloxState, check_state
 
@@ -79,21 +81,45 @@ class Terms:
         states: Sequence[PhiloxState],
         first: Sequence[float] | None = None,
         second: Sequence[float] | None = None,
+        **more: Any,
+    ) -> Terms:
+        """Terms of some directions on the host; ``more`` is as for :meth:`of_counters`.
+
+        Raises:
+            ValueError: there are none, or they do not share key and offset.
+        """
+        if not states:
+            raise ValueError("got no states, expected at least one direction")
+        key, _, offset = states[0]
+        for state in states:
+            check_state(state)
+            if state.key != key or state.offset != offset:
+                raise ValueError("the states of one call must share key and offset")
+        counters = [state.counter for state in states]
+        return cls.of_counters(key, counters, first, second, offset=offset, **more)
+
+    @classmethod
+    def of_counters(
+        cls,
+        key: int,
+        counters: Sequence[int],
+        first: Sequence[float] | None = None,
+        second: Sequence[float] | None = None,
         *,
+        offset: int = 0,
         minus_lr: float = 0.0,
         decay: float = 1.0,
         rule: str = "moments",
         numbers: Sequence[float] = (),
     ) -> Terms:
-        """Numbers on the host, rounded to float32 here and once. Those of a rule may be the first
-        few: the rest are zeros."""
-        horizon = len(states)
-        if not horizon:
-            raise ValueError("got no states, expected at least one direction")
-        for state in states:
-            check_state(state)
-            if state.key != states[0].key or state.offset != states[0].offset:
-                raise ValueError("the states of one call must share key and offset")
+        """Terms of the directions with these indices on the host, rounded to float32 here and once.
+
+        Of the rule's ``numbers`` the first few may be given: the rest are zeros.
+
+        Raises:
+            ValueError: an index is none of 32 bits, or a number is not finite or beyond float32.
+        """
+        horizon = len(counters)
         if rule in RULES and len(numbers) > len(RULES[rule].numbers):
             raise ValueError(
                 f"got {len(numbers)} numbers for the rule {rule!r}, which has "
@@ -102,17 +128,21 @@ class Terms:
         zeros = [0.0] * horizon
         own = [*numbers, *[0.0] * (_length(horizon, rule) - 3 * horizon - 2 - len(numbers))]
         numbers = [*(first or zeros), *(second or zeros), minus_lr, decay, *own]
-        counters = [state.counter for state in states]
+        if not sum(map(abs, numbers)) <= FLOAT32_MAX:  # else each of them is at most that
+            wrong = [number for number in numbers if not abs(number) <= FLOAT32_MAX]
+            if wrong:
+                raise ValueError(f"got a number that is not finite or beyond float32: {wrong[0]}")
         try:
             packed = struct.pack(f"={horizon}I{len(numbers)}f", *counters, *numbers)
-        except OverflowError:
-            largest = max(map(abs, numbers))
-            raise ValueError(f"got a number beyond float32: {largest}") from None
+        except struct.error:
+            raise ValueError(
+                f"the indices of directions must be integers of 32 bits, got {list(counters)}"
+            ) from None
         words = torch.frombuffer(bytearray(packed), dtype=torch.int32)
-        for i, number in enumerate(numbers):
-            if 0 < abs(number) < _LEAST_NORMAL:
-                words[horizon + i] = _subnormal_bits(number)
-        key, _, offset = states[0]
+        if min(map(abs, filter(None, numbers)), default=1.0) < _LEAST_NORMAL:
+            for i, number in enumerate(numbers):
+                if 0 < abs(number) < _LEAST_NORMAL:
+                    words[horizon + i] = _subnormal_bits(number)
         squares = second is not None
         return cls(key, offset, horizon, with_second=squares, rule=rule, words=words)
 

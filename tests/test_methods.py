@@ -396,10 +396,10 @@ def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
     """So no estimate is ever kept in a tensor."""
     calls = []
 
-    def counted(plan, terms, **options):
-        calls.append((terms.horizon, terms.with_second))
+    def counted(call, backend):
+        calls.append((call.terms.horizon, call.terms.with_second))
 
-    monkeypatch.setattr(adamezo.engine.optimizer, "update_terms_", counted)
+    monkeypatch.setattr(adamezo.engine.optimizer, "run", counted)
     model = Model()
     make("MeZO, 3 directions", model).step(loss_of(model))
     make("FZOO", model).step(loss_of(model))
@@ -410,13 +410,13 @@ def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
 def test_passes_over_the_weights(name, monkeypatch):
     """A displacement, or the way from one to the next, is one; and the update, which restores."""
     scales = []
-    displace = adamezo.engine.perturb.inplace.perturb_
+    run = adamezo.engine.perturb.inplace.run
 
-    def counted(plan, along, scale, **options):
-        scales.append(scale)
-        displace(plan, along, scale, **options)
+    def counted(call, backend):
+        scales.append(call.scale)
+        run(call, backend)
 
-    monkeypatch.setattr(adamezo.engine.perturb.inplace, "perturb_", counted)
+    monkeypatch.setattr(adamezo.engine.perturb.inplace, "run", counted)
     model = Model()
     optimizer = make(name, model)
     for t in range(6):
@@ -997,8 +997,8 @@ def test_a_group_added_later_joins_in(name):
 def test_a_group_added_later_has_the_schedule_of_the_others(monkeypatch):
     calls = []
 
-    def noted(plan, terms, **options):
-        calls.append([state.counter for state in terms.states()])
+    def noted(call, backend):
+        calls.append([state.counter for state in call.terms.states()])
 
     model = Model()
     first, second = groups(model, 0.02)
@@ -1006,7 +1006,7 @@ def test_a_group_added_later_has_the_schedule_of_the_others(monkeypatch):
     for _ in range(8):
         optimizer.step(loss_of(model))
     optimizer.add_param_group(second)
-    monkeypatch.setattr(adamezo.engine.optimizer, "update_terms_", noted)
+    monkeypatch.setattr(adamezo.engine.optimizer, "run", noted)
     optimizer.step(loss_of(model))
     assert calls == [[9, 8], [9, 8]]  # the last probed first
 

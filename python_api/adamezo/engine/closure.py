@@ -89,9 +89,9 @@ def _checked_tensor(loss: Tensor) -> Tensor:
 
 def numbers(losses: Sequence[Tensor | float]) -> list[float]:
     """All losses as numbers. Those on a GPU are waited for and copied once, and not one by one."""
-    tensors = [loss.double().reshape(()) for loss in losses if isinstance(loss, Tensor)]
+    tensors = [loss for loss in losses if isinstance(loss, Tensor) and not loss.is_cpu]
     if len(tensors) == len(losses) and len({t.device for t in tensors}) == 1:
-        return torch.stack(tensors).tolist()
+        return torch.stack([t.double().reshape(()) for t in tensors]).tolist()
     return [float(loss) for loss in losses]
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from adamezo_kernels import RULES, Direction, PhiloxState, Plan, Terms, update_terms_
+from adamezo_kernels import RULES, Call, Direction, PhiloxState, Plan, Terms, run
 from adamezo_kernels.backends import Backend
 
 from . import notices
@@ -248,15 +248,8 @@ class ZerothOrder(OptimizerBase):
                 terms = step.device.groups[i].terms
             else:
                 terms, history = self._terms(group, step.first, self.measured)
-            update_terms_(
-                plan,
-                terms,
-                eps=group.get("eps", 0.0),
-                restore=weights.restoring(i),
-                distribution=group["distribution"],
-                rounding=group["rounding"],
-                backend=step.backend,
-            )
+            of = group["distribution"], group["rounding"], weights.restoring(i)
+            run(Call("update", plan, terms, *of, eps=group.get("eps", 0.0)), step.backend)
             if history is not None:
                 group.update(history)
                 group["steps"] += 1

@@ -157,8 +157,9 @@ class AdaMeZO(ZerothOrder):
         else:
             lr = float(group["lr"])
             m, v = self._coefficients(grads, group)
-        terms = Terms.of(
-            [first._replace(counter=counter) for counter in counters[: len(m)]],
+        terms = Terms.of_counters(
+            first.key,
+            counters[: len(m)],
             [-value for value in m] if group["maximize"] else m,
             v,
             minus_lr=-lr,

@@ -83,8 +83,9 @@ class Buffered(Method):
         sign = -1 if group["maximize"] else 1
         scheduled: dict[str, Number] = {**self._scheduled(group["steps"] + 1, group)}
         lr = float(group["lr"])
-        terms = Terms.of(
-            directions_from(first, RULES[self.rule].directions),
+        terms = Terms.of_counters(
+            first.key,
+            range(first.counter, first.counter + RULES[self.rule].directions),
             minus_lr=-lr,
             decay=1 - lr * group["weight_decay"],
             rule=self.rule,

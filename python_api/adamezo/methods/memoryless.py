@@ -11,7 +11,7 @@ from adamezo_kernels import PhiloxState, Terms
 
 from ..engine.arithmetic import Number, quotient
 from ..engine.device import DeviceCoefficients, DeviceGroup
-from .common import Method, directions_from
+from .common import Method
 
 
 class Memoryless(Method):
@@ -46,14 +46,15 @@ class Memoryless(Method):
         self, group: dict[str, Any], first: PhiloxState, measured: tuple[float, ...]
     ) -> tuple[Terms, dict[str, Any]]:
         """``theta <- theta (1 - lr weight_decay) - lr sum_q coefficients[q] z_q``, in one pass."""
-        directions = directions_from(first, group["next_direction"] - first.counter)
+        counters = range(first.counter, group["next_direction"])
         history = {name: group[name] for name in self.history}
         schedule: dict[str, Number] = {**self._scheduled(group["steps"] + 1, group)}
-        coefficients = self._coefficients(measured[: len(directions)], history, schedule, group)
+        coefficients = self._coefficients(measured[: len(counters)], history, schedule, group)
         sign = -1 if group["maximize"] else 1
         lr = float(group["lr"])
-        terms = Terms.of(
-            directions[::-1],  # the one that is restored along is the last
+        terms = Terms.of_counters(
+            first.key,
+            counters[::-1],  # the direction that is restored along is the last
             [sign * value for value in coefficients[::-1]],
             minus_lr=-lr,
             decay=1 - lr * group["weight_decay"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from adamezo_kernels import Direction, Plan, Terms, perturb_
+from adamezo_kernels import Call, Direction, Plan, Terms, run
 from adamezo_kernels.backends import Backend
 
 from .interface import forget_cached_weights
@@ -40,6 +40,7 @@ class InPlace:
         self._now: list[tuple[Direction | None, float]] = [(None, 0.0)] * len(plans)
         self._checks = [OverflowCheck(plan, distribution) for plan in plans]
         self._terms: tuple[Direction, Terms] | None = None
+        self._calls: list[Call | None] = [None] * len(plans)
 
     def perturb(self, direction: Direction, scale: float) -> None:
         for check, (was, at) in zip(self._checks, self._now, strict=True):
@@ -87,14 +88,13 @@ class InPlace:
 
     def _add(self, i: int, direction: Direction | None, scale: float, rounding: str) -> None:
         assert direction is not None, "perturbed weights have a direction"
-        perturb_(
-            self._plans[i],
-            self._as_terms(direction),
-            scale,
-            distribution=self._distribution,
-            rounding=rounding,
-            backend=self._backend,
-        )
+        terms, call = self._as_terms(direction), self._calls[i]
+        if call is None or call.rounding != rounding:
+            call = Call("perturb", self._plans[i], terms, self._distribution, rounding, scale)
+        else:  # like the last one, but for these
+            call = call.vary(terms=terms, scale=scale)
+        self._calls[i] = call
+        run(call, self._backend)
         self._checks[i].rounded(2 if rounding == "stochastic" else 1)
 
     def _as_terms(self, direction: Direction) -> Terms:

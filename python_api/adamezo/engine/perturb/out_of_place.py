@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from adamezo_kernels import Direction, Terms, perturb_
+from adamezo_kernels import Direction, Terms, run
 from adamezo_kernels.backends import Backend
 
 from ..memory import overlap
@@ -149,13 +149,8 @@ class OutOfPlace:
             for scratch, some in still.items():
                 loan = scratch.lend(some)
                 frame.loans.append((scratch, loan))
-                perturb_(
-                    loan.copies.plan,
-                    self._direction,
-                    self._scale,
-                    distribution=self._distribution,
-                    backend=self._backend,
-                )
+                call = loan.copies.filled_by(self._direction, self._scale, self._distribution)
+                run(call, self._backend)
                 for weight, copy in zip(some, loan.copies.tensors, strict=True):
                     frame.weights.append(weight)
                     weight.point_to(copy)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, UntypedStorage
 
-from adamezo_kernels import Plan, Segment
+from adamezo_kernels import Call, Plan, Segment, Terms
 from adamezo_kernels.staging import Staging
 
 _ALIGNMENT = 64  # of a copy, in bytes: a cache line, and as much as torch gives its own tensors
@@ -61,8 +61,17 @@ class Copies:
             names=[weight.name for weight in weights],
         )
         whole = unperturbed.with_buffers([weight.buffers for weight in weights])
-        self.plan = whole.into(self.tensors, staging=staging)
+        self._plan = whole.into(self.tensors, staging=staging)
+        self._call: Call | None = None
         self._users = _users(memory)
+
+    def filled_by(self, direction: Terms, scale: float, distribution: str) -> Call:
+        """The call that writes ``theta + scale z`` into the copies."""
+        if self._call is None:
+            self._call = Call("perturb", self._plan, direction, distribution, "nearest", scale)
+        else:  # like the last one, but for these
+            self._call = self._call.vary(terms=direction, scale=scale)
+        return self._call
 
     def held_elsewhere(self) -> bool:
         """Whether somebody holds a tensor over this memory, such as a view."""
