@@ -31,6 +31,15 @@ ALLOWED = {
     "examples": {"torch", "adamezo", "adamezo_kernels", "*"},
     "benchmarks": {"torch", "adamezo", "adamezo_kernels", "examples", "*"},
 }
+# Departments of adamezo, and which of them each may import; cli.py may import them all.
+DEPARTMENTS: dict[str, set[str]] = {
+    "engine": set(),
+    "methods": {"engine"},
+    "fused_step": {"engine", "methods"},
+    "runlog": {"engine", "methods", "integrations"},
+    "integrations": {"engine", "methods"},
+    "finetune": {"engine", "methods", "runlog", "integrations"},
+}
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}
 
 
@@ -69,6 +78,42 @@ def test_imports_run_one_way(part):
     assert found, f"{part} has no modules: was it moved?"
     for package, file in found:
         assert not offences(file.read_text(), part, package), file.name
+
+
+def departments_used(text: str, package: str) -> set[str]:
+    """The departments of adamezo that a module of ``package`` imports, late ones too."""
+    names = [name.split(".") for name in imports(text, package)]
+    return {parts[1] for parts in names if parts[0] == "adamezo" and len(parts) > 1}
+
+
+def test_departments_import_one_way():
+    seen = set()
+    for package, file in [*modules("adamezo"), *modules("adamezo/integrations")]:
+        department = file.stem if package == "adamezo" else package.split(".")[1]
+        if department not in ("__init__", "__main__", "cli"):
+            seen.add(department)
+            others = departments_used(file.read_text(), package) - {department}
+            assert others <= DEPARTMENTS[department], f"{file.name} imports {others}"
+    assert seen == DEPARTMENTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("package", "text", "wrong"),
+    [
+        ("adamezo.engine.perturb", "from ...methods import MeZO", "methods"),
+        ("adamezo.methods", "from ..runlog import StepLog", "runlog"),
+        ("adamezo.runlog", "def f():\n    from adamezo.finetune import run", "finetune"),
+    ],
+)
+def test_a_wrong_import_of_a_department_is_seen(package, text, wrong):
+    department = package.split(".")[1]
+    assert departments_used(text, package) - DEPARTMENTS[department] == {wrong}
+
+
+def test_files_fit_a_few_screens():
+    for part, most in (("adamezo", 350), ("adamezo/integrations", 350), ("benchmarks", 400)):
+        for _, file in modules(part):
+            assert len(file.read_text().splitlines()) <= most, f"{file.name} has over {most} lines"
 
 
 @pytest.mark.parametrize(
