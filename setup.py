@@ -92,6 +92,7 @@ setup(
         "adamezo_kernels.backends",
         "adamezo",
         "adamezo.methods",
+        "adamezo.runlog",
         "adamezo.integrations",
     ],
     package_dir={"adamezo": "python_api/adamezo", "adamezo_kernels": "adamezo_kernels"},

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from adamezo import AdaMeZO
 from adamezo.optimizer import StepRecord, ZerothOrder
-from adamezo.replay import Log, LogError, StepLog, optimizer_for, parse, read, replay
+from adamezo.runlog import Log, LogError, StepLog, optimizer_for, parse, read, replay
 from adamezo_kernels import PhiloxState, sample_
 from benchmarks.rows import RESULTS, conditions, markdown
 from benchmarks.tables import rewrite

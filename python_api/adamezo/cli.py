@@ -106,7 +106,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
         help="what the weights were when the log began: a .safetensors file, a state_dict by "
         "torch.save, a folder of a transformers model, or a .gguf file",
     )
-    parser.add_argument("log", help="what `adamezo finetune --log` or adamezo.replay.StepLog wrote")
+    parser.add_argument("log", help="what `adamezo finetune --log` or adamezo.runlog.StepLog wrote")
     parser.add_argument(
         "--out",
         required=True,
@@ -116,17 +116,17 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _replay(*, base: str, log: str, out: str, until: int | None) -> int:
-    from adamezo import replay
+    from adamezo import runlog
 
     try:
         from tqdm import tqdm
     except ImportError:
-        progress: replay.Progress = iter
+        progress: runlog.Progress = iter
     else:
 
-        def progress(records: Sequence[replay.StepRecord]) -> Iterable[replay.StepRecord]:
+        def progress(records: Sequence[runlog.StepRecord]) -> Iterable[runlog.StepRecord]:
             return tqdm(records, desc="replaying", unit="step")
 
-    steps = replay.replay_file(base, log, out, until=until, progress=progress)
+    steps = runlog.replay_file(base, log, out, until=until, progress=progress)
     print(f"{out}: the weights after {steps} steps")
     return 0

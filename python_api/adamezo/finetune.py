@@ -23,7 +23,7 @@ from adamezo.integrations import transformers as language_models
 from adamezo.measure import PeakMemory, now
 from adamezo.methods import AdaMeZO
 from adamezo.optimizer import StepRecord
-from adamezo.replay import StepLog
+from adamezo.runlog import StepLog
 
 
 class Example(NamedTuple):

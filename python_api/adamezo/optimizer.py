@@ -179,6 +179,17 @@ class ZerothOrder(torch.optim.Optimizer):
         several that call each other. It is kept from step to step."""
         return 0 if self._readers is None else self._readers.scratch_bytes
 
+    def plans(self) -> list[Plan]:
+        """The tables of the tensors that a step trains, one for each parameter group."""
+        return self._plans()
+
+    @property
+    def measured_per_step(self) -> int:
+        """How many numbers a step takes from its losses, which is the same for every step."""
+        options = self._shared_options()
+        first = PhiloxState(options["seed"], self.param_groups[0]["next_direction"])
+        return len(self._measure([0.0] * len(self._probes(first, options)), options))
+
     def _forget_last_step(self) -> None:
         self.losses: tuple[Number, ...] = ()
         self.measured: tuple[Number, ...] = ()
