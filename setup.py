@@ -93,6 +93,7 @@ setup(
         "adamezo",
         "adamezo.methods",
         "adamezo.runlog",
+        "adamezo.finetune",
         "adamezo.integrations",
     ],
     package_dir={"adamezo": "python_api/adamezo", "adamezo_kernels": "adamezo_kernels"},
