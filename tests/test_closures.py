@@ -18,7 +18,7 @@ from torch import nn
 from adamezo import FZOO, HELENE, AdaMeZO, HiZOO, ZOAdaMU, check_closure, cli, finetune
 from adamezo.engine.check_closure import REORDERED
 from adamezo.integrations.transformers import LabelScorer
-from adamezo.replay import StepLog, read
+from adamezo.runlog import StepLog, read
 
 OPTIONS = {"lr": 1e-3, "zo_eps": 1e-2, "seed": 11}
 METHODS = {

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from adamezo import cli, finetune, report
+from adamezo import cli, finetune
+from adamezo.finetune import report
 from adamezo.integrations import transformers as language_models
 from adamezo.integrations.transformers import LabelScorer
 from adamezo.measure import PeakMemory
@@ -261,7 +262,7 @@ def test_a_linear_schedule_ends_with_small_steps(model_folder, data_file, tmp_pa
     ]
     assert runs[0]["curve"][0] == runs[1]["curve"][0]
     assert runs[0]["after"]["loss"] != runs[1]["after"]["loss"]
-    rates = [finetune._schedule(options("", "", lr_schedule="linear"))(i) for i in range(5)]
+    rates = [options("", "", lr_schedule="linear").lr_factor(i) for i in range(5)]
     assert rates == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 

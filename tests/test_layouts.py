@@ -27,7 +27,7 @@ from test_operations import (
 from torch import Tensor, nn
 
 from adamezo import AdaMeZO, ZOAdam, ZOAdaMU
-from adamezo.replay import StepLog, optimizer_for, read, replay
+from adamezo.runlog import StepLog, optimizer_for, read, replay
 from adamezo_kernels import (
     RULES,
     PhiloxState,

@@ -12,7 +12,7 @@ from test_capturable import ReadBacks
 from torch import nn
 
 from adamezo import FZOO, HELENE, AdaMeZO, HiZOO, MeZO
-from adamezo.replay import LogError, StepLog, optimizer_for, read, replay
+from adamezo.runlog import LogError, StepLog, optimizer_for, read, replay
 
 OPTIONS = {"lr": 1e-3, "zo_eps": 1e-2, "seed": 11}
 METHODS = {  # with how many evaluations a step has
@@ -526,7 +526,7 @@ def test_odd_buffers_are_named(tmp_path):
         with pytest.raises(LogError, match="have written left, right, count and 7 more"):
             optimizer.step(loss_of(model))
         changed = "left right count average moved absent removed sparse thin made"
-        assert sorted(log._written) == sorted(changed.split())
+        assert sorted(log._watch.written) == sorted(changed.split())
 
 
 @both

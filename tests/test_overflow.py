@@ -21,7 +21,7 @@ from adamezo import (
 )
 from adamezo.engine.perturb import InPlace
 from adamezo.engine.perturb import overflow as overflow_of
-from adamezo.replay import StepLog, optimizer_for, read, replay
+from adamezo.runlog import StepLog, optimizer_for, read, replay
 from adamezo_kernels import PhiloxState, Plan, Terms, perturb_, sample_
 
 MOST = {dtype: torch.finfo(dtype).max for dtype in TYPES}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adamezo import AdaMeZO
-from adamezo.replay import StepLog, optimizer_for, read, replay
+from adamezo.runlog import StepLog, optimizer_for, read, replay
 from adamezo_kernels.backends import native
 from benchmarks.attacks import history, same_bits
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from adamezo import AdaMeZO, cli, finetune, methods
 from adamezo.integrations import transformers as language_models
-from adamezo.replay import (
+from adamezo.runlog import (
     LogError,
     StepLog,
     digest,

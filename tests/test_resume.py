@@ -17,7 +17,7 @@ from torch import nn
 
 from adamezo import AdaMeZO
 from adamezo.integrations import transformers as language_models
-from adamezo.replay import read
+from adamezo.runlog import read
 from benchmarks import attacks
 from benchmarks.attacks import loss_of, same_bits, small, values
 

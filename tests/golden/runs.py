@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import adamezo
-from adamezo import replay as step_log  # the log: named here alone
+from adamezo import runlog as step_log  # the log: named here alone
 from adamezo_kernels import PhiloxState, Plan, Shard, perturb_, sample_
 from adamezo_kernels.backends import triton
 

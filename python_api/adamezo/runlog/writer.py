@@ -1,0 +1,204 @@
+"""StepLog: writes a record after each step of an optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamezo_kernels import RULES
+
+from ..engine.optimizer import ZerothOrder
+from ..engine.records import StepRecord
+from .files import LogFile
+from .format import Log, LogError, encode, is_completed, naming, parse
+from .header import check_same, header_of
+from .replaying import Progress, take_steps
+from .watch import Watch, check_modules
+
+
+class StepLog:
+    """Writes a record at the end of every step of an optimizer, until it is closed.
+
+    A record is handed to the operating system in one piece before ``step`` returns, so a process
+    that is killed loses nothing. Against a power failure, set ``sync_every``.
+
+    Use :meth:`create` or :meth:`resume`, and :meth:`close` or a ``with`` block.
+
+    A log does not hold buffers of the model's modules, such as BatchNorm's running statistics, so
+    a replay does not restore them. If the optimizer knows its model, a step whose evaluations
+    wrote one raises a LogError that names it; that step is complete and in the log. Further steps
+    are refused, unless the log was opened with ``module_buffers="ignore"``.
+
+    Attributes:
+        steps (int): number of steps in the log.
+    """
+
+    def __init__(
+        self, file: LogFile, log: Log, optimizer: ZerothOrder, sync_every: int, module_buffers: str
+    ) -> None:
+        self.steps = log.steps
+        self._file = file
+        self._header, self._checksum = log.header, log.checksum
+        self._optimizer = optimizer
+        self._sync_every = sync_every
+        self._watch = Watch(optimizer, module_buffers)
+        self._records = 0
+        self._unwritten = b""
+        self._broken = self._closed = False
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        optimizer.recorder = self._record
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        optimizer: ZerothOrder,
+        *,
+        run: dict[str, Any] | None = None,
+        sync_every: int = 0,
+        module_buffers: str = "refuse",
+    ) -> StepLog:
+        """Begins a log at the present weights. They are not in the log: keep a copy of them.
+
+        Args:
+            path: of a file that does not exist.
+            optimizer: the optimizer whose steps are to be logged.
+            run: stored in the header; :meth:`resume` requires the same.
+            sync_every: after how many records to wait until the disk has them. With 0 the
+                operating system decides when they are written there.
+            module_buffers: ``"refuse"`` to go on when an evaluation has written module buffers,
+                or ``"ignore"`` it, if these are saved elsewhere or not wanted.
+
+        Raises:
+            FileExistsError: the file exists.
+            LogError: the optimizer has a recorder, or is ``capturable``, or has taken steps and
+                keeps tensors for the weights; or a module would write running statistics.
+        """
+        path = Path(path)
+        _check_optimizer(optimizer)
+        check_modules(optimizer, module_buffers)
+        if path.exists():
+            raise FileExistsError(f"{path} is there already: resume it, or name another file")
+        data = header_of(optimizer, run).to_bytes()
+        file = LogFile.create(path, data)
+        return cls(file, parse(data), optimizer, sync_every, module_buffers)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        optimizer: ZerothOrder,
+        *,
+        run: dict[str, Any] | None = None,
+        sync_every: int = 0,
+        progress: Progress = iter,
+        module_buffers: str = "refuse",
+    ) -> StepLog:
+        """Replays a log onto an optimizer on the base weights, and continues it.
+
+        An incomplete record at the end is removed, and so is that of a step that failed half-way:
+        the weights are then those before that step.
+
+        Args:
+            optimizer: on the base weights, made with the arguments that it had for :meth:`create`.
+            run: as it was for :meth:`create`.
+            progress: see :func:`replay`.
+            path, sync_every, module_buffers: see :meth:`create`. A log does not hold them.
+
+        Raises:
+            LogError: the log is damaged, or of other weights, options, or another run; the message
+                says what differs. Or a module would write running statistics. Nothing has changed
+                then.
+        """
+        _check_optimizer(optimizer)
+        check_modules(optimizer, module_buffers)
+        file = LogFile.open(Path(path))
+        try:
+            with naming(path):
+                data = file.path.read_bytes()
+                log = parse(data)
+                check_same(log.header, header_of(optimizer, run))
+                length = len(data) - log.torn
+                if log.records and log.records[-1].outcome == "broken":
+                    length -= log.header.record.size
+                    log = parse(data[:length])
+                take_steps(log, optimizer, None, progress)
+            file.truncate(length)
+        except BaseException:
+            file.close()
+            raise
+        return cls(file, log, optimizer, sync_every, module_buffers)
+
+    def close(self) -> None:
+        """Stops writing: releases the optimizer and the file."""
+        if not self._closed:
+            self._closed = True
+            self._hook.remove()
+            self._optimizer.recorder = None
+            self._file.sync()
+            self._file.close()
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        """Refuses a step that the log could not express, before anything has happened."""
+        closure = arguments[1] if len(arguments) > 1 else named.get("closure")
+        if closure is None:  # arguments[0] is the optimizer
+            return
+        with naming(self._file.path):
+            if self._broken:
+                raise LogError(
+                    "the last step failed half-way, so the weights are unknown. Resume the log on "
+                    "the base weights: it gives those before that step"
+                )
+            if self._unwritten:
+                self._write()
+            self._watch.before_step()
+
+    def _record(self, record: StepRecord) -> None:
+        self._broken = record.outcome == "broken"
+        self.steps += is_completed(record)
+        self._records += 1
+        content, self._checksum = encode(self._header, record, self._checksum)
+        self._unwritten += content
+        self._watch.after_step()
+        with naming(self._file.path):
+            self._write()
+            if self._sync_every and self._records % self._sync_every == 0:
+                self._file.sync()
+            if is_completed(record):  # a failed step has an error of its own; the next is refused
+                self._watch.check_buffers("this step", ". The step itself is done and in the log")
+
+    def _write(self) -> None:
+        try:
+            self._file.append(self._unwritten)
+        except OSError as error:
+            raise LogError(
+                f"the step is done, but its record cannot be written ({error}). The next step "
+                "tries again before it does anything, so make room and go on"
+            ) from error
+        self._unwritten = b""
+
+
+def _check_optimizer(optimizer: ZerothOrder) -> None:
+    """Raises LogError for an optimizer whose steps cannot be logged."""
+    if optimizer.recorder is not None:
+        raise LogError("the optimizer has a recorder already: close the log that it writes")
+    if any(group.get("capturable") for group in optimizer.param_groups):
+        raise LogError(
+            "with capturable=True the numbers that a step measures stay on the device, so no log "
+            "can be written. Use only one of them"
+        )
+    if RULES[optimizer.rule].buffers and any(group["steps"] for group in optimizer.param_groups):
+        raise LogError(
+            f"{type(optimizer).__name__} keeps tensors for its weights, which a log does not "
+            "hold: a log can only begin before the first step"
+        )
