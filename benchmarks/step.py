@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from adamezo import AdaMeZO
-from adamezo.measure import PeakMemory
+from adamezo.finetune.measure import PeakMemory
 from adamezo_kernels.backends import BACKENDS
 from benchmarks.gate import gate
 from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer, StoredHessian

@@ -478,7 +478,7 @@ def test_the_job_checks_its_loss_once_before_the_first_step(
         checks.append([group["steps"] for group in optimizer.param_groups])
         return check_closure(optimizer, closure)
 
-    monkeypatch.setattr(finetune, "check_closure", counted)
+    monkeypatch.setattr(finetune.run, "check_closure", counted)
     job = {"log": str(tmp_path / "log")}
     finetune.finetune(options(model_folder, data_file, steps=2, **job))
     assert checks == [[0]]

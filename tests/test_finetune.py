@@ -20,9 +20,9 @@ from transformers import (
 
 from adamezo import cli, finetune
 from adamezo.finetune import report
+from adamezo.finetune.measure import PeakMemory
 from adamezo.integrations import transformers as language_models
 from adamezo.integrations.transformers import LabelScorer
-from adamezo.measure import PeakMemory
 from examples import demo
 
 TEMPLATE = "{text} It was {label}"

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from ..engine.check_closure import check_closure
 from ..integrations import transformers as language_models
-from ..measure import PeakMemory, now
 from ..methods import AdaMeZO
 from ..runlog import StepLog
 from . import report
 from .data import Example, batches, read_examples, split
+from .measure import PeakMemory, now
 from .options import DTYPES, Options
 from .task import Task
 
