@@ -70,10 +70,11 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 	$(PY) -m ruff format .
 	clang-format -i $(CPP_FILES) $(CPP_TESTS)
 
-bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results
+bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results, tables in docs
 	$(PY) -m benchmarks.kernels
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.horizon
+	$(PY) -m benchmarks.render
 
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
 	cmake -S . -B build/nvcc -G Ninja -DADAMEZO_CUDA=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
@@ -89,6 +90,7 @@ gpu-bench: $(READY) ## kernels and whole steps on a CUDA device, beside torch an
 	$(PY) -m benchmarks.paper
 	$(PY) -m benchmarks.horizon --device cuda
 	$(PY) -m benchmarks.gpu_kernels
+	$(PY) -m benchmarks.render
 
 clean: ## remove what was built; `rm -rf .venv` removes the environment
 	rm -rf build dist *.egg-info python_api/*.egg-info adamezo_kernels/_native*.so $(VENV)/package.stamp

@@ -3,51 +3,36 @@
     python -m benchmarks.gpu_kernels            minutes
     python -m benchmarks.gpu_kernels --quick    under a minute; fewer sizes, types and repeats
 
-Needs a GPU. Writes benchmarks/results/kernels_gpu.csv, of the same rows as the benchmark of
-the CPU. Bits come first: `exact` must equal the CPU's, or nothing is timed. Timed with events, the
-variants in turn; what fits into a cache says so by its size.
+Needs a GPU. Writes benchmarks/results/kernels_gpu.csv, of the same rows as `benchmarks.kernels`.
+Bits come first: `exact` must equal the CPU's, or nothing is timed. Timed with events, the variants
+in turn; what fits into a cache says so by its size.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from adamezo_kernels import ops
+from adamezo_kernels import RULES, ops
 from adamezo_kernels.backends import BACKENDS
 from adamezo_kernels.plan import Plan
-from adamezo_kernels.stream import ROUNDINGS, PhiloxState
-from adamezo_kernels.terms import RULES, Terms
-from benchmarks.cuda_budget import CLOCK_HZ, LANES, SCHEDULERS
+from adamezo_kernels.stream import PhiloxState
+from benchmarks.harness import RULE_NUMBERS, Variant, gate, interleave, rule_terms
 from benchmarks.kernels import HORIZONS, SEED, TYPES, coefficients
-from benchmarks.rows import RESULTS, Row, conditions, timing, write_rows
+from benchmarks.results import Row, on, parser, settings, spread, write
 
 SIZES = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 # The low-rank matrices of 48 layers with four adapted projections each, of rank 8.
 LORA = [(8, 4096), (4096, 8)] * (48 * 4)
-# Numbers of a step of each rule that many calls leave as they are, from buffers of ones.
-NUMBERS = {
-    "adam": (0.9, 0.1, 0.999, 0.001, 1.0, 1.0),
-    "hizoo": (-1e-9, 1e-9, 1.0),
-    "helene": (0.9, 0.1, 0.99, 0.01, 1.0, 0.3),
-    "adamu": (0.8, 0.6, 0.9, 0.1, 0.9, 0.1, 1.0),
-}
 TORCH_CHUNK = 1 << 26  # elements: z, m, v and the weights in float32 beside 1e9 weights need room
+TINY = 1e-9  # a step: many calls must leave the weights ordinary numbers
 
-
-@dataclass
-class Timed:
-    name: str
-    run: Callable[[], object]
-    seconds: list[float] = field(default_factory=list)
-    bytes_moved: int = 0
-    """Of a weight, where that is not once read and once written."""
+on_gpu = functools.partial(Variant, device="cuda")
 
 
 def backends() -> list[str]:
@@ -64,261 +49,143 @@ def backends() -> list[str]:
     return able
 
 
-def device_gate(on_device: str) -> None:
-    """Raises where `exact` on the device differs from the CPU in a bit of what is timed."""
-    for dtype, rounding in itertools.product(TYPES.values(), ROUNDINGS):
-        results = []
-        options = {"rounding": rounding}
-        for device, backend in (("cpu", "native"), ("cuda", on_device)):
-            generator = torch.Generator().manual_seed(0)
-            made = [(0.02 * torch.randn(n, generator=generator)).to(dtype) for n in (4099, 1, 37)]
-            plan = Plan([w.to(device) for w in made])
-            states = [PhiloxState(SEED, k) for k in range(10)]
-            options["backend"] = backend
-            ops.perturb_(plan, states[0], 1e-3, **options)
-            ops.update_(plan, states, *coefficients(10), lr=1e-2, restore=-1e-3, **options)
-            out = plan.into([torch.empty_like(s.tensor) for s in plan])
-            ops.perturb_(out, states[1], 1e-3, **options)
-            done = [s.tensor for p in (plan, out) for s in p]
-            for rule in NUMBERS:
-                kept = [
-                    [torch.ones_like(s.tensor) for _ in range(RULES[rule].buffers)] for s in plan
-                ]
-                plan = plan.with_buffers(kept)
-                ops.perturb_(plan, rule_terms(rule), 1e-3, **options)
-                ops.update_terms_(plan, rule_terms(rule), restore=-1e-3, **options)
-                done += [buffer for buffers in kept for buffer in buffers]
-            results.append([tensor.cpu() for tensor in done])
-        for got, expected in zip(*results, strict=True):
-            wrong = int((got != expected).sum())
-            if wrong:
-                raise SystemExit(
-                    f"{wrong} weights in {dtype}, stored {rounding}, differ from the CPU's bits by "
-                    f"{on_device}, expected none. No speed is measured: run `make gpu-check` first"
-                )
-
-
-def rule_terms(rule: str, lr: float = 1e-2) -> Terms:
-    states = [PhiloxState(SEED, k) for k in range(RULES[rule].directions)]
-    return Terms.of(states, minus_lr=-lr, rule=rule, numbers=NUMBERS[rule])
-
-
 class TorchCalls:
-    """The operations with torch's own calls on the device, chunk by chunk, in float32 sums."""
+    """The operations with torch's own calls on the device, chunk by chunk, in float32 sums: there
+    arithmetic on mixed types is as fast as on one."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self.generator = torch.Generator(device="cuda")
 
-    def _chunks(self) -> Iterator[torch.Tensor]:
+    def _chunks(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(t.view(-1).split(TORCH_CHUNK) for t in self.tensors)
 
-    def _z(self, like: torch.Tensor, seed: int) -> torch.Tensor:
+    def _z(self, like: Tensor, seed: int) -> Tensor:
         z = torch.empty(like.shape, device="cuda")
         return z.normal_(generator=self.generator.manual_seed(seed))
 
-    def perturb_(self, seed: int, scale: float) -> None:
+    def perturb_(self) -> None:
         for theta in self._chunks():
-            theta.add_(self._z(theta, seed), alpha=scale)
+            theta.add_(self._z(theta, SEED), alpha=TINY)
 
-    def update_(self, first: Sequence[float], second: Sequence[float], lr: float) -> None:
+    def update_(self, first: Sequence[float], second: Sequence[float]) -> None:
         for theta in self._chunks():
-            m = torch.zeros(theta.shape, device="cuda")
-            v = torch.zeros(theta.shape, device="cuda")
+            m, v = torch.zeros((2, *theta.shape), device="cuda")
             for age, (a, b) in enumerate(zip(first, second, strict=True)):
                 z = self._z(theta, SEED + age)
                 m.add_(z, alpha=a)
                 v.addcmul_(z, z, value=b)
-            theta.sub_(m.div_(v.sqrt_().add_(1e-8)), alpha=lr)
+            theta.sub_(m.div_(v.sqrt_().add_(1e-8)), alpha=TINY)
 
 
 def variants(
-    tensors: list[torch.Tensor],
-    what: str,
-    horizon: int,
-    able: Sequence[str],
-    *,
-    apart: bool = False,
-) -> list[Timed]:
-    """The variants of a case. Tiny steps: many calls must leave the weights ordinary numbers."""
+    tensors: list[Tensor], what: str, horizon: int, able: Sequence[str], *, apart: bool = False
+) -> list[Variant]:
+    """The variants of a perturbation or an update by sums of directions; `apart` with one launch a
+    tensor too."""
     states = [PhiloxState(SEED, horizon - age) for age in range(horizon)]
     first, second = coefficients(horizon)
-    lr = scale = 1e-9
-    plan = Plan(tensors)
-    made: list[Timed] = []
-    calls = TorchCalls(tensors)
 
-    def ours(
-        name: str, plans: Sequence[Plan], distribution: str, rounding: str, backend: str
-    ) -> None:
-        options = {"distribution": distribution, "rounding": rounding, "backend": backend}
+    def run(plans: Sequence[Plan], options: dict[str, str]) -> None:
+        for plan in plans:
+            if what == "perturb":
+                ops.perturb_(plan, states[0], TINY, **options)
+            else:
+                ops.update_(plan, states, first, second, lr=TINY, restore=TINY, **options)
+
+    def ours(name: str, plans: Sequence[Plan], backend: str = able[0], **kind: str) -> Variant:
         name += ", Triton" * (backend == "triton")
-        made.append(Timed(name, functools.partial(_run, what, plans, states, scale, lr, options)))
+        return on_gpu(name, functools.partial(run, plans, kind | {"backend": backend}))
 
-    for backend in able:
-        for distribution in BACKENDS[backend].DISTRIBUTIONS:
-            ours(distribution, [plan], distribution, "nearest", backend)
-            if tensors[0].dtype != torch.float32:
-                ours(f"{distribution}, stochastic", [plan], distribution, "stochastic", backend)
+    plan = [Plan(tensors)]
+    roundings = ("nearest",) if tensors[0].dtype == torch.float32 else ("nearest", "stochastic")
+    made = [
+        ours(
+            distribution + ", stochastic" * (rounding == "stochastic"),
+            *(plan, backend),
+            distribution=distribution,
+            rounding=rounding,
+        )
+        for backend in able
+        for distribution in BACKENDS[backend].DISTRIBUTIONS
+        for rounding in roundings
+    ]
     if apart:
-        single = [Plan([t]) for t in tensors]
-        ours("exact, a launch a tensor", single, "exact", "nearest", able[0])
+        made.append(ours("exact, a launch a tensor", [Plan([t]) for t in tensors]))
+    calls = TorchCalls(tensors)
     if what == "perturb":
         copies = [torch.empty_like(t) for t in tensors]
-        ours("exact, out of place", [plan.into(copies)], "exact", "nearest", able[0])
-        made.append(Timed("torch", functools.partial(calls.perturb_, SEED, scale)))
-        made.append(Timed("copy", lambda: torch._foreach_copy_(copies, tensors)))
+        made.append(ours("exact, out of place", [plan[0].into(copies)]))
+        made.append(on_gpu("torch", calls.perturb_))
+        made.append(on_gpu("copy", functools.partial(torch._foreach_copy_, copies, tensors)))
     else:
-        made.append(Timed("torch", functools.partial(calls.update_, first, second, lr)))
+        made.append(on_gpu("torch", functools.partial(calls.update_, first, second)))
     return made
 
 
-def rule_variants(tensors: list[torch.Tensor], rule: str, able: Sequence[str]) -> list[Timed]:
+def rule_variants(tensors: list[Tensor], rule: str, able: Sequence[str]) -> list[Variant]:
     """Updates by a rule that keeps numbers, and a copy of as many bytes for each of their types."""
     made = []
     rounding = "nearest" if tensors[0].dtype == torch.float32 else "stochastic"
-    for type_name in ("float32", "bfloat16"):
-        dtype = TYPES[type_name]
-        kept = [
-            [torch.ones(t.shape, dtype=dtype, device="cuda") for _ in range(RULES[rule].buffers)]
-            for t in tensors
-        ]
+    for kept_type in ("float32", "bfloat16"):
+        kind = dict(dtype=TYPES[kept_type], device="cuda")
+        buffers = range(RULES[rule].buffers)
+        kept = [[torch.ones(t.shape, **kind) for _ in buffers] for t in tensors]  # type: ignore
         plan = Plan(tensors).with_buffers(kept)
-        moved = 2 * (tensors[0].element_size() + RULES[rule].buffers * dtype.itemsize)
-        for backend in able:
-            for distribution in BACKENDS[backend].DISTRIBUTIONS:
-                options = dict(distribution=distribution, rounding=rounding, backend=backend)
-                name = f"{distribution}, {rounding}, {type_name} numbers"
-                name += ", Triton" * (backend == "triton")
-                call = functools.partial(
-                    ops.update_terms_, plan, rule_terms(rule, 1e-9), restore=1e-9, **options
-                )
-                made.append(Timed(name, call, bytes_moved=moved))
-        all_of_it = [*tensors, *(buffer for buffers in kept for buffer in buffers)]
-        copies = [torch.empty_like(t) for t in all_of_it]
-        call = functools.partial(torch._foreach_copy_, copies, all_of_it)
-        made.append(Timed(f"copy, {type_name} numbers", call, bytes_moved=moved))
-    return made
-
-
-def _run(
-    what: str,
-    plans: Sequence[Plan],
-    states: Sequence[PhiloxState],
-    scale: float,
-    lr: float,
-    options: dict[str, str],
-) -> None:
-    for plan in plans:
-        if what == "perturb":
-            ops.perturb_(plan, states[0], scale, **options)
-        else:
-            ops.update_(plan, states, *coefficients(len(states)), lr=lr, restore=scale, **options)
-
-
-def interleave(timed: Sequence[Timed], repeats: int, sample_s: float = 2e-3) -> None:
-    """Times the variants in turn, by events around several calls of the short ones."""
-
-    def once(run: Callable[[], object], calls: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / calls
-
-    calls = []
-    for t in timed:
-        once(t.run, 1)  # loads the kernel
-        calls.append(max(1, round(sample_s / once(t.run, 1))))
-    for _ in range(repeats):
-        for t, n in zip(timed, calls, strict=True):
-            t.seconds.append(once(t.run, n))
-
-
-def rows_of(
-    what: str, type_name: str, elements: int, horizon: int, timed: Sequence[Timed], where: dict
-) -> list[Row]:
-    size = TYPES[type_name].itemsize
-    by_name = {t.name: timing(t.seconds)["median_s"] for t in timed}
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    made = []
-    for t in timed:
-        columns = timing(t.seconds)
-        median = columns["median_s"]
-        normals = elements * horizon if not t.name.startswith("copy") else 0
-        made.append(
-            Row(
-                benchmark="gpu_kernels",
-                what=what,
-                variant=t.name,
-                type=type_name,
-                elements=elements,
-                horizon=horizon if normals else 0,
-                reference="torch" if normals and "torch" in by_name else "",
-                ratio=by_name["torch"] / median if normals and "torch" in by_name else None,
-                elements_per_s=elements / median,
-                normals_per_s=normals / median if normals else None,
-                bytes_per_s=(t.bytes_moved or 2 * size) * elements / median,
-                # Issue slots there were for each normal: at least those that cuda_budget counts.
-                cycles_per_normal=(
-                    median * CLOCK_HZ * multiprocessors * SCHEDULERS * LANES / normals
-                    if normals
-                    else None
-                ),
-                **columns,  # type: ignore[arg-type]
-                **where,  # type: ignore[arg-type]
-            )
-        )
+        terms = rule_terms(rule, TINY)
+        for backend, distribution in [(b, d) for b in able for d in BACKENDS[b].DISTRIBUTIONS]:
+            options = dict(distribution=distribution, rounding=rounding, backend=backend)
+            name = f"{distribution}, {rounding}, {kept_type} numbers"
+            call = functools.partial(ops.update_terms_, plan, terms, restore=TINY, **options)
+            made.append(on_gpu(name + ", Triton" * (backend == "triton"), call))
+        everything = [*tensors, *(buffer for some in kept for buffer in some)]
+        copies = [torch.empty_like(t) for t in everything]
+        call = functools.partial(torch._foreach_copy_, copies, everything)
+        made.append(on_gpu(f"copy, {kept_type} numbers", call))
     return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under a minute, for a first look")
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels_gpu.csv")
-    arguments = parser.parse_args()
-
+    arguments = parser(__doc__, "kernels_gpu.csv").parse_args()
+    quick = arguments.quick
     able = backends()
     for name in able:
-        device_gate(name)
-    print("bits equal the CPU's in `exact`", flush=True)
-    where = conditions() | {
-        "device": torch.cuda.get_device_name(),
-        "clock_hz": CLOCK_HZ,
-        "clock_source": "assumed",
-    }
-    types = ["bfloat16"] if arguments.quick else list(TYPES)
-    sizes = SIZES[:2] if arguments.quick else SIZES
-    horizons = (1, 10) if arguments.quick else HORIZONS
-    repeats = 5 if arguments.quick else 15
-    cases = [
-        (what, type_name, [(n,)], horizon)
-        for type_name, n in itertools.product(types, sizes)
-        for what, horizon in [("perturb", 1), *(("update", h) for h in horizons)]
+        gate(TYPES.values(), backend=name, device="cuda")
+    print("bits equal the reference's in `exact`", flush=True)
+    where = on("cuda")
+    sizes, types = (SIZES[:2], ["bfloat16"]) if quick else (SIZES, list(TYPES))
+    cases: list[tuple[str, str, list[Any], int]] = [
+        (what, kind, [(n,)], horizon)
+        for kind, n in itertools.product(types, sizes)
+        for what, horizon in [
+            ("perturb", 1),
+            *(("update", h) for h in ((1, 10) if quick else HORIZONS)),
+        ]
     ]
     cases += [("perturb lora", "bfloat16", LORA, 1), ("update lora", "bfloat16", LORA, 10)]
     cases += [
         (f"update {rule}", "bfloat16", [(n,)], RULES[rule].directions)
-        for rule, n in itertools.product(NUMBERS, sizes)
+        for rule, n in itertools.product(RULE_NUMBERS, sizes)
     ]
     made: list[Row] = []
-    for what, type_name, shapes, horizon in cases:
-        tensors = [torch.randn(s, device="cuda").mul_(0.02).to(TYPES[type_name]) for s in shapes]
+    for what, kind, shapes, horizon in cases:
+        tensors = [torch.randn(s, device="cuda").mul_(0.02).to(TYPES[kind]) for s in shapes]
         operation, _, of = what.partition(" ")
-        if of in NUMBERS:
+        if of in RULE_NUMBERS:
             timed = rule_variants(tensors, of, able)
         else:
             timed = variants(tensors, operation, horizon, able, apart=len(tensors) > 1)
-        interleave(timed, repeats)
+        interleave(timed, repeats=5 if quick else 15, sample_s=2e-3)
         elements = sum(t.numel() for t in tensors)
-        made += rows_of(what, type_name, elements, horizon, timed, where)
+        columns = settings(what=what, type=kind, horizon=horizon)
+        for v in timed:
+            name = ("gpu_kernels", "time", "s", v.name, columns, "elements", elements)
+            made.append(Row(*name, **spread(v.seconds), **where))
         shown = ", ".join(
-            f"{r.variant} {(r.elements_per_s or 0) / 1e9:.3g} G/s" for r in made[-len(timed) :]
+            f"{r.variant} {elements / (r.median or 1) / 1e9:.3g} G/s" for r in made[-len(timed) :]
         )
-        print(f"{what} {type_name} {elements:.0e} H={horizon}: {shown}", flush=True)
-        write_rows(arguments.output, made)
+        print(f"{what} {kind} {elements:.0e} H={horizon}: {shown}", flush=True)
+        write(arguments.output, made)
         del tensors, timed
     print(f"{len(made)} rows: {arguments.output.name}")
 

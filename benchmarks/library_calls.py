@@ -16,6 +16,7 @@ where the weights are. `StoredHessian` is HiZOO, for what a buffer as large as t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,51 @@ def coefficients(
     return first, [(1 - beta2) * beta2**age * p * p for age, p in enumerate(projected_grads)]
 
 
-class Fair:
+class Update(NamedTuple):
+    """What an update is given: theta += restore * z_0, then
+    theta <- theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
+
+    seeds: Sequence[int]
+    first: Sequence[float]
+    second: Sequence[float] | None
+    lr: float
+    eps: float
+    weight_decay: float
+    restore: float
+
+
+class LibraryCalls:
+    """The two operations over a list of tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._device = self.tensors[0].device
+
+    def perturb_(self, seed: int, scale: float) -> None:
+        """theta += scale * z."""
+        raise NotImplementedError
+
+    def update_(
+        self,
+        seeds: Sequence[int],
+        first: Sequence[float],
+        second: Sequence[float] | None,
+        *,
+        lr: float,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        restore: float = 0.0,
+    ) -> None:
+        """The update from coefficients of z in m and of z^2 in v, newest first."""
+        generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
+        with torch.no_grad():
+            self._update(Update(seeds, first, second, lr, eps, weight_decay, restore), generators)
+
+    def _update(self, of: Update, generators: Sequence[torch.Generator]) -> None:
+        raise NotImplementedError
+
+
+class Fair(LibraryCalls):
     """The two operations over a list of tensors, in place, with library calls at their best.
 
     z is drawn in float32, whatever the weights' type: torch's generator is fastest there, and gives
@@ -41,9 +86,8 @@ class Fair:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
+        super().__init__(tensors)
         largest = max(t.numel() for t in self.tensors)
-        self._device = self.tensors[0].device
         self._z = torch.empty(largest, device=self._device)
         self._m: Tensor | None = None
         self._v: Tensor | None = None
@@ -59,24 +103,12 @@ class Fair:
             z = self._z[: theta.numel()].view_as(theta).normal_(generator=generator)
             self._add(theta, z, scale)
 
-    @torch.no_grad()
-    def update_(
-        self,
-        seeds: Sequence[int],
-        first: Sequence[float],
-        second: Sequence[float] | None,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        restore: float = 0.0,
-    ) -> None:
-        """theta += restore * z_0, then theta <- theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
+    def _update(self, of: Update, generators: Sequence[torch.Generator]) -> None:
+        seeds, first, second, lr, eps, weight_decay, restore = of
         if second is None and len(seeds) == 1 and not weight_decay:
             # MeZO: restore and update are one multiple of the same z.
             self.perturb_(seeds[0], restore - lr * first[0])
             return
-        generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
         if self._m is None:
             self._m = torch.empty_like(self._z)
         if self._v is None and second is not None:
@@ -108,11 +140,8 @@ class Fair:
         theta.add_(z, alpha=scale)
 
 
-class Plain:
+class Plain(LibraryCalls):
     """The two operations in place, z in a buffer of the weights' type, sums in float32."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
 
     @torch.no_grad()
     def perturb_(self, seed: int, scale: float) -> None:
@@ -121,20 +150,8 @@ class Plain:
         for theta in self.tensors:
             theta.add_(torch.empty_like(theta).normal_(generator=generator), alpha=scale)
 
-    @torch.no_grad()
-    def update_(
-        self,
-        seeds: Sequence[int],
-        first: Sequence[float],
-        second: Sequence[float] | None,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        restore: float = 0.0,
-    ) -> None:
-        """As `Fair.update_`."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def _update(self, of: Update, generators: Sequence[torch.Generator]) -> None:
+        seeds, first, second, lr, eps, weight_decay, restore = of
         for theta in self.tensors:
             z = torch.empty_like(theta)
             m = torch.zeros(theta.shape)
@@ -151,11 +168,8 @@ class Plain:
             theta.mul_(1 - lr * weight_decay).add_(m, alpha=-lr)
 
 
-class AsReleased:
+class AsReleased(LibraryCalls):
     """The same two operations as the released codes write them, temporaries and all."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.tensors = list(parameters)
 
     @torch.no_grad()
     def perturb_(self, seed: int, scale: float) -> None:
@@ -164,23 +178,11 @@ class AsReleased:
         for theta in self.tensors:
             theta.data = theta.data + scale * _new_normal(theta)
 
-    @torch.no_grad()
-    def update_(
-        self,
-        seeds: Sequence[int],
-        first: Sequence[float],
-        second: Sequence[float] | None,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        restore: float = 0.0,
-    ) -> None:
-        """Restores in a pass of its own, then theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
+    def _update(self, of: Update, generators: Sequence[torch.Generator]) -> None:
+        """Restores in a pass of its own."""
+        seeds, first, second, lr, eps, weight_decay, restore = of
         if restore:
             self.perturb_(seeds[0], restore)
-        device = self.tensors[0].device
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         for theta in self.tensors:
             m = v = None
             for age, generator in enumerate(generators):
@@ -255,7 +257,7 @@ class LibraryOptimizer:
 
     def __init__(
         self,
-        operations: Fair | Plain | AsReleased,
+        operations: LibraryCalls,
         *,
         lr: float = 1e-5,
         betas: tuple[float, float] = (0.7, 0.9),

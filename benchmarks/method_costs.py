@@ -1,54 +1,30 @@
-"""What a step of each method takes and keeps: `python -m benchmarks.methods --costs`."""
+"""What a step of each method takes and keeps: `python -m benchmarks.methods --costs`.
+
+Rows of seconds a step, of the same over MeZO's beside it (without timings where steps differ from
+each other), of the bytes of tensors that the optimizer holds from step to step, the weights' own
+left out, and of a group's plain numbers, 8 bytes for each.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gate import gate
-from benchmarks.methods import ENTRIES, Counter, Entry, columns_of
-from benchmarks.rows import quantile, read_rows, write_rows
+from adamezo.finetune import batches
+from benchmarks.harness import gate
+from benchmarks.methods import ENTRIES, Counter, Entry
+from benchmarks.results import Row, load, settings, spread, write
 
 if TYPE_CHECKING:
     from benchmarks.method_jobs import Job
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a step of a method takes and keeps. `ratio` is the median of its seconds over MeZO's
-    beside it; without timings where steps differ from each other."""
-
-    job: str
-    mode: str
-    method: str
-    weights: int
-    forwards: int
-    kept_bytes: int
-    """Of tensors that the optimizer holds from step to step, the weights' own left out."""
-    history_bytes: int
-    """Of a group's plain numbers, 8 for each."""
-    median_s: float | None = None
-    q20_s: float | None = None
-    q80_s: float | None = None
-    ratio: float | None = None
-    ratio_q20: float | None = None
-    ratio_q80: float | None = None
-    repeats: int = 0
-    threads: int = 1
-    device: str = ""
-    clock_hz: float | None = None
-    torch: str = ""
-    adamezo: str = ""
-    python: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
+# So small that the weights stay what they are; time does not depend on it.
+STILL = 1e-12
 
 
 def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -90,10 +66,6 @@ def history_bytes(optimizer: torch.optim.Optimizer) -> int:
     return 8 * max(count(group) for group in optimizer.param_groups)
 
 
-# So small that the weights stay what they are; time does not depend on it.
-STILL = 1e-12
-
-
 class Stepper:
     """A method on a model of its own, ready to be timed: its history is full."""
 
@@ -112,72 +84,54 @@ class Stepper:
         return time.perf_counter() - began, self._counter.used - before
 
 
-def cost(job: Job, entry: Entry, mode: str, repeats: int) -> dict[str, Any]:
-    """The columns of a Cost that are measured: steps of the method and of MeZO in turn, on the same
-    batches."""
-    from adamezo.finetune import batches
-
+def cost(
+    job: Job, entry: Entry, mode: str, repeats: int, where: dict[str, Any], threads: int
+) -> list[Row]:
+    """The rows of a method: its steps and MeZO's in turn, on the same batches."""
     base, other = Stepper(job, ENTRIES[0], mode), Stepper(job, entry, mode)
     pairs = [
         (base.step(rows)[0], *other.step(rows))
         for rows in batches(job.rows, job.batch, repeats, seed=0)
     ]
-    columns: dict[str, Any] = dict(
-        weights=sum(p.numel() for p in other.start.weights),
-        forwards=entry.forwards,
-        kept_bytes=kept_bytes(other.optimizer),
-        history_bytes=history_bytes(other.optimizer),
+    weights = sum(p.numel() for p in other.start.weights)
+    columns = settings(
+        job=job.name, mode=mode, forwards=entry.forwards, weights=weights, threads=threads
     )
+
+    def row(metric: str, unit: str, **values: Any) -> Row:
+        return Row("methods costs", metric, unit, entry.name, columns, **values, **where)
+
+    rows = [
+        row("kept", "B", median=kept_bytes(other.optimizer)),
+        row("history", "B", median=history_bytes(other.optimizer)),
+    ]
     if not entry.forwards:
-        return columns
+        return rows
     if any(forwards != entry.forwards for *_, forwards in pairs):
         raise RuntimeError(
             f"{entry.name} took {sorted({f for *_, f in pairs})} forward passes a step, expected "
             f"{entry.forwards}: correct its row of ENTRIES"
         )
-    seconds = [s for _, s, _ in pairs]
-    ratios = [s / of_base for of_base, s, _ in pairs]
-    for name, values in (("{}_s", seconds), ("ratio_{}", ratios)):
-        for at, q in (("q20", 0.2), ("q80", 0.8)):
-            columns[name.format(at)] = quantile(values, q)
-    return columns | dict(
-        median_s=quantile(seconds, 0.5), ratio=quantile(ratios, 0.5), repeats=len(pairs)
-    )
-
-
-def read_costs(path: Path) -> list[Cost]:
-    """The costs of a file; none if it is not there."""
-    return read_rows(path, Cost) if path.exists() else []
+    rows.append(row("time", "s", **spread([s for _, s, _ in pairs])))
+    over = spread([s / of_base for of_base, s, _ in pairs])
+    return [*rows, row("time over MeZO's", "1", **over)]
 
 
 def measure(
     job: Job,
     entries: Iterable[Entry],
-    modes: Sequence[str],
+    mode: str,
     repeats: int,
     where: dict[str, Any],
+    threads: int,
     path: Path,
 ) -> None:
-    """Measures the entries in each mode, and writes them in the place of their earlier rows."""
+    """Measures the entries in a mode, and writes them in the place of their earlier rows."""
     gate([torch.float32], backend="native")
-    made = read_costs(path)
-    for mode in modes:
-        for entry in entries:
-            row = Cost(
-                job.name,
-                mode,
-                entry.name,
-                **cost(job, entry, mode, repeats),
-                **columns_of(Cost, where),
-            )
-            made = [
-                r for r in made if (r.job, r.mode, r.method) != (job.name, mode, entry.name)
-            ] + [row]
-            write_rows(path, made, Cost)
-            over = f", {row.ratio:.2f}x MeZO's step" if row.ratio else ""
-            print(
-                f"{mode}, {entry.name}: {row.forwards} forwards, "
-                f"{row.kept_bytes / row.weights:.2f} bytes a weight, {row.history_bytes} a group"
-                f"{over}",
-                flush=True,
-            )
+    for entry in entries:
+        new = cost(job, entry, mode, repeats, where, threads)
+        key = (entry.name, settings(job=job.name, mode=mode) + ";")
+        others = [r for r in load(path) if (r.variant, r.settings[: len(key[1])]) != key]
+        write(path, [*others, *new])
+        shown = ", ".join(f"{r.metric} {r.median:.4g} {r.unit}" for r in new)
+        print(f"{mode}, {entry.name}: {shown}", flush=True)

@@ -3,8 +3,7 @@
     python -m benchmarks.methods                         the main job's last layer; an hour
     python -m benchmarks.methods --job main              the main job; many hours
     python -m benchmarks.methods --methods MeZO AdaMeZO --modes lora --minutes 20
-    python -m benchmarks.methods --costs                     bytes and seconds of a step
-    python -m benchmarks.plots                               the picture, from the results
+    python -m benchmarks.methods --costs                 bytes and seconds of a step
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
 Each method trains all weights ("full") and LoRA adapters ("lora"), with every lr of a grid by
@@ -15,32 +14,27 @@ inside it. The best has the lowest mean loss on validation rows; what is reporte
 which choose nothing. lr falls linearly to 0 with the forward passes. Nothing else is searched: all
 other options are the classes' defaults but where ENTRIES has some.
 
-Each finished run is one row at the end of benchmarks/results/methods.csv, and a run that is there
-is not made again: stop it, go on, or work on other methods in another process. --costs writes
-benchmarks/results/methods_costs.csv.
+A finished run is some rows at the end of benchmarks/results/methods.csv, its losses against forward
+passes, and a run that is there is not made again: stop it, go on, or work on other methods in
+another process. --costs writes benchmarks/results/methods_costs.csv.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import fcntl
 import functools
-import io
 import math
-import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pandas
 import torch
 from torch import Tensor
 
 import adamezo
-from benchmarks.rows import RESULTS, cells, conditions, read_rows
+from benchmarks.results import RESULTS, Row, append, conditions, parser, pick, read, settings
 
 if TYPE_CHECKING:
     from benchmarks.method_jobs import Job, Start
@@ -60,8 +54,7 @@ RUNS, COSTS = RESULTS / "methods.csv", RESULTS / "methods_costs.csv"
 def _adazeta(job: Job) -> dict[str, Any]:
     """The published schedule over six epochs, in which it has 1, 1, 2, 5, 9 and 14 directions: 64
     forward passes for each step of an epoch. A run sees too few epochs of the data for it."""
-    epochs = 6
-    exponent = math.log(20 / 0.85) / math.log(epochs)
+    exponent = math.log(20 / 0.85) / math.log(6)
     return {"steps_per_epoch": max(1, job.budget // 64), "exponent": exponent}
 
 
@@ -118,57 +111,21 @@ ENTRIES = [
 ]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run: what was chosen, how it ended on the validation rows, and its way on the test rows.
+# A run -------------------------------------------------------------------------------------------
 
-    `curve_*` are numbers with spaces between: after so many forward passes, the mean loss on the
-    test rows and the accuracy. A run whose loss was lost has "inf" and "nan" there.
-    """
 
-    job: str
-    mode: str
-    method: str
-    budget: int
-    lr: float
-    seed: int
+class Trained(NamedTuple):
+    """How a run went. Steps and forward passes are those of finished steps, seconds of steps alone;
+    a run whose loss was lost has infinity and nan for losses."""
+
     steps: int
     forwards: int
-    """Of finished steps."""
     weights: int
-    validation_loss: float
-    validation_accuracy: float
-    curve_forwards: str
-    curve_loss: str
-    curve_accuracy: str
     seconds: float
-    """Of the steps alone."""
-    threads: int = 1
-    device: str = ""
-    torch: str = ""
-    adamezo: str = ""
-    python: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return self.job, self.mode, self.method, self.budget, self.lr, self.seed
-
-    def curve(self) -> list[tuple[int, float, float]]:
-        """(forward passes, loss, accuracy) on the test rows."""
-        columns = (self.curve_forwards, self.curve_loss, self.curve_accuracy)
-        made = zip(*(text.split() for text in columns), strict=True)
-        return [(int(f), float(loss), float(accuracy)) for f, loss, accuracy in made]
-
-    @property
-    def end(self) -> tuple[float, float]:
-        """Loss and accuracy on the test rows."""
-        return self.curve()[-1][1:]
-
-
-# A run -------------------------------------------------------------------------------------------
+    validation: tuple[float, float]
+    """Loss and accuracy."""
+    curve: list[tuple[int, float, float]]
+    """(forward passes, loss, accuracy) on the test rows."""
 
 
 class Spent(Exception):
@@ -205,8 +162,7 @@ def untouched(job: Job) -> tuple[float, float]:
     return job.start("full", 0).score("test")
 
 
-def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> dict[str, Any]:
-    """The columns of a Run that it measures."""
+def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Trained:
     from adamezo.finetune import batches
 
     start = job.start(mode, seed)
@@ -229,91 +185,53 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> dict[str, 
         steps, forwards = steps + 1, closure.used
         if forwards >= len(curve) * budget // POINTS and len(curve) < POINTS:
             curve.append((forwards, *start.score("test")))
+    if curve[-1][0] == forwards:  # a last step that did not fit may have come since, and gone
+        curve.pop()
     curve.append((forwards, *start.score("test")))
     loss, accuracy = start.score("validation")
-    columns = zip(*curve, strict=True)
-    return dict(
-        steps=steps,
-        forwards=forwards,
-        weights=sum(p.numel() for p in start.weights),
-        validation_loss=loss if math.isfinite(loss) else math.inf,
-        validation_accuracy=accuracy,
-        seconds=seconds,
-        **{
-            f"curve_{name}": " ".join(f"{value:.6g}" for value in column)
-            for name, column in zip(("forwards", "loss", "accuracy"), columns, strict=True)
-        },
-    )
+    validation = (loss if math.isfinite(loss) else math.inf, accuracy)
+    weights = sum(p.numel() for p in start.weights)
+    return Trained(steps, forwards, weights, seconds, validation, curve)
 
 
-# Results -----------------------------------------------------------------------------------------
+def rows_of(
+    name: str, made: Trained, where: dict[str, Any], threads: int, **chosen: object
+) -> list[Row]:
+    """A run as rows; the time is that of all its steps, of which `repeats` says how many."""
+    columns = settings(**chosen, weights=made.weights, threads=threads)
+
+    def row(metric: str, unit: str, forwards: int, value: float, repeats: int = 1) -> Row:
+        key = ("methods", metric, unit, name, columns, "forwards", forwards)
+        return Row(*key, median=value, repeats=repeats, **where)
+
+    rows = [row("time", "s", made.forwards, made.seconds, made.steps)]
+    for part, points in (("validation", [(made.forwards, *made.validation)]), ("test", made.curve)):
+        for forwards, loss, accuracy in points:
+            rows.append(row(f"{part} loss", "1", forwards, loss))
+            rows.append(row(f"{part} accuracy", "1", forwards, accuracy))
+    return rows
 
 
-def append(path: Path, run: Run) -> None:
-    """Adds a row to a file that other processes may be adding to, unless it is there by now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        rows = [] if path.stat().st_size == 0 else read_rows(path, Run)
-        if any(other.key == run.key for other in rows):
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if path.stat().st_size == 0:
-            writer.writerow(f.name for f in fields(Run))
-        writer.writerow(cells(run))
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+# The choice of lr --------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[Run]:
-    """The runs of a file; none if it is not there."""
-    return read_rows(path, Run) if path.exists() and path.stat().st_size else []
+def validated(table: pandas.DataFrame, **wanted: object) -> pandas.DataFrame:
+    """Validation losses by lr (from the lowest) and seed, of one method, job and mode."""
+    found = pick(table, benchmark="methods", metric="validation loss", **wanted)
+    return found.pivot(index="lr", columns="seed", values="median") if len(found) else found
 
 
-def found(runs: Iterable[Run], job: str, mode: str, method: str, budget: int) -> list[Run]:
-    wanted = job, mode, method, budget
-    return [r for r in runs if (r.job, r.mode, r.method, r.budget) == wanted]
+def chosen_lr(losses: pandas.DataFrame) -> float | None:
+    """The lr with the lowest mean validation loss over those seeds that every lr has; None if there
+    is no such seed."""
+    shared = losses.dropna(axis=1)
+    return None if shared.empty else float(shared.mean(axis=1).idxmin())
 
 
-def by_lr(runs: Iterable[Run]) -> dict[float, list[Run]]:
-    """The runs of one method by lr, from the lowest."""
-    runs = list(runs)
-    return {lr: [r for r in runs if r.lr == lr] for lr in sorted({r.lr for r in runs})}
-
-
-def chosen_lr(runs: Iterable[Run]) -> float | None:
-    """Of the runs of one method, the lr with the lowest mean validation loss over those seeds that
-    every lr has; None if there is no such seed."""
-    rates = by_lr(runs)
-    seeds = set.intersection(*({r.seed for r in some} for some in rates.values())) if rates else ()
-    if not seeds:
-        return None
-    losses = {
-        lr: statistics.fmean(r.validation_loss for r in some if r.seed in seeds)
-        for lr, some in rates.items()
-    }
-    return min(losses, key=losses.__getitem__)
-
-
-def best(runs: Iterable[Run]) -> list[Run]:
-    """The runs of one method at its chosen lr, with all seeds that this one has."""
-    runs = list(runs)
-    lr = chosen_lr(runs)
-    return [r for r in runs if r.lr == lr]
-
-
-def at_an_edge(runs: Iterable[Run]) -> int:
+def at_an_edge(losses: pandas.DataFrame) -> int:
     """-1 if the chosen lr is the lowest that was tried, 1 if the highest, else 0."""
-    runs = list(runs)
-    lr, rates = chosen_lr(runs), list(by_lr(runs))
-    if lr == rates[0]:
-        return -1
-    return 1 if lr == rates[-1] else 0
-
-
-# The search --------------------------------------------------------------------------------------
+    lr = chosen_lr(losses)
+    return -1 if lr == losses.index[0] else int(lr == losses.index[-1])
 
 
 def rate(entry: Entry, job: str, mode: str, place: int) -> float:
@@ -333,6 +251,7 @@ class Search:
     searching: int | None = None
     """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
     deadline: float = math.inf
+    threads: int = 1
     where: dict[str, Any] = field(default_factory=dict)
 
     def run(self, entry: Entry, mode: str) -> bool:
@@ -345,103 +264,74 @@ class Search:
             rates = [rate(entry, self.job.name, mode, place) for place in places]
             if not self._all(entry, mode, rates, seeds):
                 return False
-            some = found(read(self.path), self.job.name, mode, entry.name, self.job.budget)
-            some = [r for r in some if r.lr in rates and r.seed in seeds]
-            lr, side = chosen_lr(some), at_an_edge(some)
+            losses = validated(self._there(entry, mode), lr=rates, seed=list(seeds))
+            lr, side = chosen_lr(losses), at_an_edge(losses)
             assert lr is not None
-            if side == 0:
-                break
             place = places[-1] + 1 if side > 0 else places[0] - 1
-            if abs(place) > FARTHEST:
-                print(
-                    f"{mode}, {entry.name}: the best lr is the last one that is tried", flush=True
-                )
-                break
+            if side and abs(place) > FARTHEST:
+                print(f"{mode}, {entry.name}: the best lr is the last one that is tried")
+            if not side or abs(place) > FARTHEST:
+                return self._all(entry, mode, [lr], self.seeds)
             places = sorted([*places, place])
-        return self._all(entry, mode, [lr], self.seeds)
+
+    def _there(self, entry: Entry, mode: str) -> pandas.DataFrame:
+        chosen = dict(job=self.job.name, mode=mode, budget=self.job.budget)
+        return pick(read(self.path), variant=entry.name, **chosen)
 
     def _all(self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]) -> bool:
-        for lr in rates:
-            for seed in seeds:
-                chosen: dict[str, Any] = dict(
-                    job=self.job.name,
-                    mode=mode,
-                    method=entry.name,
-                    budget=self.job.budget,
-                    lr=lr,
-                    seed=seed,
-                )
-                if any(r.key == tuple(chosen.values()) for r in read(self.path)):
-                    continue
-                if time.monotonic() > self.deadline:
-                    return False
-                began = time.perf_counter()
-                made = Run(**chosen, **train(self.job, entry, mode, lr, seed), **self.where)
-                append(self.path, made)
-                print(
-                    f"{mode}, {entry.name}, lr {lr:g}, seed {seed}: validation loss "
-                    f"{made.validation_loss:.4f}, test {made.end[0]:.4f}, {made.end[1]:.3f}; "
-                    f"{time.perf_counter() - began:.1f} s",
-                    flush=True,
-                )
+        for lr, seed in [(lr, seed) for lr in rates for seed in seeds]:
+            if len(pick(self._there(entry, mode), lr=lr, seed=seed)):
+                continue
+            if time.monotonic() > self.deadline:
+                return False
+            began = time.perf_counter()
+            made = train(self.job, entry, mode, lr, seed)
+            chosen = dict(job=self.job.name, mode=mode, budget=self.job.budget, lr=lr, seed=seed)
+            append(self.path, rows_of(entry.name, made, self.where, self.threads, **chosen))
+            print(
+                f"{mode}, {entry.name}, lr {lr:g}, seed {seed}: validation loss "
+                f"{made.validation[0]:.4f}, test {made.curve[-1][1]:.4f}, "
+                f"{made.curve[-1][2]:.3f}; {time.perf_counter() - began:.1f} s",
+                flush=True,
+            )
         return True
 
 
-def columns_of(kind: type, where: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    return {name: value for name, value in where.items() if name in names}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     names = [entry.name for entry in ENTRIES]
-    parser.add_argument("--job", default="layer", choices=tuple(BUDGETS))
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=", ".join(names))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=list(SEEDS),
-        help="of the main job, the first searches lr",
-    )
-    parser.add_argument("--lrs", type=float, nargs="+", help="instead of a grid that grows")
-    parser.add_argument("--forwards", type=int, help=f"of a run; by job, {BUDGETS}")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
-    parser.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
-    parser.add_argument("--output", type=Path, help="another CSV")
-    arguments = parser.parse_args()
+    options = parser(__doc__, "")
+    options.add_argument("--job", default="layer", choices=tuple(BUDGETS))
+    options.add_argument("--methods", nargs="+", metavar="METHOD", choices=names, default=names)
+    options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    options.add_argument("--lrs", type=float, nargs="+", help="instead of a grid that grows")
+    options.add_argument("--forwards", type=int, help=f"of a run; by job, {BUDGETS}")
+    options.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
+    options.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
+    arguments = options.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
-    unknown = set(arguments.methods or names) - set(names)
-    if unknown:
-        parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
-    entries = [e for e in ENTRIES if e.name in (arguments.methods or names)]
+    entries = [e for e in ENTRIES if e.name in arguments.methods]
     if arguments.job == "main":  # whose backward passes take too much time and memory here
         entries = [e for e in entries if not e.backward]
     torch.set_num_threads(arguments.threads)
+    output = arguments.output if arguments.output != RESULTS else None
 
     from benchmarks import method_costs
     from benchmarks.method_jobs import JOBS
 
-    where = conditions() | {"threads": arguments.threads}
+    where, threads = conditions(), arguments.threads
     job = JOBS[arguments.job](arguments.forwards or BUDGETS[arguments.job])
     if arguments.costs:
-        output = arguments.output or COSTS
-        method_costs.measure(job, entries, arguments.modes, arguments.repeats, where, output)
+        repeats = 3 if arguments.quick else arguments.repeats
+        for mode in arguments.modes:
+            method_costs.measure(job, entries, mode, repeats, where, threads, output or COSTS)
         return
-    search = Search(
-        job,
-        arguments.output or RUNS,
-        arguments.seeds,
-        arguments.lrs,
-        SEARCHING[arguments.job],
-        deadline,
-        columns_of(Run, where),
-    )
+    seeds, lrs, searching = arguments.seeds, arguments.lrs, SEARCHING[arguments.job]
+    if arguments.quick:
+        seeds, lrs = seeds[:1], lrs or [1e-3]
+    search = Search(job, output or RUNS, seeds, lrs, searching, deadline, threads, where)
     for mode in arguments.modes:
         for entry in entries:
             if not search.run(entry, mode):

@@ -1,15 +1,16 @@
-"""What the CUDA kernels may cost, held wherever nvcc is; benchmarks/cuda_budget.py counts."""
+"""What the CUDA kernels may cost, held wherever nvcc is; benchmarks/budget_cuda.py counts."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
-from benchmarks import cuda_budget
+from benchmarks import budget_code, budget_cuda
 
-needs_nvcc = pytest.mark.skipif(cuda_budget.nvcc() is None, reason=cuda_budget.missing())
-needs_both = pytest.mark.skipif(bool(cuda_budget.missing()), reason=cuda_budget.missing())
+needs_nvcc = pytest.mark.skipif(budget_code.nvcc() is None, reason=budget_cuda.missing())
+needs_both = pytest.mark.skipif(bool(budget_cuda.missing()), reason=budget_cuda.missing())
 
 # 80 registers let 24 warps live on a multiprocessor, enough to hide the latency of their chains.
 MOST_REGISTERS = 80
@@ -21,9 +22,9 @@ MOST_SLOTS_TO_ROUND = 17.5
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget_cuda.ARCHITECTURES)
 def test_nothing_is_spilled(architecture):
-    found = cuda_budget.budgets(architecture)
+    found = budget_cuda.budgets(architecture)
     assert len(found) == 12
     for budget in found:
         assert budget.spilled_bytes == 0, budget
@@ -32,32 +33,32 @@ def test_nothing_is_spilled(architecture):
 
 @needs_both
 def test_issue_slots_of_a_normal():
-    updates = [b for b in cuda_budget.budgets("sm_90") if b.operation == "update"]
+    updates = [b for b in budget_cuda.budgets("sm_90") if b.operation == "update"]
     assert {b.distribution for b in updates} == MOST_SLOTS_PER_NORMAL.keys()
     for budget in updates:
         most = MOST_SLOTS_PER_NORMAL[budget.distribution]
         # No fewer than two thirds either: then the count has lost sight of the loop.
-        assert 2 / 3 * most < budget.slots_per_normal <= most, budget
+        assert 2 / 3 * most < budget.per_normal <= most, budget
 
 
 @needs_both
 def test_issue_slots_of_a_stochastic_store():
     """Only what is done once a weight may grow, by a quarter of a Philox call and the store."""
-    found = {(b.operation, b.distribution, b.rounding): b for b in cuda_budget.budgets("sm_90")}
-    for (operation, distribution, rounding), budget in found.items():
-        if rounding == "stochastic":
-            nearest = found[operation, distribution, "nearest"]
-            assert budget.slots_per_normal == nearest.slots_per_normal, budget
-            more = budget.slots_once - nearest.slots_once
+    found = {(b.operation, b.distribution, b.stochastic): b for b in budget_cuda.budgets("sm_90")}
+    for (operation, distribution, stochastic), budget in found.items():
+        if stochastic:
+            nearest = found[operation, distribution, False]
+            assert budget.per_normal == nearest.per_normal, budget
+            more = budget.per_weight - nearest.per_weight
             assert 2 / 3 * MOST_SLOTS_TO_ROUND < more <= MOST_SLOTS_TO_ROUND, budget
 
 
 @needs_both
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget_cuda.ARCHITECTURES)
 def test_sixteen_bytes_at_a_time(architecture):
     """The way for whole chunks reads and writes a thread's 32 bytes of bfloat16 in two each."""
-    for budget in cuda_budget.budgets(architecture):
-        assert budget.wide_accesses == {"LDG": 2, "STG": 2}, budget
+    for budget in budget_cuda.budgets(architecture):
+        assert (budget.accesses["LDG.E.128"], budget.accesses["STG.E.128"]) == (2, 2), budget
 
 
 # --- rules that keep numbers for each weight -----------------------------------------------------
@@ -82,9 +83,9 @@ MOST_SLOTS_OF_A_RULE = {
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget_cuda.ARCHITECTURES)
 def test_nothing_of_a_rule_is_spilled(architecture):
-    found = cuda_budget.rule_kernels(architecture)
+    found = budget_cuda.rule_kernels(architecture)
     assert len(found) == 21
     for kernel in found:
         assert kernel.spilled_bytes == 0, kernel
@@ -92,12 +93,12 @@ def test_nothing_of_a_rule_is_spilled(architecture):
 
 
 @needs_both
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget_cuda.ARCHITECTURES)
 def test_four_elements_of_an_array_are_one_access(architecture):
     """Of 16 bytes or of 8, and each of them in the device's memory for certain (LDG, not LD)."""
-    for kernel in cuda_budget.rule_kernels(architecture):
+    for kernel in budget_cuda.rule_kernels(architecture):
         operation, rule = kernel.operation.split()
-        arrays = 1 + cuda_budget.RULES[rule][1]
+        arrays = 1 + budget_cuda.RULES[rule][1]
         written = arrays if operation == "update" else 1
         assert kernel.accesses["LDG.E.128"] == arrays, kernel
         assert kernel.accesses["LDG.E.64"] >= arrays, kernel  # and addresses
@@ -107,22 +108,20 @@ def test_four_elements_of_an_array_are_one_access(architecture):
 
 @needs_both
 def test_issue_slots_of_a_rule():
-    found = {(b.operation, b.kept): b for b in cuda_budget.rule_budgets("sm_90")}
+    found = {(b.operation, b.kept): b for b in budget_cuda.rule_budgets("sm_90")}
     assert found.keys() == MOST_SLOTS_OF_A_RULE.keys()
     for kind, budget in found.items():
         most = MOST_SLOTS_OF_A_RULE[kind]
-        assert 2 / 3 * most < budget.slots_once <= most, budget
+        assert 2 / 3 * most < budget.per_weight <= most, budget
 
 
 def test_a_prediction_is_bounded_by_memory_and_by_issue():
-    from collections import Counter
-
-    def budget(direction, window):
-        counts = Counter(direction), Counter(window), Counter[str]()
-        return cuda_budget.Budget("sm_90", "update", "x", "nearest", 80, 0, *counts)
+    def budget(direction, once):
+        kind = ("CUDA", "sm_90", "update", "exact", False, 80, 0)
+        return budget_code.Budget(*kind, Counter(direction), Counter(once))
 
     idle = budget({"alu": 0}, {"alu": 16})
-    assert idle.seconds(1) == pytest.approx(4 * 1.3e9 / cuda_budget.BYTES_PER_S)
+    assert idle.seconds(1) == pytest.approx(4 * 1.3e9 / budget_code.BYTES_PER_S)
     busy = budget({"alu": 16 * 33}, {"alu": 0})
     # 33 slots for 32 elements, 132 * 4 of them a cycle
     assert busy.seconds(10) == pytest.approx(33 * 10 * 1.3e9 / 32 / (132 * 4) / 1.7e9)

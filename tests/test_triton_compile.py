@@ -21,11 +21,11 @@ from adamezo_kernels import (
     update_terms_,
 )
 from adamezo_kernels.backends import triton
-from benchmarks import triton_budget
-from benchmarks.triton_budget import TARGETS, compiled, distributions
+from benchmarks import budget, budget_triton
+from benchmarks.budget_triton import TARGETS, compiled, distributions
 
 pytestmark = [
-    pytest.mark.skipif(bool(triton_budget.missing()), reason=triton_budget.missing()),
+    pytest.mark.skipif(bool(budget_triton.missing()), reason=budget_triton.missing()),
     pytest.mark.skipif(triton.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled"),
 ]
 
@@ -273,7 +273,7 @@ def test_what_is_compiled_in(compilations):
     assert compilations() == 6
 
 
-# --- what it costs: benchmarks/triton_budget.py -------------------------------------------------
+# --- what it costs: benchmarks/budget_triton.py -------------------------------------------------
 
 # A sixth more than the CUDA kernel's, and room for another compiler.
 MOST_PER_NORMAL = {"exact": 41.0, "fast": 26.0, "rademacher": 20.0}
@@ -282,14 +282,14 @@ MOST_ONCE = {"exact": 48.0, "fast": 34.0, "rademacher": 29.0}
 
 @pytest.mark.parametrize("distribution", MOST_PER_NORMAL)
 def test_instructions_of_a_normal(distribution):
-    update = triton_budget.count("cuda:90", "update", distribution)
+    update = budget_triton.count("cuda:90", "update", distribution)
     assert update.spilled_bytes == 0
     assert update.registers <= 80
     # No fewer than two thirds either: then the count has lost sight of the loop.
     assert 2 / 3 < update.per_normal / MOST_PER_NORMAL[distribution] <= 1
-    perturb = triton_budget.count("cuda:90", "perturb", distribution)
+    perturb = budget_triton.count("cuda:90", "perturb", distribution)
     assert perturb.spilled_bytes == 0
-    assert 2 / 3 < perturb.once / MOST_ONCE[distribution] <= 1
+    assert 2 / 3 < perturb.per_weight / MOST_ONCE[distribution] <= 1
 
 
 # For an element, its directions included.
@@ -308,11 +308,11 @@ MOST_OF_A_RULE = {
 @pytest.mark.parametrize("case", MOST_OF_A_RULE, ids="-".join)
 def test_instructions_of_a_rule(case):
     operation, rule = case
-    counted = triton_budget.count("cuda:90", operation, "exact", True, rule)
+    counted = budget_triton.count("cuda:90", operation, "exact", True, rule)
     assert counted.spilled_bytes == 0
     assert counted.registers <= 96
     assert not counted.direction
-    assert 2 / 3 < counted.once / MOST_OF_A_RULE[case] <= 1
+    assert 2 / 3 < counted.per_weight / MOST_OF_A_RULE[case] <= 1
 
 
 def test_an_aligned_window_takes_four_elements_an_access():
@@ -322,15 +322,15 @@ def test_an_aligned_window_takes_four_elements_an_access():
 
 
 def test_the_budget_is_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_budget, "TARGETS", {"cuda:90": TARGETS["cuda:90"]})
+    monkeypatch.setattr(budget_triton, "TARGETS", {"cuda:90": TARGETS["cuda:90"]})
     output = tmp_path / "budget.csv"
-    monkeypatch.setattr("sys.argv", ["triton_budget", "--output", str(output)])
-    triton_budget.main()
-    from benchmarks.rows import read_rows
+    monkeypatch.setattr("sys.argv", ["budget", "Triton", "--output", str(output)])
+    budget.main()
+    from benchmarks.results import pick, read
 
-    rows = read_rows(output)
+    rows = pick(read(output), metric="time", by="Triton", target="sm_90")
     assert len(rows) == 2 * (3 + 3 * 3) + len(RULE_CASES)
-    by = {(r.what, r.variant, r.horizon): r.median_s for r in rows}
+    by = rows.set_index(["what", "variant", "horizon"])["median"]
     assert by["update", "fast", 10] < by["update", "exact", 10] < by["update", "exact", 20]
     kept = "exact, stochastic, bfloat16 numbers"
     assert by["update", "exact, stochastic", 1] < by["update helene", kept, 1]

@@ -1,29 +1,19 @@
-"""What does the Triton kernel cost? Counted in the compiled code; needs Triton and no GPU.
-
-    python -m benchmarks.triton_budget
-
-Compiles it ahead of time for an A100, an H100 and an MI300, and counts instructions as
-benchmarks/cuda_budget.py does: those issued for each direction of an element, and those issued once
-for an element, on the way of whole, aligned windows. Writes benchmarks/results/triton_budget.csv:
-rows with 0 repeats, and a predicted time for the H100 alone, from the model of cuda_budget.
-"""
+"""The Triton kernel, compiled ahead of time for an A100, an H100 and an MI300; needs no GPU."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from adamezo_kernels import RULES
 from adamezo_kernels.backends import triton as backend
-from benchmarks import cuda_budget
-from benchmarks.cuda_budget import Instruction
+from benchmarks import budget_cuda
+from benchmarks.budget_code import Budget, Instruction, cuobjdump, instructions, run
 
 TARGETS = {
     "cuda:80": ("cuda", 80, 32),
@@ -51,7 +41,7 @@ def missing() -> str:
         backend.kernels()
     except Exception as error:
         return f"no Triton ({type(error).__name__}: {error}): `pip install triton`"
-    return "" if cuda_budget.cuobjdump() else cuda_budget.missing()
+    return "" if cuobjdump() else budget_cuda.missing()
 
 
 def distributions(target: str) -> tuple[str, ...]:
@@ -95,98 +85,56 @@ def compiled(
     return triton.compile(source, target=gpu, options=backend.options(gpu.warp_size))
 
 
-@dataclass(frozen=True)
-class Count:
-    """Of one kernel for bfloat16 weights and buffers: instructions issued for a warp (AMD: a
-    wave)."""
-
-    target: str
-    operation: str
-    distribution: str
-    stochastic: bool
-    registers: int
-    spilled_bytes: int
-    direction: Counter[str]
-    """By pipe, for each direction after the first of a thread's elements; empty for perturb, and
-    where a rule decides how many there are."""
-    window: Counter[str]
-    """By pipe, once for a thread's elements, the first direction included."""
-    rule: str = "moments"
-
-    @property
-    def elements(self) -> int:
-        """Of a thread."""
-        return backend.window_of(self.operation, self.rule) // backend.THREADS
-
-    @property
-    def per_normal(self) -> float:
-        """Where a rule decides how many there are: all instructions, over those."""
-        if self.rule != "moments":
-            return self.window.total() / self.elements / RULES[self.rule].directions
-        return self.direction.total() / self.elements
-
-    @property
-    def once(self) -> float:
-        """For an element, less its first direction."""
-        return (self.window.total() - self.direction.total()) / self.elements
-
-    @property
-    def variant(self) -> str:
-        kind = self.distribution + (", stochastic" if self.stochastic else "")
-        return kind + (", bfloat16 numbers" if RULES[self.rule].buffers else "")
-
-    @property
-    def what(self) -> str:
-        return self.operation if self.rule == "moments" else f"{self.operation} {self.rule}"
-
-    @property
-    def horizons(self) -> Sequence[int]:
-        """That a prediction is made for."""
-        if self.rule != "moments":
-            return (RULES[self.rule].directions,)
-        return (1, 10, 20) if self.operation == "update" else (1,)
-
-    @property
-    def bytes(self) -> int:
-        """That a weight moves: its own, and those of what is kept for it."""
-        return 2 * 2 + RULES[self.rule].buffers * (2 * 2 if self.operation == "update" else 2)
-
-    def seconds(self, horizon: int, elements: int = cuda_budget.WEIGHTS) -> float:
-        """The prediction of cuda_budget for an H100."""
-        counts = [self.direction] * (horizon - 1) + [self.window]
-        slots = sum(c.total() for c in counts)
-        special = cuda_budget.SPECIAL_FUNCTION_CYCLES * sum(c["special"] for c in counts)
-        warps = elements / (self.elements * cuda_budget.LANES)
-        schedulers = cuda_budget.MULTIPROCESSORS * cuda_budget.SCHEDULERS
-        cycles = max(slots, special) * warps / schedulers
-        return max(cycles / cuda_budget.CLOCK_HZ, self.bytes * elements / cuda_budget.BYTES_PER_S)
-
-
 def count(
     target: str,
     operation: str,
     distribution: str,
     stochastic: bool = False,
     rule: str = "moments",
-) -> Count:
+) -> Budget:
+    """Of one kernel for bfloat16 weights and buffers. On AMD a warp is a wave."""
     kept = "bfloat16" if RULES[rule].buffers else ""
     kernel = compiled(target, operation, distribution, stochastic=stochastic, rule=rule, kept=kept)
     if target.startswith("hip"):
         text = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s*(\d+)", text)
         spilled = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text)
-        code = list(amd_instructions(text))
+        code: Sequence[Instruction] = amd_instructions(text)
     else:
         with tempfile.TemporaryDirectory() as folder:
             binary = Path(folder, "kernel.cubin")
             binary.write_bytes(kernel.asm["cubin"])
-            dumper = cuda_budget.cuobjdump() or ""
-            usage = cuda_budget.run(dumper, "-res-usage", str(binary))
-            code = list(cuda_budget.instructions(cuda_budget.run(dumper, "-sass", str(binary))))
+            usage, sass = (run(cuobjdump() or "", f, str(binary)) for f in ("-res-usage", "-sass"))
         registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+        code = list(instructions(sass))
     direction, window = on_the_usual_way(code)
-    made = (registers, spilled, direction, window)
-    return Count(target, operation, distribution, stochastic, *made, rule)
+    # The loop is over the directions after the first, which is in the window.
+    once = Counter({p: window[p] - direction[p] for p in {*window, *direction}})
+    moments = rule == "moments"
+    written = 2 if operation == "update" else 1  # what is kept is read, and in an update written
+    return Budget(
+        *("Triton", target.replace("cuda:", "sm_").replace("hip:", "")),
+        operation if moments else f"{operation} {rule}",
+        *(distribution, stochastic, registers, spilled, direction, once),
+        elements=backend.window_of(operation, rule) // backend.THREADS,
+        kept=kept,
+        directions=0 if moments else RULES[rule].directions,
+        bytes_moved=2 * 2 + RULES[rule].buffers * 2 * written,
+    )
+
+
+def budgets() -> Iterator[Budget]:
+    """Of every kernel that a call can ask for with bfloat16 weights."""
+    for target in TARGETS:
+        for operation in ("perturb", "update"):
+            for distribution in distributions(target):
+                for stochastic in (False, True):
+                    yield count(target, operation, distribution, stochastic)
+    for target in TARGETS:
+        for rule in [rule for rule in RULES if rule != "moments"]:
+            for operation in ("perturb", "update"):
+                if RULES[rule].bends if operation == "perturb" else RULES[rule].updates:
+                    yield count(target, operation, "exact", True, rule)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -228,7 +176,7 @@ def amd_instructions(text: str) -> list[AmdInstruction]:
 
 
 SELDOM = re.compile(
-    r"CALL|(LDG|STG)\.E\.U16|F2I\.FTZ\.U32|F2I\.U64"  # as in cuda_budget
+    r"CALL|(LDG|STG)\.E\.U16|F2I\.FTZ\.U32|F2I\.U64"  # as in budget_cuda
     r"|(buffer|global|flat)_(load|store)_(u?short|d16|b16)|v_rcp_iflag|v_cvt_u32_f32"
 )
 
@@ -304,90 +252,3 @@ def _reached(start: set[int], following: dict[int, set[int]], inside: set[int]) 
             found.add(a)
             left += [b for b in following[a] if b in inside]
     return found
-
-
-def rows(found: Sequence[Count]) -> list:
-    import triton
-
-    from benchmarks.rows import Row, conditions
-
-    made = []
-    for c in found:
-        where = conditions() | {
-            "device": c.target,
-            "clock_hz": None,
-            "clock_source": "",
-            "compiler": (
-                f"triton {triton.__version__}: {c.registers} registers, "
-                f"{c.spilled_bytes} bytes spilled"
-            ),
-        }
-        predicted = c.target == "cuda:90"
-        if predicted:
-            where |= {
-                "device": f"predicted: {cuda_budget.MULTIPROCESSORS} multiprocessors",
-                "clock_hz": cuda_budget.CLOCK_HZ,
-                "clock_source": "assumed",
-            }
-        for horizon in c.horizons:
-            seconds = c.seconds(horizon) if predicted else None
-            weights = cuda_budget.WEIGHTS
-            made.append(
-                Row(
-                    benchmark="triton_budget",
-                    what=c.what,
-                    variant=c.variant,
-                    type="bfloat16",
-                    elements=weights,
-                    horizon=horizon,
-                    isa=c.target.replace("cuda:", "sm_").replace("hip:", ""),
-                    median_s=seconds,
-                    elements_per_s=weights / seconds if seconds else None,
-                    normals_per_s=weights * horizon / seconds if seconds else None,
-                    bytes_per_s=c.bytes * weights / seconds if seconds else None,
-                    cycles_per_normal=c.per_normal or None,
-                    **where,
-                )
-            )
-    return made
-
-
-def main() -> None:
-    from benchmarks.rows import RESULTS, write_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "triton_budget.csv")
-    arguments = parser.parse_args()
-    if lack := missing():
-        raise SystemExit(f"triton_budget: {lack}")
-    found = [
-        count(target, operation, distribution, stochastic)
-        for target in TARGETS
-        for operation in ("perturb", "update")
-        for distribution in distributions(target)
-        for stochastic in (False, True)
-    ]
-    found += [
-        count(target, operation, "exact", True, rule)
-        for target in TARGETS
-        for rule in RULES
-        if rule != "moments"
-        for operation in ("perturb", "update")
-        if (RULES[rule].bends if operation == "perturb" else RULES[rule].updates)
-    ]
-    print("bfloat16 weights; instructions issued for each normal, and once for each weight")
-    for c in found:
-        by_pipe = ", ".join(f"{pipe} {n / c.elements:.2f}" for pipe, n in c.direction.most_common())
-        times = ", ".join(f"H={h} {1e3 * c.seconds(h):.1f} ms" for h in c.horizons)
-        print(
-            f"{c.target:<11} {c.what:<15}{c.variant:<35} {c.registers} registers, "
-            f"{c.spilled_bytes} B spilled; {c.per_normal:.2f} a normal ({by_pipe}); "
-            f"{c.once:.1f} once" + (f"; an H100 at best {times}" if c.target == "cuda:90" else "")
-        )
-    made = rows(found)
-    write_rows(arguments.output, made)
-    print(f"{len(made)} rows: {arguments.output.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,241 @@
+"""What steps are measured of: a `Job` is a model, a batch and a device, a `Method` an optimizer.
+
+`benchmarks.step`, `benchmarks.paper` and `benchmarks.horizon` measure different ones in one way.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from adamezo import AdaMeZO
+from adamezo_kernels.backends import BACKENDS
+from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer, StoredHessian
+
+SEED = 2026
+# So small that hundreds of steps leave the weights what they are; time does not depend on it.
+LR = 1e-12
+
+Closure = Callable[[], Tensor]
+Step = Callable[[Closure], object]
+
+# Jobs --------------------------------------------------------------------------------------------
+
+
+def main_model(dtype: torch.dtype) -> nn.Module:
+    """SmolLM2-135M-Instruct; where its weights are not installed, random ones in its shapes, which
+    cost the same."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from adamezo.integrations.transformers import load
+    from examples.demo import smollm2
+
+    try:
+        path = smollm2()
+    except SystemExit as missing:  # its message says what to install
+        print(missing, "Random weights in the same shapes are measured.", file=sys.stderr)
+    else:
+        return load(path, dtype=dtype, device=torch.get_default_device())[0]
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def opt(dtype: torch.dtype, *, hidden: int, layers: int, heads: int, vocabulary: int) -> nn.Module:
+    """Random weights in the shapes of an OPT model."""
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    config = OPTConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+MODELS: dict[str, Callable[[torch.dtype], nn.Module]] = {
+    "SmolLM2-135M": main_model,
+    "OPT-1.3B": functools.partial(opt, hidden=2048, layers=24, heads=32, vocabulary=50272),
+    # For tests, and to run all of a benchmark where there is no GPU.
+    "OPT-tiny": functools.partial(opt, hidden=32, layers=2, heads=4, vocabulary=128),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All of a step but its method. `benchmark` is the column of its rows."""
+
+    benchmark: str
+    model: str
+    type: str
+    length: int
+    batch: int = 16
+    device: str = "cpu"
+
+    @property
+    def tokens(self) -> str:
+        return f"{self.batch}x{self.length}"
+
+    def load(self) -> nn.Module:
+        torch.manual_seed(SEED)
+        with torch.device(self.device):
+            return MODELS[self.model](getattr(torch, self.type)).eval()
+
+    def closure(self, model: Any) -> Closure:
+        """The main job's forward: cross entropy of the label word after the prompt, on one batch.
+        The vocabulary's logits at the last position alone."""
+        generator = torch.Generator().manual_seed(SEED)
+        size = model.config.vocab_size
+        tokens = torch.randint(size // 40, size, (self.batch, self.length), generator=generator)
+        labels = torch.randint(0, 2, (self.batch,), generator=generator)
+        words = torch.tensor([4255, 1799]) % size
+        tokens, labels, words = (t.to(self.device) for t in (tokens, labels, words))
+
+        def closure() -> Tensor:
+            logits = model(input_ids=tokens, logits_to_keep=1, use_cache=False).logits
+            return nn.functional.cross_entropy(logits[:, -1, words].float(), labels)
+
+        return closure
+
+
+# Methods -----------------------------------------------------------------------------------------
+
+FORWARDS = {"bare": 2, "MeZO": 2, "AdaMeZO": 2, "HiZOO": 3, "AdamW": 1}
+
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, fast directions": {"distribution": "fast"},
+    "ours, Triton": {},
+    "ours, exact perturbation": {"perturbation": "exact"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A variant of a row and the optimizer behind it, with its history full."""
+
+    variant: str
+    method: str
+    horizon: int = 0
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return (0.0, 0.0) if self.method == "MeZO" else (0.7, 0.9)
+
+    def __str__(self) -> str:
+        if self.method == "bare":
+            return "two bare forwards"
+        return f"{self.method}{f' H={self.horizon}' if self.horizon > 1 else ''}, {self.variant}"
+
+    def backend(self, device: str) -> str:
+        """The name of the backend that one of OURS runs on."""
+        if self.variant == "ours, Triton":
+            return "triton"
+        return {"cpu": "native", "cuda": "cuda"}[device]
+
+    def missing(self, device: str) -> str:
+        """Why it cannot run on this device; empty where it can."""
+        if self.variant not in OURS:
+            return ""
+        name = self.backend(device)
+        backend = BACKENDS.get(name)
+        if backend is None:
+            return f"there is no backend {name!r}"
+        available, reason = backend.availability()
+        if not available:
+            return f"backend {name!r} is not available: {reason}"
+        options = OURS[self.variant]
+        if not backend.supports(torch.device(device)):
+            return f"backend {name!r} does not run on {device}"
+        if options.get("distribution", "exact") not in backend.DISTRIBUTIONS:
+            return f"backend {name!r} has no {options['distribution']!r} directions"
+        unknown = set(options) - set(inspect.signature(AdaMeZO).parameters)
+        return f"AdaMeZO takes no {', '.join(sorted(unknown))}" if unknown else ""
+
+    def make(self, model: nn.Module, device: str = "cpu") -> Step:
+        """The `step` of a new optimizer; its time is that of any step after the first `horizon`."""
+        if self.method == "bare":
+            return two_forwards
+        if self.method == "AdamW":
+            # Its default eps is 0 in float16, and some gradients are 0.
+            adamw = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
+            return functools.partial(backpropagation, adamw)
+        if self.method == "HiZOO":
+            return StoredHessian(model.parameters(), lr=LR).step
+        # Two alternating values, as losses of +-1e-3 about a level would give.
+        grads = [0.5 * (-1) ** age for age in range(self.horizon)]
+        if self.variant not in OURS:
+            operations = (Fair if self.variant == "torch" else AsReleased)(model.parameters())
+            library = LibraryOptimizer(operations, lr=LR, betas=self.betas, horizon=self.horizon)
+            library.history = [(SEED + age, grad) for age, grad in enumerate(grads)]
+            return library.step
+        options = dict(OURS[self.variant], lr=LR, betas=self.betas, horizon=self.horizon, seed=SEED)
+        if "perturbation" in options:
+            options["model"] = model
+        backend = {"ADAMEZO_BACKEND": self.backend(device)}  # refused, where it is not there
+        with mock.patch.dict(os.environ, backend):
+            optimizer = AdaMeZO(model.parameters(), **options)
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            group.update(
+                directions=list(range(self.horizon))[::-1],
+                projected_grads=grads,
+                steps=self.horizon,
+                next_direction=self.horizon,
+            )
+        optimizer.load_state_dict(state)
+
+        def step(closure: Closure) -> object:
+            with mock.patch.dict(os.environ, backend):
+                return optimizer.step(closure)
+
+        return step
+
+
+@torch.no_grad()
+def two_forwards(closure: Closure) -> object:
+    return closure() + closure()
+
+
+def backpropagation(optimizer: torch.optim.Optimizer, closure: Closure) -> object:
+    """A forward, then a backward pass and the update: the split counts both of these as one."""
+    loss = closure()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+BARE = Method("forward", "bare")
+MEZO, ADAMEZO, ADAMEZO_20 = (
+    Method("ours", "MeZO", 1),
+    Method("ours", "AdaMeZO", 10),
+    Method("ours", "AdaMeZO", 20),
+)
+EXACT = Method("ours, exact perturbation", "AdaMeZO", 10)
+RELEASED = {m: Method("as released", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}
+TORCH = {m: Method("torch", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}
+HIZOO = Method("library calls", "HiZOO", 1)
+ADAMW = Method("backpropagation", "AdamW", 1)
