@@ -7,8 +7,11 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import networkx
 
 from adamezo_kernels import RULES
 from adamezo_kernels.backends import triton as backend
@@ -24,14 +27,9 @@ TARGETS = {
 SIGNATURE = {
     "table": "*i64",
     "words": "*i32",
-    "segments": "i32",
-    "horizon": "i32",
-    "offset": "i64",
-    "first_program": "i64",
-    "key_low": "i32",
-    "key_high": "i32",
-    "scale": "i32",
-    "eps": "i32",
+    **dict.fromkeys(("segments", "horizon"), "i32"),
+    **dict.fromkeys(("offset", "first_program"), "i64"),
+    **dict.fromkeys(("key_low", "key_high", "scale", "eps"), "i32"),
 }
 
 
@@ -196,59 +194,42 @@ def on_the_usual_way(code: Sequence[Instruction]) -> tuple[Counter[str], Counter
     at = {instruction.address: n for n, instruction in enumerate(code)}
     branches = {i.target for i in code if i.name.startswith(("BRA", "s_cbranch", "s_branch"))}
     # A call to where branches go too is one itself: so ptxas may leave a loop.
-    jumps = [
-        n
+    jumps = {
+        n: at[i.target or 0]
         for n, i in enumerate(code)
         if i.target in branches and i.name.startswith(("BRA", "CALL", "s_cbranch", "s_branch"))
-    ]
-    ends = {n for n, i in enumerate(code) if i.name in ("EXIT", "s_endpgm")}
-    starts = {0} | {n + 1 for n in [*jumps, *ends]} | {at[code[n].target or 0] for n in jumps}
-    edges = [*sorted(starts - {len(code)}), len(code)]
-    blocks = {a: range(a, b) for a, b in zip(edges, edges[1:], strict=False)}
-    following: dict[int, set[int]] = {}
-    for a, block in blocks.items():
-        last = code[block[-1]]
-        following[a] = set()
-        if block[-1] in jumps:
-            following[a].add(at[last.target or 0])
-        if block[-1] + 1 in blocks and not _always_leaves(last):
-            following[a].add(block[-1] + 1)
-    usual = {
-        a
-        for a, b in blocks.items()
-        if not any(SELDOM.match(code[n].name) for n in b if n not in jumps)
     }
-    ways_in = _reached({0}, following, usual)
-    leading = {a: {b for b in blocks if a in following[b]} for a in blocks}
-    exits = {a for a in usual if blocks[a][-1] in ends or blocks[a].stop == len(code)}
-    usual = ways_in & _reached(exits, leading, usual)
+    ends = {n for n, i in enumerate(code) if i.name in ("EXIT", "s_endpgm")} | {len(code) - 1}
+    starts = {0, *jumps.values(), *(n + 1 for n in [*jumps, *ends])}
+    blocks = {a: range(a, b) for a, b in pairwise(sorted({*starts, len(code)}))}
+    flow = networkx.DiGraph()
+    flow.add_nodes_from(blocks)
+    for a, block in blocks.items():
+        last = block[-1]
+        if last in jumps:
+            flow.add_edge(a, jumps[last])
+        # Whether NVIDIA's have a condition is not kept; taking that for granted adds ways that lead
+        # through seldom blocks only.
+        if last + 1 in blocks and code[last].name not in ("s_branch", "s_endpgm"):
+            flow.add_edge(a, last + 1)
+    seldom = {
+        a for a, b in blocks.items() if any(SELDOM.match(code[n].name) for n in b if n not in jumps)
+    }
+    flow = flow.subgraph(set(flow) - seldom)
+    exits = {a for a in flow if blocks[a][-1] in ends}
+    before = exits.union(*(networkx.ancestors(flow, a) for a in exits))
+    flow = flow.subgraph(before & ({0} | networkx.descendants(flow, 0) if 0 in flow else set()))
 
-    loops = []
-    for a in usual:
-        for b in following[a]:
-            body = _reached({b}, following, usual) & _reached({a}, leading, usual)
-            loops.append({n for c in body for n in blocks[c]})
+    executed = {n for a in flow for n in blocks[a]}
+    loops = [
+        {n for a in part for n in blocks[a]}
+        for part in networkx.strongly_connected_components(flow)
+        if len(part) > 1 or flow.has_edge(*part, *part)
+    ]
     loop = max(loops, key=len, default=set())
-    executed = {n for a in usual for n in blocks[a]}
-    if len(loop & executed) < LEAST_OF_A_DIRECTION:
+    if len(loop) < LEAST_OF_A_DIRECTION:
         loop = set()
     return (
-        Counter(code[n].pipe for n in executed & loop),
+        Counter(code[n].pipe for n in loop),
         Counter(code[n].pipe for n in executed - loop),
     )
-
-
-def _always_leaves(instruction: Instruction) -> bool:
-    # Whether NVIDIA's have a condition is not kept; taking that for granted adds ways that lead
-    # through seldom blocks only.
-    return instruction.name in ("s_branch", "s_endpgm")
-
-
-def _reached(start: set[int], following: dict[int, set[int]], inside: set[int]) -> set[int]:
-    found, left = set(), [a for a in start if a in inside]
-    while left:
-        a = left.pop()
-        if a not in found:
-            found.add(a)
-            left += [b for b in following[a] if b in inside]
-    return found

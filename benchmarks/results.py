@@ -10,11 +10,12 @@ command. The reader gives a pandas table with a column more for each setting, an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
 import fcntl
-import importlib
+import importlib.metadata
 import math
 import os
 import platform
@@ -217,7 +218,7 @@ def conditions(**other: Any) -> dict[str, Any]:
         "clock_hz": clock_hz,
         "clock_source": clock_source,
         "torch": torch.__version__,
-        "adamezo": _version("adamezo"),
+        "adamezo": adamezo_version(),
         "python": platform.python_version(),
         "compiler": compiler_name(),
         "commit": commit(),
@@ -237,12 +238,10 @@ def on(device: str) -> dict[str, Any]:
 def device_name() -> str:
     """The CPU's model name, family and model, and how many cores we may use."""
     facts: dict[str, str] = {}
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
             facts.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
     name = facts.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in facts:
         name += f" (family {facts['cpu family']} model {facts.get('model', '?')})"
@@ -252,11 +251,10 @@ def device_name() -> str:
 
 def compiler_name() -> str:
     """What compiled the native kernels, as they report it; empty where there are none."""
-    try:
+    with contextlib.suppress(ImportError):
         module = importlib.import_module("adamezo_kernels._native")
-    except ImportError:
-        return ""
-    return str(module.build_report()["compiler"])
+        return str(module.build_report()["compiler"])
+    return ""
 
 
 def command_line() -> str:
@@ -266,33 +264,23 @@ def command_line() -> str:
     return " ".join([head, shlex.join(sys.argv[1:] if module else sys.argv)]).strip()
 
 
+def adamezo_version() -> str:
+    """Empty where it is used without being installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("adamezo")
+    return ""
+
+
 def commit() -> str:
     """The short commit, with a + where the tree differs from it; empty outside git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise OSError(done.stderr)
-        return done.stdout.strip()
-
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        # Results are what a benchmark writes: they do not make the code measured a different one.
-        changed = git("status", "--porcelain", "--", "..", ":!results", ":!../docs")
-    except OSError:
-        return ""
-    return head + ("+" if changed else "")
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+    # Results are what a benchmark writes: they do not make the code measured a different one.
+    status = ["status", "--porcelain", "--", "..", ":!results", ":!../docs"]
+    found = [
+        subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True)
+        for words in (["rev-parse", "--short", "HEAD"], status)
+    ]
+    head, changed = (done.stdout.strip() for done in found)
+    return "" if any(done.returncode for done in found) else head + ("+" if changed else "")
 
 
 def parser(text: str, output: str) -> argparse.ArgumentParser:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,54 +30,28 @@ Step = Callable[[Closure], object]
 
 
 def main_model(dtype: torch.dtype) -> nn.Module:
-    """SmolLM2-135M-Instruct; where its weights are not installed, random ones in its shapes, which
-    cost the same."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
+    """SmolLM2-135M-Instruct."""
     from adamezo.integrations.transformers import load
     from examples.demo import smollm2
 
-    try:
-        path = smollm2()
-    except SystemExit as missing:  # its message says what to install
-        print(missing, "Random weights in the same shapes are measured.", file=sys.stderr)
-    else:
-        return load(path, dtype=dtype, device=torch.get_default_device())[0]
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rope_theta=100000.0,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return load(smollm2(), dtype=dtype, device=torch.get_default_device())[0]
 
 
-def opt(dtype: torch.dtype, *, hidden: int, layers: int, heads: int, vocabulary: int) -> nn.Module:
+def opt(hidden: int, layers: int, heads: int, vocabulary: int, dtype: torch.dtype) -> nn.Module:
     """Random weights in the shapes of an OPT model."""
     from transformers import AutoModelForCausalLM, OPTConfig
 
-    config = OPTConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        word_embed_proj_dim=hidden,
-        ffn_dim=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-    )
+    sizes = dict(hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden)
+    counts = dict(num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocabulary)
+    config = OPTConfig(**sizes, **counts, max_position_embeddings=2048)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 MODELS: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "SmolLM2-135M": main_model,
-    "OPT-1.3B": functools.partial(opt, hidden=2048, layers=24, heads=32, vocabulary=50272),
+    "OPT-1.3B": functools.partial(opt, 2048, 24, 32, 50272),
     # For tests, and to run all of a benchmark where there is no GPU.
-    "OPT-tiny": functools.partial(opt, hidden=32, layers=2, heads=4, vocabulary=128),
+    "OPT-tiny": functools.partial(opt, 32, 2, 4, 128),
 }
 
 
@@ -160,19 +132,15 @@ class Method:
         if self.variant not in OURS:
             return ""
         name = self.backend(device)
-        backend = BACKENDS.get(name)
-        if backend is None:
-            return f"there is no backend {name!r}"
+        backend, kind = BACKENDS[name], OURS[self.variant].get("distribution", "exact")
         available, reason = backend.availability()
         if not available:
             return f"backend {name!r} is not available: {reason}"
-        options = OURS[self.variant]
         if not backend.supports(torch.device(device)):
             return f"backend {name!r} does not run on {device}"
-        if options.get("distribution", "exact") not in backend.DISTRIBUTIONS:
-            return f"backend {name!r} has no {options['distribution']!r} directions"
-        unknown = set(options) - set(inspect.signature(AdaMeZO).parameters)
-        return f"AdaMeZO takes no {', '.join(sorted(unknown))}" if unknown else ""
+        return (
+            "" if kind in backend.DISTRIBUTIONS else f"backend {name!r} has no {kind!r} directions"
+        )
 
     def make(self, model: nn.Module, device: str = "cpu") -> Step:
         """The `step` of a new optimizer; its time is that of any step after the first `horizon`."""
@@ -229,11 +197,8 @@ def backpropagation(optimizer: torch.optim.Optimizer, closure: Closure) -> objec
 
 
 BARE = Method("forward", "bare")
-MEZO, ADAMEZO, ADAMEZO_20 = (
-    Method("ours", "MeZO", 1),
-    Method("ours", "AdaMeZO", 10),
-    Method("ours", "AdaMeZO", 20),
-)
+MEZO = Method("ours", "MeZO", 1)
+ADAMEZO, ADAMEZO_20 = (Method("ours", "AdaMeZO", horizon) for horizon in (10, 20))
 EXACT = Method("ours, exact perturbation", "AdaMeZO", 10)
 RELEASED = {m: Method("as released", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}
 TORCH = {m: Method("torch", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}

@@ -3,9 +3,9 @@ machine gives other numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pandas
 
@@ -15,15 +15,18 @@ from benchmarks.render.style import fit, markdown
 from benchmarks.results import only, pick
 from benchmarks.step_jobs import ADAMEZO, BARE, EXACT, MEZO, RELEASED, TORCH, Method
 
+Measure = Callable[[pandas.DataFrame], float]
 
-class Demand(NamedTuple):
-    """Something asked for: at least `asked` if `at_least`, else at most."""
+
+@dataclass(frozen=True)
+class Demand:
+    """Something asked for: at most `asked`, or at least if `at_least`."""
 
     name: str
     asked: float
-    at_least: bool
-    measure: Callable[[pandas.DataFrame], float]
+    measure: Measure
     unit: str = "x"
+    at_least: bool = False
 
     def judge(self, rows: pandas.DataFrame) -> tuple[str, str, str, str]:
         """(name, asked, measured, verdict) as text; what has no rows was not measured."""
@@ -39,14 +42,22 @@ class Demand(NamedTuple):
         return f"{value:.1%}" if self.unit == "%" else f"{value:.5g}{self.unit}"
 
 
-def quotient(one: dict[str, Any], other: dict[str, Any], rows: pandas.DataFrame) -> float:
+def table(rows: pandas.DataFrame, demands: Sequence[Demand]) -> str:
+    judged = [demand.judge(rows) for demand in demands]
+    return markdown(("asked for", "bound", "measured", "verdict"), judged)
+
+
+def quotient(one: dict[str, Any], other: dict[str, Any]) -> Measure:
     """The medians of one over those of the other for the same job, of all jobs the most."""
-    job = ["type", "tokens"]
-    known = rows.dropna(subset="median")
-    pairs = pick(known, **one).merge(pick(known, **other), on=job)
-    if pairs.empty:
-        raise LookupError(f"no rows of {one} and {other} for one job")
-    return float((pairs["median_x"] / pairs["median_y"]).max())
+
+    def measure(rows: pandas.DataFrame) -> float:
+        known = rows.dropna(subset="median")
+        pairs = pick(known, **one).merge(pick(known, **other), on=["type", "tokens"])
+        if pairs.empty:
+            raise LookupError(f"no rows of {one} and {other} for one job")
+        return float((pairs["median_x"] / pairs["median_y"]).max())
+
+    return measure
 
 
 def kernel(variant: str, what: str, horizon: int, **more: Any) -> dict[str, Any]:
@@ -54,19 +65,28 @@ def kernel(variant: str, what: str, horizon: int, **more: Any) -> dict[str, Any]
     return {**kind, "elements": 1e7, "variant": variant, **more}
 
 
-def step(benchmark: str, method: Method, **more: Any) -> dict[str, Any]:
-    return dict(benchmark=benchmark, metric="time", part="step", **of(method), **more)
-
-
 def peak(benchmark: str, method: Method, **more: Any) -> dict[str, Any]:
     return dict(benchmark=benchmark, metric="peak memory", **of(method), **more)
 
 
-def share(tokens: str, method: Method, rows: pandas.DataFrame) -> float:
-    found = pick(split(rows, "step"), tokens=tokens, **of(method))
-    if found.empty:
-        raise LookupError(f"no step of {method}")
-    return float(found.share.iloc[0])
+def time(benchmark: str, other: Method, one: Method = ADAMEZO, **job: Any) -> Measure:
+    """Of a step, over another method's."""
+    ours, others = (
+        dict(benchmark=benchmark, metric="time", part="step", **of(m)) for m in (one, other)
+    )
+    return quotient(ours | job, others)
+
+
+def memory(benchmark: str, other: Method, **job: Any) -> Measure:
+    return quotient(peak(benchmark, ADAMEZO, **job), peak(benchmark, other))
+
+
+def share(tokens: str, method: Method = ADAMEZO) -> Measure:
+    def measure(rows: pandas.DataFrame) -> float:
+        found = split(rows, "step")
+        return only(found.assign(median=found.get("share")), tokens=tokens, **of(method))
+
+    return measure
 
 
 def least_r2(rows: pandas.DataFrame) -> float:
@@ -83,96 +103,55 @@ def exact_memory(rows: pandas.DataFrame) -> float:
     return (exact - in_place) / size
 
 
-def over_torch(reference: str, label: str) -> list[Demand]:
-    asked = [
-        ("update bfloat16 H = 10, AVX-512", 10, ("update", 10), {}, "avx512"),
-        ("update bfloat16 H = 20, AVX-512", 9, ("update", 20), {}, "avx512"),
-        ("perturb bfloat16, AVX-512", 6, ("perturb", 1), {}, "avx512"),
-        ("update bfloat16 H = 10, AVX2", 6, ("update", 10), {}, "avx2"),
-    ]
-    if reference == "torch":  # float32 has only one way to write it
-        kind = {"type": "float32"}
-        asked.append(("perturb float32, AVX-512", 5, ("perturb", 1), kind, "avx512"))
-    made = []
-    for name, least, case, kind, isa in asked:
-        ours = kernel("native", *case, **kind, isa=isa)
-        measure = partial(quotient, kernel(reference, *case, **kind), ours)
-        made.append(Demand(f"{name}, one thread, over {label}", least, True, measure))
-    return made
+def over_torch(reference: str, label: str) -> Iterator[Demand]:
+    for what, horizon, kind, isa, least in (
+        ("update", 10, "bfloat16", "AVX-512", 10),
+        ("update", 20, "bfloat16", "AVX-512", 9),
+        ("perturb", 1, "bfloat16", "AVX-512", 6),
+        ("update", 10, "bfloat16", "AVX2", 6),
+        ("perturb", 1, "float32", "AVX-512", 5),
+    ):
+        if kind != "float32" or reference == "torch":  # which has only one way to write it
+            ours = kernel("native", what, horizon, type=kind, isa=isa.lower().replace("-", ""))
+            measure = quotient(kernel(reference, what, horizon, type=kind), ours)
+            name = f"{what} {kind}{f' H = {horizon}' if what == 'update' else ''}, {isa}"
+            yield Demand(f"{name}, one thread, over {label}", least, measure, at_least=True)
 
 
-BEST = dict(isa="avx512", elements=1e8)
+BEST = kernel("native", "update", 10, isa="avx512", elements=1e8)
+THREADS = quotient(BEST, BEST | {"threads": 2})
+SHORT, LONG = {"tokens": "16x32"}, {"tokens": "16x128"}
+LIBRARY = share("16x32", TORCH[ADAMEZO])
+IN_PLACE = time("step", ADAMEZO, EXACT, **SHORT)
 KERNELS_AND_STEP = [
     *over_torch("torch plain", "torch as one writes it"),
     *over_torch("torch", "torch at its fastest"),
+    Demand("two threads over one, update bfloat16 H = 10", 1.85, THREADS, at_least=True),
+    Demand("R^2 of time against H and against elements, the least", 0.99, least_r2, "", True),
+    Demand("optimizer's share of an AdaMeZO step, 16 x 32", 0.30, share("16x32"), "%"),
+    Demand("the same, 16 x 128", 0.12, share("16x128"), "%"),
+    Demand("the same with library calls (pure torch), 16 x 32", 0.80, LIBRARY, "%", True),
     Demand(
-        *("two threads over one, update bfloat16 H = 10", 1.85, True),
-        partial(
-            quotient,
-            kernel("native", "update", 10, **BEST),
-            kernel("native", "update", 10, **BEST) | {"threads": 2},
-        ),
+        "peak memory of a step over a bare forward's, 16 x 32", 1.02, memory("step", BARE, **SHORT)
     ),
-    Demand("R^2 of time against H and against elements, the least", 0.99, True, least_r2, ""),
-    Demand(
-        *("optimizer's share of an AdaMeZO step, 16 x 32", 0.30, False),
-        *(partial(share, "16x32", ADAMEZO), "%"),
-    ),
-    Demand("the same, 16 x 128", 0.12, False, partial(share, "16x128", ADAMEZO), "%"),
-    Demand(
-        *("the same with library calls (pure torch), 16 x 32", 0.80, True),
-        *(partial(share, "16x32", TORCH[ADAMEZO]), "%"),
-    ),
-    *(
-        Demand(
-            *(name, 1.02, False),
-            partial(quotient, peak("step", ADAMEZO, tokens=tokens), peak("step", BARE)),
-        )
-        for name, tokens in (
-            ("peak memory of a step over a bare forward's, 16 x 32", "16x32"),
-            ("the same, 16 x 128", "16x128"),
-        )
-    ),
-    Demand(
-        *("a step with exact perturbation over one in place, 16 x 32", 1.15, False),
-        partial(quotient, step("step", EXACT, tokens="16x32"), step("step", ADAMEZO)),
-    ),
-    Demand("its additional memory over the largest module's weights", 1.0, False, exact_memory),
+    Demand("the same, 16 x 128", 1.02, memory("step", BARE, **LONG)),
+    Demand("a step with exact perturbation over one in place, 16 x 32", 1.15, IN_PLACE),
+    Demand("its additional memory over the largest module's weights", 1.0, exact_memory),
 ]
 
-
-def time_over(name: str, most: float, benchmark: str, other: Method, **job: Any) -> Demand:
-    """Of an AdaMeZO step at H = 10 in `exact` directions."""
-    measure = partial(quotient, step(benchmark, ADAMEZO, **job), step(benchmark, other))
-    return Demand(name, most, False, measure)
-
-
-def memory_over(name: str, most: float, other: Method) -> Demand:
-    measure = partial(quotient, peak("paper", ADAMEZO), peak("paper", other))
-    return Demand(name, most, False, measure)
-
-
+FIRST, SECOND = (time("step", RELEASED[method], **SHORT) for method in (MEZO, ADAMEZO))
+THIRD, FOURTH = (time("paper", RELEASED[method]) for method in (MEZO, ADAMEZO))
+LONGEST = time("paper", BARE, tokens="16x256")
 PAPER = [
-    time_over(
-        "CPU, 16 x 32: an AdaMeZO step over a MeZO step as released",
-        *(0.60, "step", RELEASED[MEZO]),
-        tokens="16x32",
+    Demand("CPU, 16 x 32: an AdaMeZO step over a MeZO step as released", 0.60, FIRST),
+    Demand("CPU, 16 x 32: over an AdaMeZO step as released", 0.25, SECOND),
+    Demand("CPU, 16 x 32: over two bare forwards", 1.45, time("step", BARE, **SHORT)),
+    Demand("CPU, 16 x 128: the same", 1.15, time("step", BARE, **LONG)),
+    Demand("GPU: an AdaMeZO step over a MeZO step as released", 0.90, THIRD),
+    Demand("GPU: over an AdaMeZO step as released", 0.60, FOURTH),
+    Demand("GPU, 16 x 256: over two bare forwards", 1.20, LONGEST),
+    Demand(
+        "GPU: peak memory of an AdaMeZO step over our MeZO step's", 1.005, memory("paper", MEZO)
     ),
-    time_over(
-        "CPU, 16 x 32: over an AdaMeZO step as released",
-        *(0.25, "step", RELEASED[ADAMEZO]),
-        tokens="16x32",
-    ),
-    time_over("CPU, 16 x 32: over two bare forwards", 1.45, "step", BARE, tokens="16x32"),
-    time_over("CPU, 16 x 128: the same", 1.15, "step", BARE, tokens="16x128"),
-    time_over("GPU: an AdaMeZO step over a MeZO step as released", 0.90, "paper", RELEASED[MEZO]),
-    time_over("GPU: over an AdaMeZO step as released", 0.60, "paper", RELEASED[ADAMEZO]),
-    time_over("GPU, 16 x 256: over two bare forwards", 1.20, "paper", BARE, tokens="16x256"),
-    memory_over("GPU: peak memory of an AdaMeZO step over our MeZO step's", 1.005, MEZO),
-    memory_over("GPU: over a bare forward's", 1.01, BARE),
+    Demand("GPU: over a bare forward's", 1.01, memory("paper", BARE)),
 ]
-
-
-def table(rows: pandas.DataFrame, demands: Sequence[Demand]) -> str:
-    judged = [demand.judge(rows) for demand in demands]
-    return markdown(("asked for", "bound", "measured", "verdict"), judged)

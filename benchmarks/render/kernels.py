@@ -209,7 +209,7 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
         for container in axis.containers:
             axis.bar_label(container, fmt="%.1f", fontsize=7)
         axis.axhline(1, color=COLOURS["torch"], linewidth=1)
-        axis.set(xlabel="horizon H", title=kind, ylim=(0, 1.15 * some.ratio.max()))
+        axis.set(xlabel="horizon H", title=kind, ylim=(0, 1.15 * bars.max(axis=None)))
     axes[0].set_ylabel("times as fast as pure torch")
     save(made, folder / "kernels_ratio.png")
 

@@ -32,11 +32,10 @@ def split(rows: pandas.DataFrame, benchmark: str) -> pandas.DataFrame:
     """Median seconds of a step's parts, a column each, and the optimizer's share, by job and method
     in the order of the file."""
     timed = pick(rows, benchmark=benchmark, metric="time")
-    if timed.empty:
-        return timed
     key = [*JOB, *METHOD]
     wide = timed.pivot(index=key, columns="part", values="median")
     wide = wide.reindex(pandas.MultiIndex.from_frame(timed[key].drop_duplicates()))
+    wide = wide.reindex(columns=["step", *PARTS])
     optimizer = wide["perturbation"] + wide["update"]
     return wide.assign(share=optimizer / (optimizer + wide["forwards"])).reset_index()
 
