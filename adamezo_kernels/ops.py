@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backends import choose
 from .plan import Plan
+from .staging import batches
 from .stream import DISTRIBUTIONS, ROUNDINGS, PhiloxState, check_state
 from .terms import RULES, Direction, Terms
 
@@ -210,7 +211,13 @@ def _run(
     **numbers: Any,
 ) -> None:
     chosen = choose((segment.tensor.device for segment in plan), backend, distribution)
-    chosen.run(operation, plan, terms, distribution, **numbers)
+    staged = batches(plan)  # before anything is written: they may find no memory
+    chosen.run(operation, plan.walked, terms, distribution, **numbers)
+    for batch in staged:
+        if operation != "sample":
+            batch.copy_out()
+        chosen.run(operation, batch.plan, terms, distribution, **numbers)
+        batch.copy_back()
 
 
 def _check_rounding(rounding: str) -> None:

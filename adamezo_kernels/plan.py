@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .staging import Batch, Staging
 
 ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights. Their place here is their number in csrc/adamezo/rounding.h."""
@@ -64,6 +66,9 @@ class Segment:
     """Elements in memory from one row of the source to the next."""
     buffers: tuple[Tensor, ...] = ()
     """What a rule keeps for each element (:meth:`Plan.with_buffers`)."""
+    staged: bool = False
+    """Whether its elements, or those of its source, are other than such rows in memory: the strides
+    are then those of a contiguous copy, on which the work is done (staging.py)."""
 
     @property
     def elements(self) -> int:
@@ -71,7 +76,9 @@ class Segment:
 
     @property
     def last_index(self) -> int:
-        """Index of the last element in the whole parameter."""
+        """Index of the last element in the whole parameter; -1 where there is none."""
+        if not self.elements:
+            return -1
         return self.index_offset + (self.rows - 1) * self.index_stride + self.row_length - 1
 
 
@@ -95,7 +102,7 @@ class Launch:
 
     @cached_property
     def last_index(self) -> int:
-        """The largest index of an element in its whole parameter."""
+        """The largest index of an element in its whole parameter; -1 where there is none."""
         return max(segment.last_index for segment in self.segments)
 
     @cached_property
@@ -122,9 +129,14 @@ class Plan:
     """Tensors that operations walk together.
 
     Args:
-        tensors: float32, bfloat16 or float16 tensors of any shape and alignment (also empty), on
-            any devices. Contiguous ones, and those whose elements are rows of consecutive elements
-            with one stride between rows, such as ``weight[:, 8:24]``.
+        tensors: float32, bfloat16 or float16 tensors of any shape, strides and alignment (also
+            empty), on any devices, whose elements do not overlap in memory. An element's number is
+            its place in row-major order, whatever the strides: a tensor has the bits of its
+            contiguous copy. Kernels walk contiguous tensors where they are, and those that are
+            rows of consecutive elements with one stride between rows, such as ``weight[:, 8:24]``.
+            Others, such as ``weight.t()`` or one in ``torch.channels_last``, are *staged*: copied
+            out, worked on and copied back, in blocks of at most 2**20 elements. That costs two
+            copies, and memory for one block of each type, which the plan keeps.
         parameters: the index in [0, 2**24) by which each tensor's random stream is known;
             ``range(len(tensors))`` if not given.
         shards: for each tensor that is a piece of a parameter, which piece; ``None`` for whole
@@ -166,9 +178,10 @@ class Plan:
             )
         )
         _check_disjoint(self.segments, self.names)
+        self.staging = Staging()
 
     def like(self, tensors: Sequence[Tensor]) -> Plan:
-        """The same elements of the same parameters, held in other (contiguous) tensors."""
+        """The same elements of the same parameters, held in other tensors."""
         return Plan(
             tensors,
             parameters=[s.parameter for s in self.segments],
@@ -176,31 +189,36 @@ class Plan:
             names=self.names,
         )
 
-    def into(self, tensors: Sequence[Tensor]) -> Plan:
+    def into(self, tensors: Sequence[Tensor], *, staging: Staging | None = None) -> Plan:
         """For :func:`adamezo_kernels.perturb_` alone: reads this plan's weights and writes others.
 
         Args:
-            tensors: one for each of the plan, contiguous, of its shape, type and device, and with
-                memory of its own.
+            tensors: one for each of the plan, of its shape, type and device, and with memory of
+                its own.
+            staging: memory for copies of staged tensors, where plans that are never at work at the
+                same time are to share it.
         """
         plan = self.like(tensors)
+        if staging is not None:
+            plan.staging = staging
         segments = []
         for source, target, name in zip(self.segments, plan.segments, self.names, strict=True):
             for what in ("shape", "dtype", "device"):
                 expected, got = getattr(source.tensor, what), getattr(target.tensor, what)
                 if got != expected:
                     raise ValueError(f"{name}: expected {what} {expected} to write to, got {got}")
-            segments.append(
-                replace(
-                    target,
-                    source=source.tensor,
-                    source_stride=source.row_stride,
-                    buffers=source.buffers,
-                )
+            moved = replace(
+                target,
+                source=source.tensor,
+                source_stride=source.row_stride,
+                buffers=source.buffers,
             )
+            # One kernel walks both by the same rows.
+            if source.staged or source.rows != target.rows:
+                moved = _staged(moved)
+            segments.append(moved)
         _check_disjoint((*self.segments, *plan.segments), [*self.names, *self.names])
-        plan.segments = tuple(segments)
-        return plan
+        return plan._of(segments)
 
     def with_buffers(self, buffers: Sequence[Sequence[Tensor]]) -> Plan:
         """The same weights with what a rule of :data:`adamezo_kernels.RULES` keeps for each.
@@ -233,9 +251,13 @@ class Plan:
         names = [f"buffer {i} of {name}" for _, name, kept in pairs for i in range(len(kept))]
         kept_segments = Plan(flat, parameters=[0] * len(flat), names=names).segments
         _check_disjoint((*self.segments, *kept_segments), [*self.names, *names])
+        return self._of([replace(s, buffers=tuple(kept)) for s, _, kept in pairs])
+
+    def _of(self, segments: Iterable[Segment]) -> Plan:
+        """The same with other segments."""
         plan = copy(self)
-        plan.segments = tuple(replace(s, buffers=tuple(kept)) for s, _, kept in pairs)
-        for cached in ("in_place", "launches"):
+        plan.segments = tuple(segments)
+        for cached in ("in_place", "dtypes", "_walked", "launches", "batches"):
             vars(plan).pop(cached, None)
         return plan
 
@@ -260,8 +282,30 @@ class Plan:
         return sum(segment.elements for segment in self.segments)
 
     @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset(segment.tensor.dtype for segment in self.segments)
+
+    @property
+    def walked(self) -> Plan:
+        """Of those segments that kernels walk where they are: all but the staged ones."""
+        return self if self._walked is None else self._walked
+
+    @cached_property
+    def _walked(self) -> Plan | None:  # not the plan itself, which would then hold itself alive
+        if not any(segment.staged for segment in self.segments):
+            return None
+        return self._of(segment for segment in self.segments if not segment.staged)
+
+    @cached_property
+    def batches(self) -> dict[object, list[Batch]]:
+        """Of the staged segments (staging.py), by the streams that they are worked on."""
+        return {}
+
+    @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        """The segments by device and element type."""
+        """The segments that kernels walk where they are, by device and element type."""
+        if self._walked is not None:
+            return self._walked.launches
 
         def kind(segment: Segment) -> tuple[str, int]:
             return str(segment.tensor.device), ELEMENT_TYPES.index(segment.tensor.dtype)
@@ -279,17 +323,21 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
     if not isinstance(parameter, int) or not 0 <= parameter < MAX_PARAMETERS:
         raise ValueError(f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}")
     elements = tensor.numel()
-    rows, stride = _rows_in_memory(tensor, name)
     if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
         raise ValueError(f"{name}: {elements} elements cannot be laid out as {shard}")
+    if elements == 0:
+        shard = Shard()  # nothing is anywhere, and the numbers may be beyond all limits
+    found = _rows_in_memory(tensor.shape, tensor.stride())
+    if found is None and _overlaps(tensor):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: its elements "
+            "overlap in memory (as after `expand`). Pass a tensor with memory for each of them, "
+            "such as its `contiguous()`"
+        )
+    rows, stride = found or (1, elements)
     if rows == 1:
         rows = shard.rows
         stride = elements // rows
-    elif shard.rows not in (1, rows):
-        raise ValueError(
-            f"{name}: {rows} rows in memory do not match the {shard.rows} rows of {shard}; "
-            "pass a contiguous tensor"
-        )
     row_length = elements // rows
     segment = Segment(
         tensor=tensor,
@@ -302,6 +350,12 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
         source=tensor,
         source_stride=stride,
     )
+    if shard.rows not in (1, rows):
+        # The rows in memory are not those of the shard.
+        rows, row_length = shard.rows, elements // shard.rows
+        segment = _staged(replace(segment, rows=rows, row_length=row_length))
+    elif found is None:
+        segment = _staged(segment)
     if shard.rows > 1 and shard.stride < row_length:
         raise ValueError(
             f"{name}: rows of {row_length} elements overlap in the parameter, as {shard} sets "
@@ -310,6 +364,11 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
     if segment.last_index >= _MAX_INDEX:
         raise ValueError(f"{name}: element indices reach {segment.last_index}, the limit is 2**63")
     return segment
+
+
+def _staged(segment: Segment) -> Segment:
+    length = segment.row_length
+    return replace(segment, row_stride=length, source_stride=length, staged=True)
 
 
 def _check_tensor(tensor: Tensor, name: str) -> None:
@@ -344,14 +403,15 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
         )
 
 
-def _rows_in_memory(tensor: Tensor, name: str) -> tuple[int, int]:
-    """(rows, elements from one row to the next), with consecutive elements inside a row."""
-    if tensor.numel() == 0 or tensor.is_contiguous():
-        return 1, tensor.numel()
+def _rows_in_memory(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """(rows, elements from one row to the next), with consecutive elements inside a row and no row
+    in another. None where the elements, in row-major order, are not laid out so."""
+    if 0 in shape:
+        return 1, 0
     # Dimensions from the innermost, those of size 1 left out; each joins the row while it
     # continues it, then the rows while it continues those.
     row_length, rows, stride = 1, 1, 0
-    for size, step in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))):
+    for size, step in reversed(list(zip(shape, strides, strict=True))):
         if size == 1:
             continue
         if rows == 1 and step == row_length:
@@ -361,47 +421,83 @@ def _rows_in_memory(tensor: Tensor, name: str) -> tuple[int, int]:
         elif step == rows * stride:
             rows *= size
         else:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: its "
-                "elements are not rows with one stride between them. Pass a contiguous tensor"
-            )
-    if stride < row_length:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: either its "
-            "elements overlap in memory (as after `expand`) or its innermost dimension is not the "
-            "consecutive one (as after `t()`). Pass a contiguous tensor of its own"
-        )
-    return rows, stride
+            return None
+    if rows == 1:
+        return 1, row_length
+    return (rows, stride) if stride >= row_length else None
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements are in the same place."""
+    steps = sorted((step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    steps = [(step, size) for step, size in steps if size > 1]
+    reach, nested = 0, True
+    for step, size in steps:
+        nested = nested and step > reach
+        reach += (size - 1) * step
+    if nested:  # each dimension steps over all that is inside of it
+        return False
+    if tensor.numel() > reach + 1:  # more elements than places
+        return True
+    # Dimensions may still interleave, as with sizes (3, 2) and strides (2, 3): look at each place.
+    places = torch.zeros((), dtype=torch.int64)
+    for step, size in steps:
+        places = places[..., None] + step * torch.arange(size)
+    return places.unique().numel() < tensor.numel()
 
 
 def _check_disjoint(segments: Sequence[Segment], names: Sequence[str]) -> None:
     """Two writers of one element would race, and a tied weight would be perturbed twice."""
-    spans = []
-    for segment, name in zip(segments, names, strict=True):
-        if segment.elements:
-            size = segment.tensor.element_size()
-            begin = segment.tensor.data_ptr()
-            extent = (segment.rows - 1) * segment.row_stride + segment.row_length
-            spans.append((str(segment.tensor.device), begin, begin + extent * size, segment, name))
-    spans.sort(key=lambda span: span[:3])
-    open_spans: list[tuple] = []
-    for span in spans:
-        device, begin = span[:2]
-        open_spans = [other for other in open_spans if other[0] == device and other[2] > begin]
-        for other in open_spans:
-            if not _interleaved(other[3], span[3]):
+    places = [
+        (_Place.of(segment.tensor), name)
+        for segment, name in zip(segments, names, strict=True)
+        if segment.elements
+    ]
+    places.sort(key=lambda place: place[0][:3])
+    before: list[tuple[_Place, str]] = []
+    for place, name in places:
+        before = [
+            other for other in before
+            if other[0].device == place.device and other[0].end > place.begin
+        ]  # fmt: skip
+        for other, other_name in before:
+            if not _interleaved(other, place):
                 raise ValueError(
-                    f"{other[4]} and {span[4]} share memory: pass tied weights once, and views "
+                    f"{other_name} and {name} share memory: pass tied weights once, and views "
                     "that do not overlap"
                 )
-        open_spans.append(span)
+        before.append((place, name))
 
 
-def _interleaved(a: Segment, b: Segment) -> bool:
-    """Whether two row-strided segments whose address ranges meet have no element in common."""
-    size = a.tensor.element_size()
-    if b.tensor.element_size() != size or a.row_stride != b.row_stride or min(a.rows, b.rows) < 2:
+class _Place(NamedTuple):
+    """Where in memory a tensor's elements are, in whatever order."""
+
+    device: str
+    begin: int
+    end: int
+    element_size: int
+    rows: int
+    """0 where they are not rows, in any order."""
+    row_length: int
+    row_stride: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Place:
+        size, begin = tensor.element_size(), tensor.data_ptr()
+        steps = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
+        reach = sum((length - 1) * step for step, length in steps)
+        end = begin + (reach + 1) * size
+        found = _rows_in_memory([length for _, length in steps], [step for step, _ in steps])
+        rows, stride = found or (0, 0)
+        length = tensor.numel() // rows if rows else 0
+        return cls(str(tensor.device), begin, end, size, rows, length, stride)
+
+
+def _interleaved(a: _Place, b: _Place) -> bool:
+    """Whether two row-strided tensors whose address ranges meet have no element in common."""
+    size = a.element_size
+    if b.element_size != size or a.row_stride != b.row_stride or min(a.rows, b.rows) < 2:
         return False
-    distance = b.tensor.data_ptr() - a.tensor.data_ptr()
+    distance = b.begin - a.begin
     column = distance // size % a.row_stride
     return distance % size == 0 and a.row_length <= column <= a.row_stride - b.row_length

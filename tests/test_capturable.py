@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 
@@ -103,7 +104,7 @@ def make(model: nn.Module, capturable: bool, case: str = "paper", **options):
 
 
 def bits(model: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().cpu().view(torch.uint8).clone() for p in model.parameters()]
+    return [p.detach().cpu().contiguous().view(torch.uint8).clone() for p in model.parameters()]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -465,9 +466,26 @@ def captured(optimizer, closure) -> torch.cuda.CUDAGraph:
 @gpu
 @all_cases
 def test_a_replayed_step_equals_an_eager_one(case):
+    check_replays(case, lambda model: None)
+
+
+@gpu
+@pytest.mark.parametrize("case", ["paper", "MeZO, exact", "ZOAdam", "HiZOO", "HiZOO, exact"])
+def test_a_replayed_step_of_staged_weights(case):
+    """Weights that are worked on as copies: of those, a graph has the addresses."""
+
+    def turn(model):
+        for layer in (model[0], model[2]):
+            layer.weight.data = layer.weight.detach().t().contiguous().t()
+
+    check_replays(case, turn)
+
+
+def check_replays(case, prepare) -> None:
     ends = []
     for replayed in (False, True):
         model = make_model("cuda")
+        prepare(model)
         optimizer = make(model, True, case)
         closure = closure_of(model)
         if replayed:
@@ -510,6 +528,32 @@ def test_a_replayed_step_follows_a_schedule_and_skips():
 
 
 @gpu
+@pytest.mark.parametrize("case", ["paper", "MeZO, exact", "ZOAdam", "HiZOO, exact"])
+def test_what_a_graph_uses_outlives_the_layout(case):
+    """Memory that was freed would be given to the tensors that are made in between."""
+    ends = []
+    for disturbed in (False, True):
+        model = make_model("cuda")
+        optimizer = make(model, True, case)
+        graph = captured(optimizer, closure_of(model))
+        if disturbed:
+            state = optimizer.state_dict()
+            with pytest.raises(RuntimeError, match="captured a step.*new optimizer"):
+                optimizer.load_state_dict(state)
+            optimizer._leave_device()
+            optimizer._layout, optimizer._readers = type(optimizer._layout)(), None
+            gc.collect()
+            junk = [torch.full((n,), 7, device="cuda") for n in range(1, 4000, 7)]
+        for _ in range(4):
+            graph.replay()
+        torch.cuda.synchronize()
+        if disturbed:
+            assert all(bool((t == 7).all()) for t in junk)
+        ends.append(bits(model))
+    assert same(*ends)
+
+
+@gpu
 def test_a_failed_capture_leaves_nothing_half_done():
     model = make_model("cuda")
     optimizer = make(model, True)
@@ -526,4 +570,5 @@ def test_a_failed_capture_leaves_nothing_half_done():
     torch.cuda.synchronize()
     assert same(before, bits(model))
     assert kept == history(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())  # there is no graph that it could mislead
     optimizer.step(closure)

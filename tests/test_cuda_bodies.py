@@ -33,6 +33,7 @@ from adamezo_kernels import (
     moments,
     perturb_,
     sample_,
+    staging,
     update_,
     update_terms_,
 )
@@ -470,6 +471,42 @@ def test_high_words():
     assert highs(None, 100, offset=5 * 2**34) == [5]
     assert highs(Shard(offset=0, rows=4, stride=2**34), 100) == [0, 1, 2, 3]
     assert highs(Shard(offset=2**34 - 10, rows=2, stride=2**62), 40) == [0, 1, 2**28, 2**28 + 1]
+
+
+def test_tensors_without_elements_have_no_high_words(on_host):
+    """Where their first element would be a multiple of 2**34, the call's offset included."""
+    nothing = [None, Shard(2**34), Shard(7, rows=4, stride=2**35), Shard(2**70, rows=2**40)]
+    for shard in nothing:
+        (launch,) = Plan([torch.empty(0)], shards=[shard]).launches
+        assert launch.last_index == -1
+        for offset in (0, 2**34, 5 * 2**34 - 1):
+            assert cuda.high_words(launch, offset) in ([], [0])
+    for offset in (0, 2**34, 3 * 2**34 - 9):
+        ends = []
+        for backend in ("cuda", "native", "reference"):
+            some = [torch.ones(n) for n in (20, 0, 0, 0, 0, 5, 0)]
+            plan = Plan(some, shards=[Shard(2**34), *nothing, None, Shard(2**34)])
+            perturb_(plan, PhiloxState(KEY, 9, offset), 1.0, backend=backend)
+            ends.append(some)
+        for other in ends[1:]:
+            for a, b in zip(ends[0], other, strict=True):
+                assert_same_bits(a, b, offset)
+
+
+def test_staged_tensors(on_host, monkeypatch):
+    """Their copies are launches of their own, with tables that are copied once."""
+    monkeypatch.setattr(staging, "BLOCK", 500)
+    tensors = [weights(40 * 31, torch.float16, 1).view(40, 31).t(), weights(90, torch.float16, 2)]
+    expected = [tensor.contiguous().clone() for tensor in tensors]
+    plan = Plan(tensors, shards=[Shard(2**34 - 99), None])
+    for kind in (plan, Plan(expected, shards=[Shard(2**34 - 99), None])):
+        backend = "cuda" if kind is plan else "reference"
+        for _ in range(2):
+            update(kind, None, None, backend=backend, rounding="stochastic")
+    for got, right in zip(tensors, expected, strict=True):
+        assert_same_bits(got, right)
+    (batches,) = plan.batches.values()
+    assert [len(batch.plan.launches[0].copies) for batch in batches] == [1, 1, 1]
 
 
 def test_the_table_of_a_plan_is_copied_once(on_host):

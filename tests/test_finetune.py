@@ -215,8 +215,9 @@ def test_the_job_runs_forward_passes_only(model_folder, data_file, monkeypatch):
     result = finetune.finetune(options(model_folder, data_file))
     assert set(seen) == {(False, False)}
     assert result["training"]["forward_passes"] == 2 * 4
-    # 2 of the widest batch for its memory, 2 batches before and 2 after of the 10 held-out rows.
-    assert len(seen) == 2 * 4 + 2 + 2 * 2
+    # 2 of the widest batch for its memory, 2 to check the loss, 2 batches before and 2 after of the
+    # 10 held-out rows.
+    assert len(seen) == 2 * 4 + 2 + 2 + 2 * 2
 
 
 def test_the_report_holds_together(model_folder, data_file):

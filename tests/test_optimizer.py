@@ -823,7 +823,7 @@ FAILURES = {
     "a vector": (lambda n: returning(torch.ones(3), n), ValueError, r"shape \(3,\)"),
     "no elements": (lambda n: returning(torch.ones(0), n), ValueError, r"shape \(0,\)"),
     "a complex tensor": (lambda n: returning(torch.tensor(1j), n), ValueError, "complex64"),
-    "an integer tensor": (lambda n: returning(torch.tensor(3), n), TypeError, "int64: convert"),
+    "a sparse tensor": (lambda n: returning(torch.ones(()).to_sparse(), n), ValueError, "layout"),
     "a truth value": (lambda n: returning(torch.tensor(True), n), TypeError, "dtype torch.bool"),
     "another truth value": (lambda n: returning(True, n), TypeError, "got bool"),
     "meta": (lambda n: returning(torch.ones((), device="meta"), n), ValueError, "meta device"),

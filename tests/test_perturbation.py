@@ -15,11 +15,11 @@ import torch
 from conftest import BACKENDS
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import adamezo.exact
-from adamezo import AdaMeZO, fused_adamezo_step
-from adamezo.step import optimizers
+from adamezo import AdaMeZO, fused_adamezo_step, optimizer_of
 from adamezo_kernels import PhiloxState, Plan, perturb_, update_
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -695,7 +695,7 @@ def test_fused_adamezo_step_knows_the_model():
     assert same_bits(copies(model), before)
     with torch.no_grad():
         assert torch.equal(seen[3], apply(moved(model, 1, -ZO_EPS)))
-    watch, optimizer = weakref.ref(model), weakref.ref(optimizers[model])
+    watch, optimizer = weakref.ref(model), weakref.ref(optimizer_of(model))
     del model
     gc.collect()
     assert watch() is None
@@ -1011,6 +1011,163 @@ def test_reads_that_begin_later_are_found(monkeypatch):
         for i in (0, 1, 2, 3, 6, 7, 8, 9):
             expected = moved(model, i // 2, (ZO_EPS, -ZO_EPS)[i % 2]).child(inputs(model))
             assert torch.equal(seen[i], expected)
+
+
+# --- ways past the watch ------------------------------------------------------------------------
+
+PENALTY = r"0\.weight is read outside of all modules"
+
+
+def penalized(model: nn.Module) -> torch.Tensor:
+    return apply(model) + model[0].weight.square().sum()
+
+
+def test_a_refused_optimizer_stays_refused_until_the_cause_is_gone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer, before = make(model, lr=0.1), copies(model)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=PENALTY):
+            optimizer.step(loss_of(model, penalized))
+    assert same_bits(copies(model), before)
+    optimizer.step(loss_of(model))
+    assert not same_bits(copies(model), before)
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, torch.OutOfMemoryError])
+def test_a_watched_step_that_fails_before_the_read(error):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = make(model)
+
+    def fails() -> torch.Tensor:
+        apply(model)
+        raise error("before the penalty")
+
+    for _ in range(2):
+        with pytest.raises(error, match="before the penalty"):
+            optimizer.step(fails)
+        with pytest.raises(RuntimeError, match=PENALTY):
+            optimizer.step(loss_of(model, penalized))
+
+
+def test_a_watched_step_that_is_skipped():
+    """A loss that is not finite may have kept the rest of the closure from running."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.append(Switches())
+    model[2].calls = 2  # the two of the first step are the last that call the child
+    optimizer = make(model, lr=0.0)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step(lambda: apply(model).mean() * float("nan"))
+    seen: list[torch.Tensor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no update has been made with a wrong loss
+        optimizer.step(loss_of(model, seen=seen))
+    with torch.no_grad():
+        for i, to in enumerate((ZO_EPS, -ZO_EPS)):
+            assert torch.equal(seen[i], apply(moved(model, 1, to)))
+
+
+@pytest.mark.parametrize("how", ["replayed", "loaded"])
+def test_the_first_step_was_taken_elsewhere(how):
+    def fresh() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    model = fresh()
+    optimizer, records = make(model), []
+    optimizer.recorder = records.append
+    optimizer.step(loss_of(model))
+    second = fresh()
+    other = make(second)
+    if how == "replayed":
+        other.replay(records[0])
+    else:
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=PENALTY):
+        other.step(loss_of(second, penalized))
+
+
+def test_a_penalty_that_begins_at_a_later_step():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer, alias = make(model), model[1].bias.detach()
+    for _ in range(4):
+        optimizer.step(loss_of(model))
+    before = copies(model)
+    with pytest.raises(RuntimeError, match=PENALTY):
+        optimizer.step(loss_of(model, penalized))
+    assert same_bits(copies(model), before)
+    with pytest.raises(RuntimeError, match=r"1\.bias is read through another tensor"):
+        optimizer.step(lambda: apply(model).mean() + alias.sum())
+    optimizer.step(loss_of(model))
+
+
+def test_a_module_that_first_runs_at_a_later_step():
+    """It reads weights that are not its own, as nn.MultiheadAttention does."""
+    model = nn.Sequential(nn.Linear(8, 8), Switches())
+    model[1].calls = 100
+    seen: list[torch.Tensor] = []
+    optimizer = make(model, lr=0.0)
+    for _ in range(3):
+        optimizer.step(lambda: model[0](inputs(model)).mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.step(loss_of(model, seen=seen))
+    with torch.no_grad():
+        for i in range(4):
+            expected = apply(moved(model, 3 + i // 2, (ZO_EPS, -ZO_EPS)[i % 2]))
+            assert torch.equal(seen[i], expected)
+
+
+def test_a_module_of_no_model_that_first_runs_at_a_later_step():
+    model, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    optimizer = make(model)
+    for _ in range(3):
+        optimizer.step(lambda: model(inputs(model)).mean() + other(inputs(model)).mean())
+    third = nn.Linear(8, 8)
+    third.weight = model.weight
+    with pytest.raises(RuntimeError, match="weight is read in the forward of a Linear, which is"):
+        optimizer.step(lambda: model(inputs(model)).mean() + third(inputs(model)).mean())
+
+
+def test_a_refusal_that_the_closure_catches():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer, before = make(model), copies(model)
+
+    def closure() -> torch.Tensor:
+        loss = apply(model).mean()
+        try:
+            return loss + model[0].weight.square().sum()
+        except RuntimeError:
+            return loss
+
+    with pytest.raises(RuntimeError, match=PENALTY):
+        optimizer.step(closure)
+    assert same_bits(copies(model), before)
+
+
+def test_modes_of_the_closure_are_left_as_they_are():
+    """The watch is a mode of torch's dispatcher, and leaves others where they lie on its stack."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer, counted = make(model), []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def closure() -> torch.Tensor:
+        with Counts():
+            loss = apply(model).mean()
+        return loss + model[1](inputs(model)).mean()
+
+    counts = []
+    for _ in range(3):
+        counted.clear()
+        optimizer.step(closure)
+        counts.append(len(counted))
+        assert _get_current_dispatch_mode() is None
+    assert counts[0] > 0
+    assert counts[1] == counts[2] > 0  # the first also makes the copies
 
 
 def test_saving_and_loading():

@@ -42,7 +42,8 @@ class Failure(Exception):
 
 @st.composite
 def tensors(draw) -> dict[str, Any]:
-    """How to make a weight: its shape, its type, where it begins and how far rows are apart."""
+    """How to make a weight: its shape, its type, where it begins, how far rows are apart, and
+    whether the order of its dimensions in memory is another."""
     dimensions = draw(st.integers(0, 3))
     sizes = (
         st.integers(0, 9) if dimensions > 1 else st.sampled_from([0, 1, 3, 4, 17, 64, 130, 1025])
@@ -52,6 +53,7 @@ def tensors(draw) -> dict[str, Any]:
         "dtype": draw(st.sampled_from(DTYPES)),
         "offset": draw(st.integers(0, 17)),
         "gap": draw(st.integers(0, 5)),
+        "turned": draw(st.booleans()),
         "frozen": draw(st.integers(0, 9)) == 0,
         "scale": draw(st.sampled_from([1.0, 1e-30, 1e-6, 300.0])),
     }
@@ -65,6 +67,8 @@ def make(spec: dict[str, Any], seed: int) -> nn.Parameter:
     memory = (torch.randn(offset + numel, generator=generator) * spec["scale"]).to(spec["dtype"])
     whole = memory[offset:].view(wide)
     view = whole[..., : shape[-1]] if shape else whole
+    if spec["turned"]:
+        view = view.permute(tuple(reversed(range(view.dim()))))
     return nn.Parameter(view, requires_grad=not spec["frozen"])
 
 

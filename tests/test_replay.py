@@ -554,7 +554,8 @@ def test_a_job_that_stopped_goes_on(model_folder, data_file, tmp_path, monkeypat
     real = finetune.Task.loss
 
     def loss(self, rows):
-        if next(calls) == 2 + 5:  # two for its memory, then the first of the third step
+        # Two for its memory, two to check the loss, then the first of the third step.
+        if next(calls) == 2 + 2 + 5:
             raise MemoryError("no room")
         return real(self, rows)
 

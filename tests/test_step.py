@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from adamezo import AdaMeZO, fused_adamezo_step
-from adamezo.step import optimizers
+from adamezo import AdaMeZO, forget_optimizer, fused_adamezo_step, optimizer_of
+from adamezo.step import _optimizers as optimizers
 
 OPTIONS = {"lr": 0.01, "zo_eps": 1e-2, "seed": 7}
 
@@ -64,7 +64,7 @@ def test_it_is_the_optimizer_on_all_parameters():
 def test_options_may_be_repeated_or_left_out():
     model = make_model()
     fused_adamezo_step(model, loss_of(model), betas=(0.5, 0.9), **OPTIONS)
-    first = optimizers[model]
+    first = optimizer_of(model)
     for options in (
         {},
         OPTIONS,
@@ -74,18 +74,18 @@ def test_options_may_be_repeated_or_left_out():
         {"horizon": 10, "weight_decay": 0.0, "fused": None, "differentiable": False},
     ):
         fused_adamezo_step(model, loss_of(model), **options)
-    assert optimizers[model] is first
+    assert optimizer_of(model) is first
     assert first.param_groups[0]["steps"] == 6
     model = make_model()
     for options in ({}, {"seed": None}, {}, {"lr": 1e-5}):
         fused_adamezo_step(model, loss_of(model), **options)
-    assert optimizers[model].param_groups[0]["steps"] == 4
+    assert optimizer_of(model).param_groups[0]["steps"] == 4
 
 
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
-        ({"lr": 0.02}, ["lr (was 0.01, got 0.02)"]),
+        ({"lr": 0.02, "zo_eps": 0.02}, ["zo_eps (was 0.01, got 0.02)"]),
         ({"seed": 8}, ["seed (was 7, got 8)"]),
         ({"seed": None}, ["seed (was 7, got None)"]),
         ({"horizon": 11}, ["horizon (was 10, got 11)"]),
@@ -107,26 +107,80 @@ def test_changed_options_are_refused_by_name(options, changes):
         assert change in str(raised.value)
     assert str(raised.value).count("(was ") == len(changes)
     assert equal(values(model), before)
-    assert optimizers[model].param_groups[0]["steps"] == 1
+    assert optimizer_of(model).param_groups[0]["steps"] == 1
     # What the message proposes.
-    del optimizers[model]
+    forget_optimizer(model)
     fused_adamezo_step(model, loss_of(model), **options)
-    assert optimizers[model].param_groups[0]["steps"] == 1
+    assert optimizer_of(model).param_groups[0]["steps"] == 1
     for name, value in options.items():
         if value is not None:
-            assert optimizers[model].param_groups[0][name] == value
+            assert optimizer_of(model).param_groups[0][name] == value
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_lr_and_weight_decay_follow_the_call(kind):
+    ends = []
+    for functional in (True, False):
+        model = make_model().eval()
+        optimizer = AdaMeZO(model.parameters(), **OPTIONS)
+        for lr, decay in ((0.01, 0.0), (0.02, 0.0), (0.02, 0.5), (0.01, 0.5)):
+            if functional:
+                options = {**OPTIONS, "lr": kind(lr), "weight_decay": decay}
+                fused_adamezo_step(model, loss_of(model), **options)
+            else:
+                optimizer.param_groups[0].update(lr=lr, weight_decay=decay)
+                optimizer.step(loss_of(model))
+        ends.append(values(model))
+    # A tensor holds the float32 nearest to lr.
+    if kind is float:
+        assert equal(*ends)
+    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(*ends, strict=True))
+
+
+def test_a_repeated_lr_leaves_a_schedulers_alone():
+    model = make_model()
+    fused_adamezo_step(model, loss_of(model), **OPTIONS)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer_of(model), 0.5)
+    for step in range(3):
+        fused_adamezo_step(model, loss_of(model), **OPTIONS)
+        assert optimizer_of(model).param_groups[0]["lr"] == 0.01 * 0.5**step
+        scheduler.step()
+    fused_adamezo_step(model, loss_of(model), lr=0.3)
+    assert optimizer_of(model).param_groups[0]["lr"] == 0.3
+
+
+def test_a_changed_lr_is_checked_before_anything_happens():
+    model = make_model()
+    fused_adamezo_step(model, loss_of(model), **OPTIONS)
+    before = values(model)
+    with pytest.raises(ValueError, match="Invalid weight_decay value: -1"):
+        fused_adamezo_step(model, untouched, lr=0.5, weight_decay=-1)
+    assert equal(values(model), before)
+    assert optimizer_of(model).param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+def test_the_optimizer_of_a_model_that_was_not_stepped():
+    model = make_model()
+    with pytest.raises(ValueError, match="has not stepped this Sequential yet.*for_model"):
+        optimizer_of(model)
+    forget_optimizer(model)
+    fused_adamezo_step(model, loss_of(model))
+    assert isinstance(optimizer_of(model), AdaMeZO)
+    forget_optimizer(model)
+    with pytest.raises(ValueError, match="has not stepped"):
+        optimizer_of(model)
 
 
 def test_options_may_be_changed_in_the_groups():
     model = make_model()
     fused_adamezo_step(model, loss_of(model), **OPTIONS)
     before = values(model)
-    optimizers[model].param_groups[0]["lr"] = 0.0
+    optimizer_of(model).param_groups[0]["lr"] = 0.0
     fused_adamezo_step(model, loss_of(model), **OPTIONS)
     # Put back at lr 0: within the roundings of three stores of numbers below 1.
     for p, q in zip(values(model), before, strict=True):
         assert (p - q).abs().max() < 3 * 2.0**-24
-    assert optimizers[model].param_groups[0]["steps"] == 2
+    assert optimizer_of(model).param_groups[0]["steps"] == 2
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
@@ -157,7 +211,7 @@ def test_a_closure_that_fails_at_the_first_step():
 
     with pytest.raises(LookupError, match="no such label"):
         fused_adamezo_step(model, closure, **OPTIONS)
-    assert optimizers[model].param_groups[0]["steps"] == 0
+    assert optimizer_of(model).param_groups[0]["steps"] == 0
     fused_adamezo_step(model, loss_of(model), **OPTIONS)
 
 
@@ -170,7 +224,7 @@ def test_new_parameters_are_refused_by_name():
     with pytest.raises(ValueError, match=re.escape("first step: 0.bias, 3.weight. Start anew")):
         fused_adamezo_step(model, untouched)
     assert equal(values(model), before)
-    del optimizers[model]
+    forget_optimizer(model)
     fused_adamezo_step(model, loss_of(model), lr=0.1)
     for p, q in zip(values(model), before, strict=True):
         assert not torch.equal(p, q)
@@ -190,7 +244,7 @@ def test_data_may_be_replaced():
     model.load_state_dict(make_model().state_dict())
     model.bfloat16()
     fused_adamezo_step(model, lambda: model(INPUTS.bfloat16()).float().square().mean())
-    assert optimizers[model].projected_grad != 0
+    assert optimizer_of(model).projected_grad != 0
     fresh = make_model().bfloat16()
     assert not any(torch.equal(p, q) for p, q in zip(values(model), values(fresh), strict=True))
 
@@ -214,8 +268,8 @@ def test_the_optimizer_goes_with_the_model():
     fused_adamezo_step(model, loss_of(model), **OPTIONS)
     fused_adamezo_step(model, loss_of(model))
     gc.collect()  # models of other tests, too
-    optimizer, count = weakref.ref(optimizers[model]), len(optimizers)
-    assert optimizer() is optimizers[model]
+    optimizer, count = weakref.ref(optimizer_of(model)), len(optimizers)
+    assert optimizer() is optimizer_of(model)
     watch = weakref.ref(model)
     del model
     gc.collect()  # a module is part of reference cycles
@@ -230,9 +284,9 @@ def test_two_models_are_independent():
         fused_adamezo_step(a, loss_of(a), lr=0.01, seed=1)
     start = values(b)
     fused_adamezo_step(b, loss_of(b), lr=0.02, seed=2)
-    assert optimizers[a] is not optimizers[b]
-    assert [optimizers[m].param_groups[0]["steps"] for m in (a, b)] == [3, 1]
-    assert [optimizers[m].param_groups[0]["lr"] for m in (a, b)] == [0.01, 0.02]
+    assert optimizer_of(a) is not optimizer_of(b)
+    assert [optimizer_of(m).param_groups[0]["steps"] for m in (a, b)] == [3, 1]
+    assert [optimizer_of(m).param_groups[0]["lr"] for m in (a, b)] == [0.01, 0.02]
     alone = make_model().eval()
     assert equal(values(alone), start)
     AdaMeZO(alone.parameters(), lr=0.02, seed=2).step(loss_of(alone))
@@ -243,7 +297,7 @@ def test_models_draw_seeds_of_their_own():
     a, b = make_model(), make_model()
     for model in (a, b):
         fused_adamezo_step(model, loss_of(model))
-    assert optimizers[a].param_groups[0]["seed"] != optimizers[b].param_groups[0]["seed"]
+    assert optimizer_of(a).param_groups[0]["seed"] != optimizer_of(b).param_groups[0]["seed"]
 
 
 def test_a_copied_model_begins_anew():
@@ -255,9 +309,9 @@ def test_a_copied_model_begins_anew():
     fused_adamezo_step(copied, loss_of(copied), lr=0.5)
     assert equal(values(model), before)
     assert not equal(values(copied), before)
-    assert optimizers[copied].param_groups[0]["steps"] == 1
-    assert optimizers[copied].param_groups[0]["lr"] == 0.5
-    assert optimizers[model].param_groups[0]["steps"] == 1
+    assert optimizer_of(copied).param_groups[0]["steps"] == 1
+    assert optimizer_of(copied).param_groups[0]["lr"] == 0.5
+    assert optimizer_of(model).param_groups[0]["steps"] == 1
 
 
 def test_a_model_without_parameters():

@@ -261,7 +261,8 @@ def on_device(tensor: torch.Tensor) -> torch.Tensor:
 def gpu_tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     sizes = (0, 1, 3, 2047, 4097, 70001, 2**20 + 3)
     made = [weights(n + 8, dtype, n)[i % 8 : i % 8 + n] for i, n in enumerate(sizes)]
-    return [*made, weights(300 * 517, dtype, 0).view(300, 517)[:, 5:505]]
+    staged = weights(1100 * 1000, dtype, 1).view(1000, 1100).t()
+    return [*made, weights(300 * 517, dtype, 0).view(300, 517)[:, 5:505], staged]
 
 
 class TestOnAGpu:

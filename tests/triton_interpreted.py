@@ -32,6 +32,7 @@ from adamezo_kernels import (
     moments,
     perturb_,
     sample_,
+    staging,
     update_,
     update_terms_,
 )
@@ -405,6 +406,32 @@ def test_rules_of_rows_and_types_that_mix(rule, kept_type):
         plan, buffers = with_buffers(rule, tensors, {"shards": shards}, kept_type, unguarded)
         both_steps(plan, rule, ("exact", "stochastic"), backend)
         ends.append([*tensors, *(buffer for kept in buffers for buffer in kept)])
+    for i, (got, expected) in enumerate(zip(*ends, strict=True)):
+        assert_same_bits(got, expected, i)
+
+
+# --- staged tensors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_staged_tensors(monkeypatch, dtype):
+    """Copies of their blocks, some of which begin inside of a row of their shard."""
+    monkeypatch.setattr(staging, "BLOCK", 200)
+    shards = [Shard(2**34 - 99), Shard(7, 3, 2**35), None]
+    ends = []
+    for turned in (True, False):
+        tensors = [weights(n * m, dtype, n).view(n, m).t() for n, m in ((20, 9), (31, 15))]
+        tensors.append(weights(2 * 3 * 4 * 5, dtype, 2).view(2, 4, 5, 3).permute(0, 3, 1, 2))
+        tensors = tensors if turned else [tensor.contiguous() for tensor in tensors]
+        plan, buffers = with_buffers("adam", tensors, {"shards": shards}, dtype, unguarded)
+        out = [torch.full_like(tensor, float("nan")) for tensor in tensors]
+        backend = "triton" if turned else NATIVE
+        perturb(plan.into(out), KINDS[0], backend)
+        update_terms_(
+            plan, terms_of("adam"), eps=EPS, restore=RESTORE, rounding="stochastic",
+            backend=backend,
+        )  # fmt: skip
+        ends.append([*tensors, *out, *(buffer for kept in buffers for buffer in kept)])
     for i, (got, expected) in enumerate(zip(*ends, strict=True)):
         assert_same_bits(got, expected, i)
 

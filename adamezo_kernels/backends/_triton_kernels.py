@@ -272,6 +272,7 @@ def _stochastic(value, random, TYPE: tl.constexpr):
     else:
         sign = (bits >> 16) & 0x8000
         half = (magnitude - 0x38000000 + (random >> 19)) >> 13  # 112 << 23
+        half = tl.where(half > 0x7BFF, 0x7BFF, half)
         # Below 2^-14. Amounts of a shift are kept in range where the result is not used.
         digits = tl.where(magnitude < 0x38800000, 126 - (magnitude >> 23), 14)
         beyond = tl.where(digits > 31, digits - 31, 0)

@@ -174,6 +174,8 @@ def high_words(launch: Launch, offset: int) -> list[int]:
         return [0]
     highs: set[int] = set()
     for s in launch.segments:
+        if not s.elements:
+            continue  # it has no last index, and rows of no length to step by
         begin, end = offset + s.index_offset, offset + s.last_index
         if begin >> log == end >> log:
             highs.add(begin >> log)

@@ -361,7 +361,8 @@ _DIRECTIONS: dict[str, Callable[..., Tensor]] = {
 def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``value`` in ``dtype``: words / 2**32, uniform in [0, 1), is added in units of the
     last place kept, and the rest cut off. So the mean is ``value``, where ``dtype`` reaches that
-    far; beyond its largest number the result may be infinite, as to nearest."""
+    far; beyond its largest number the result may be infinite, as to nearest, but for what goes up
+    from there in float16."""
     if dtype == torch.float32:
         return value
     bits = value.contiguous().view(torch.int32).long() & _WORD
@@ -370,7 +371,7 @@ def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Te
         result = (magnitude + (words >> 16)) >> 16
         result = torch.where(magnitude > 0x7F800000, 0x7FC0, result)
     else:
-        normal = (magnitude - (112 << 23) + (words >> 19)) >> 13
+        normal = ((magnitude - (112 << 23) + (words >> 19)) >> 13).clamp(max=0x7BFF)
         # Below 2**-14 the unit stays 2**-24: the more digits are cut off the smaller the value. Of
         # more than 31 the lowest count as 0.
         digits = (126 - (magnitude >> 23)).clamp(min=14)

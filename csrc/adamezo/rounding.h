@@ -70,7 +70,8 @@ ADAMEZO_HD void from_float32(float value, float16& out) {
 }
 
 // Stochastic: `random` / 2^32, uniform in [0, 1), is added in units of the last place that is kept,
-// and the rest cut off. What is beyond the type's largest value may become infinite, as to nearest.
+// and the rest cut off. What is beyond the type's largest value may become infinite, as to nearest;
+// in float16 not what goes up from there: a weight at 65504 would be lost in some store or other.
 ADAMEZO_HD void from_float32(float value, uint32_t, float& out) { out = value; }
 ADAMEZO_HD void from_float32(float value, uint32_t random, bfloat16& out) {
   const uint32_t bits = float_to_bits(value);
@@ -88,6 +89,7 @@ ADAMEZO_HD void from_float32(float value, uint32_t random, float16& out) {
     half = 0x7c00u;
   } else if (magnitude >= 0x38800000u) {
     half = (magnitude - (112u << 23) + (random >> 19)) >> 13;
+    half = half < 0x7bffu ? half : 0x7bffu;
   } else if (magnitude < 0x00800000u) {
     half = 0;  // below 2^-126: would go up once in 2^102
   } else {

@@ -129,6 +129,7 @@ struct Avx2Lanes {
     const I shift = _mm256_blendv_epi8(at_most_31, i(13), is_normal);
     const I addend = _mm256_srlv_epi32(random, _mm256_sub_epi32(i(32), shift));
     I half = _mm256_srlv_epi32(_mm256_add_epi32(kept, addend), shift);
+    half = _mm256_min_epu32(half, i(0x7bff));
     const I is_large = _mm256_cmpgt_epi32(magnitude, i(0x477fffffu));
     half = _mm256_blendv_epi8(half, i(0x7c00), is_large);
     half = _mm256_blendv_epi8(half, i(0x7e00), bits(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));

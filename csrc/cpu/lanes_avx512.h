@@ -132,6 +132,7 @@ struct Avx512Lanes {
     const I shift = _mm512_mask_mov_epi32(at_most_31, is_normal, i(13));
     const I addend = _mm512_srlv_epi32(random, _mm512_sub_epi32(i(32), shift));
     I half = _mm512_srlv_epi32(_mm512_add_epi32(kept, addend), shift);
+    half = _mm512_min_epu32(half, i(0x7bff));
     const __mmask16 is_large = _mm512_cmpge_epu32_mask(magnitude, i(0x47800000u));
     half = _mm512_mask_mov_epi32(half, is_large, i(0x7c00));
     half = _mm512_mask_mov_epi32(half, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), i(0x7e00));

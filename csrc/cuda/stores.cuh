@@ -18,7 +18,8 @@ ADAMEZO_HD void round_stochastically(const float values[4], const uint32_t rando
 
 ADAMEZO_HD void round_stochastically(const float values[4], const uint32_t random[4],
                                      float16 out[4]) {
-  constexpr uint32_t kLeast = 0x38800000u, kInfinity = 0x7f800000u;  // kLeast: 2^-14
+  constexpr uint32_t kLeast = 0x38800000u, kTooLarge = 0x47800000u;  // 2^-14 and 2^16
+  constexpr uint32_t kInfinity = 0x7f800000u;
   uint32_t above[4];  // kLeast; a subnormal of float16 wraps around
   bool usual = true;
   ADAMEZO_UNROLL
@@ -31,7 +32,8 @@ ADAMEZO_HD void round_stochastically(const float values[4], const uint32_t rando
     if (usual) {
       const uint32_t half = (above[i] + 0x00800000u + (random[i] >> 19)) >> 13;
       const uint32_t sign = (float_to_bits(values[i]) >> 16) & 0x8000u;
-      out[i].bits = uint16_t(sign | (half < 0x7c00u ? half : 0x7c00u));
+      const uint32_t most = above[i] < kTooLarge - kLeast ? 0x7bffu : 0x7c00u;
+      out[i].bits = uint16_t(sign | (half < most ? half : most));
     } else {
       from_float32(values[i], random[i], out[i]);
     }

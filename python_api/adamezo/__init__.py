@@ -1,5 +1,8 @@
 """Fine-tune language models with forward passes only: Adam-style steps, no stored moments."""
 
+from importlib import metadata as _metadata
+
+from .closures import check_closure
 from .methods import (
     FZOO,
     HELENE,
@@ -12,7 +15,12 @@ from .methods import (
     ZOAdam,
     ZOAdaMU,
 )
-from .step import fused_adamezo_step
+from .step import forget_optimizer, fused_adamezo_step, optimizer_of
+
+try:
+    __version__ = _metadata.version("adamezo")
+except _metadata.PackageNotFoundError:  # run from the sources, as on a machine without network
+    __version__ = "0+not.installed"
 
 __all__ = [
     "FZOO",
@@ -25,5 +33,9 @@ __all__ = [
     "ScalarAdaMeZO",
     "ZOAdaMU",
     "ZOAdam",
+    "__version__",
+    "check_closure",
+    "forget_optimizer",
     "fused_adamezo_step",
+    "optimizer_of",
 ]

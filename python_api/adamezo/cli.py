@@ -50,7 +50,11 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="the word, one token, that stands for each label (default: the labels themselves)",
     )
     add("held-out", "rows kept from training, to measure on")
-    add("steps", "optimizer steps, of two forward passes each")
+    add(
+        "steps",
+        "optimizer steps, of two forward passes each; two more at the start see that the "
+        "loss is a function of the weights",
+    )
     add("batch-size", "texts a step")
     add("max-tokens", "longer prompts lose their beginning")
     add("lr", "learning rate")

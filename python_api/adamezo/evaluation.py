@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .arithmetic import Number, quotient, total
+from .generators import forked_host_generators
+from .plain import plain
 
-Closure = Callable[[], Tensor | float]
+Closure = Callable[[], Any]
+"""Evaluates the model without gradients and returns the loss (:func:`checked_loss`)."""
 
 
 @contextmanager
 def forked_generators() -> Iterator[None]:
-    """Inside, torch's generators advance as usual; on leaving they are back where they were."""
+    """Inside, the generators of torch, and the global ones of Python and numpy, advance as usual;
+    on leaving they are back where they were."""
     # All devices in use: a trained CPU tensor may feed a frozen model on a GPU, with dropout there.
     with ExitStack() as stack:
+        stack.enter_context(forked_host_generators())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
         for kind in ("cuda", "xpu"):
             module = torch.get_device_module(kind)
@@ -31,29 +36,76 @@ def forked_generators() -> Iterator[None]:
         yield
 
 
-def checked_loss(loss: Any) -> Tensor | float:
-    """What a closure returned, if it is one real number."""
+def checked_loss(result: Any) -> Tensor | float:
+    """The loss that a closure returned, if it is one real number.
+
+    Args:
+        result: a scalar tensor, or a number of Python's or numpy's; or a mapping or an object that
+            has one as its ``loss``, as the outputs of transformers' models have.
+
+    Raises:
+        TypeError, ValueError: anything else, with what to return.
+    """
+    loss = _loss_in(result)
     if isinstance(loss, Tensor):
-        if loss.numel() != 1 or loss.is_complex():
-            raise ValueError(
-                f"the closure must return one real number, got a tensor of shape "
-                f"{tuple(loss.shape)} and dtype {loss.dtype}: reduce it, for example by `mean()`"
-            )
-        if not loss.is_floating_point():
-            raise TypeError(
-                f"the closure must return the loss as a floating-point number, got a tensor of "
-                f"dtype {loss.dtype}: convert a count by `float()`"
-            )
-        if loss.is_meta:
-            raise ValueError("the closure returned a tensor on the meta device, which has no value")
-        # Of its own memory: a closure may return the same tensor again, with another value.
-        return loss.detach().clone()
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return _checked_tensor(loss)
+    loss = plain(loss)
+    if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+        raise TypeError(
+            f"{_EXPECTED}, got {type(loss).__name__}"
+            + (": does it lack a `return`?" if result is None else "")
+        )
+    try:
         return float(loss)
-    raise TypeError(
-        f"the closure must return the loss as a scalar tensor or a number, got "
-        f"{type(loss).__name__}" + (": does it lack a `return`?" if loss is None else "")
-    )
+    except OverflowError:
+        raise ValueError(f"{_EXPECTED}, got an int beyond float64") from None
+
+
+_EXPECTED = (
+    "the closure must return the loss as one real number: a scalar tensor, a number, or a dict or "
+    "output of a model with such a `loss`"
+)
+
+
+def _loss_in(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result
+    kind = type(result).__name__
+    if isinstance(result, Mapping):
+        loss = result.get("loss")
+    elif hasattr(result, "loss") and not callable(result):
+        loss = result.loss
+    else:
+        return result
+    if loss is None:
+        raise ValueError(
+            f"{_EXPECTED}, got a {kind} without a loss: models of transformers compute it if they "
+            "are given `labels`"
+        )
+    return loss
+
+
+def _checked_tensor(loss: Tensor) -> Tensor:
+    def refuse(error: type[Exception], what: str, remedy: str) -> NoReturn:
+        raise error(f"{_EXPECTED}, got a tensor {what}: {remedy}")
+
+    if loss.is_nested or loss.layout != torch.strided:
+        kind = "that is nested" if loss.is_nested else f"of layout {loss.layout}"
+        refuse(ValueError, kind, "return a dense one (`to_dense()`, or a sum)")
+    if loss.numel() != 1 or loss.is_complex():
+        refuse(
+            ValueError,
+            f"of shape {tuple(loss.shape)} and dtype {loss.dtype}",
+            "reduce it, for example by `mean()`",
+        )
+    eight_bits = loss.is_floating_point() and loss.dtype.itemsize == 1
+    if loss.dtype == torch.bool or loss.is_quantized or eight_bits:
+        refuse(TypeError, f"of dtype {loss.dtype}", "convert it by `float()` before it is reduced")
+    if loss.is_meta:
+        refuse(ValueError, "on the meta device", "it has no value there")
+    # Of its own memory: a closure may return the same tensor again, with another value.
+    loss = loss.detach().clone()
+    return loss if loss.is_floating_point() else loss.double()
 
 
 def numbers(losses: Sequence[Tensor | float]) -> list[float]:

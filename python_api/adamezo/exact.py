@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
+from weakref import ref
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -15,16 +16,22 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves
 
 from adamezo_kernels import Direction, Plan, Segment, Terms, perturb_
 from adamezo_kernels.plan import memory_of
+from adamezo_kernels.staging import Staging
 
 from .perturbation import forget_casts
 
 WATCHED_EVERY = 100
-"""Steps from one that is watched for reads of weights that are not displaced to the next one."""
+"""How many updates there are from one step whose every operation is watched for reads of weights
+that are not displaced to the next such step."""
 
 _ALIGNMENT = 64  # of a copy, in bytes: a cache line, and as much as torch gives its own tensors
 
@@ -44,10 +51,14 @@ class Exact:
         self._readers = readers
         self._distribution = distribution
         self._backend = backend
-        self._watched = readers.begin_step()
+        self._watched = readers.due
         self._thread = threading.get_ident()
         self._frames: list[_Frame] = []
         self._at_work = False
+        self._watch = _Watch(self.look)
+        self._watching = False
+        self._looked_at: dict[int, nn.Module] = {}
+        self._refusal: RuntimeError | None = None
 
     # --- Displacement ---------------------------------------------------------------------------
 
@@ -61,7 +72,10 @@ class Exact:
         return 0.0
 
     def updated(self, group: int) -> None:
-        pass
+        # Not before: evaluations that were cut short, or whose losses were not finite, may have
+        # left out what others read.
+        if group == 0:
+            self._readers.end_of_step(self._watched, self._looked_at)
 
     def restore(self) -> None:
         forget_casts()
@@ -79,9 +93,11 @@ class Exact:
             # other kernels where they see some.
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
-            if self._watched:
-                stack.enter_context(_Watch(self.look))
+            stack.callback(self._stop_watching)
+            self._watch_or_not()
             yield
+        if self._refusal is not None:  # even if the closure has caught it
+            raise self._refusal
 
     # --- what modules read ----------------------------------------------------------------------
 
@@ -93,10 +109,16 @@ class Exact:
                     f"{weights[0].name} is read in a thread other than the step's: "
                     f"perturbation='exact' displaces weights for one thread only. {_OTHERWISE}"
                 )
-        elif weights or self._watched:
-            frame = _Frame(module)
-            self._frames.append(frame)
+            return
+        frame = _Frame(module)
+        around = self._frames[-1].watched if self._frames else False
+        frame.watched = around or self._watched or not self._readers.has_seen(module)
+        self._frames.append(frame)
+        if frame.watched:
+            self._looked_at[id(module)] = module
+        if weights:
             self._displace(frame, weights)
+        self._watch_or_not()
 
     def _leave(self, module: nn.Module, arguments: object, result: object) -> None:
         frames = self._frames
@@ -106,6 +128,7 @@ class Exact:
                 found = frames[-1].module is module
                 self._release(frames[-1])  # popped after: a signal may cut this short
                 frames.pop()
+            self._watch_or_not()
 
     def _unwind(self) -> None:
         while self._frames:
@@ -149,6 +172,22 @@ class Exact:
 
     # --- what modules should not read -----------------------------------------------------------
 
+    def _watch_or_not(self) -> None:
+        """Operations are watched outside of all modules, and in modules that no step has seen
+        running, at every step; in all others at the steps that are due. Watching costs
+        microseconds an operation, and few operations are outside of modules."""
+        wanted = self._frames[-1].watched if self._frames else True
+        if wanted and not self._watching:
+            self._watching = True
+            self._watch.__enter__()
+        elif self._watching and not wanted and _get_current_dispatch_mode() is self._watch:
+            self._stop_watching()  # not if the closure has entered a mode of its own since
+
+    def _stop_watching(self) -> None:
+        while _get_current_dispatch_mode() is self._watch:
+            self._watch.__exit__(None, None, None)
+        self._watching = False
+
     def look(self, operation: Any, arguments: object) -> None:
         """At an operation before it runs. What it would read undisplaced is displaced now, for the
         module that is running, and from then on for as long as that module runs."""
@@ -159,23 +198,23 @@ class Exact:
             if weight is not None and not weight.displaced:
                 self._found(weight, tensor)
             elif weight is not None:
-                raise RuntimeError(_alias(weight.name))
+                self._refuse(_alias(weight.name))
         for tensor in _written(operation, arguments):
             for frame in self._frames:
                 for weight in frame.weights:
                     if _overlap(tensor, weight.parameters[0]):
-                        raise RuntimeError(
+                        self._refuse(
                             f"{weight.name} is written in a forward, by {operation}: with "
                             "perturbation='exact' that would be lost. Do it outside of the step"
                         )
 
     def _found(self, weight: _Weight, tensor: Tensor) -> None:
         if all(tensor is not p for p in weight.parameters):
-            raise RuntimeError(_alias(weight.name))
+            self._refuse(_alias(weight.name))
         frame = self._frames[-1] if self._frames else None
         if frame is None or not self._readers.knows(frame.module):
             where = "outside of all modules" if frame is None else type(frame.module).__name__
-            raise RuntimeError(
+            self._refuse(
                 f"{weight.name} is read {'' if frame is None else 'in the forward of a '}{where}"
                 f"{'' if frame is None else ', which is no module of the model'}: "
                 f"perturbation='exact' displaces weights while a module of the model runs. Read it "
@@ -183,6 +222,10 @@ class Exact:
             )
         self._displace(frame, [weight])
         self._readers.learn(frame.module, weight)
+
+    def _refuse(self, message: str) -> NoReturn:
+        self._refusal = RuntimeError(message)
+        raise self._refusal
 
 
 _OTHERWISE = "Take perturbation='inplace'"
@@ -202,6 +245,7 @@ class _Frame:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.watched = False
         self.weights: list[_Weight] = []
         self.taken: list[tuple[_Scratch, _Taken]] = []
 
@@ -257,7 +301,8 @@ class Readers:
     def __init__(self, model: nn.Module, plans: Sequence[Plan]) -> None:
         self._plans = plans
         self._structure = _structure(model)
-        self._steps = 0
+        self._updates_until_due = 0
+        self._seen: dict[int, ref[nn.Module]] = {}
         # By their addresses: a reference to a module would keep the model alive that this goes with
         self._read: dict[int, list[_Weight]] = {}
         self._scratch: dict[torch.device, _Scratch] = {}
@@ -294,12 +339,27 @@ class Readers:
     @property
     def scratch_bytes(self) -> int:
         """The most memory that was in use for displaced copies, on all devices together."""
-        return sum(scratch.peak for scratch in self._scratch.values())
+        return sum(scratch.peak + scratch.staging.bytes for scratch in self._scratch.values())
 
-    def begin_step(self) -> bool:
-        """Whether the step is to be watched."""
-        self._steps += 1
-        return self._steps % WATCHED_EVERY == 1
+    @property
+    def due(self) -> bool:
+        """Whether every operation of the next step is to be watched."""
+        return self._updates_until_due == 0
+
+    def end_of_step(self, watched: bool, modules: Mapping[int, nn.Module]) -> None:
+        """A step has ended in an update.
+
+        Args:
+            watched: whether every operation of it was watched.
+            modules: those in which operations were watched, of other models too, by address.
+        """
+        self._updates_until_due = WATCHED_EVERY - 1 if watched else self._updates_until_due - 1
+        self._seen.update((address, ref(module)) for address, module in modules.items())
+
+    def has_seen(self, module: nn.Module) -> bool:
+        """Whether an earlier step has watched it run."""
+        seen = self._seen.get(id(module))
+        return seen is not None and seen() is module
 
     def begin_evaluation(self) -> None:
         for scratch in self._scratch.values():
@@ -317,11 +377,11 @@ class Readers:
 
     def learn(self, module: nn.Module, weight: _Weight) -> None:
         self._read[id(module)].append(weight)
-        if self._steps > 1:
+        if self.has_seen(module):
             warnings.warn(
                 f"{weight.name} is read in the forward of a {type(module).__name__}, and was not "
-                f"when this was last looked at: up to {WATCHED_EVERY - 1} steps before this one "
-                "may have evaluated the loss without displacing it",
+                f"when this was last looked at: up to {WATCHED_EVERY - 1} updates before this "
+                "step may have evaluated the loss without displacing it",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -336,26 +396,35 @@ class Readers:
 
 
 class _Copies:
-    """Tensors in one piece of memory, and the plan that fills them."""
+    """Tensors in one piece of memory, and the plan that fills them.
 
-    def __init__(self, weights: Sequence[_Weight], memory: UntypedStorage) -> None:
+    They have the order of dimensions in memory that the weights have, by which torch chooses
+    kernels: the loss is that of weights which were displaced in place.
+    """
+
+    def __init__(
+        self, weights: Sequence[_Weight], memory: UntypedStorage, staging: Staging
+    ) -> None:
         self.memory = memory
         self.tensors: list[Tensor] = []
         start = 0
-        with torch.inference_mode(False):  # a closure's own would make them tensors of another kind
-            for weight in weights:
-                like = weight.clean
+        for weight in weights:
+            like = weight.clean
+            # Of the same kind as the weight, whose place it takes, whatever the closure's own mode.
+            with torch.inference_mode(like.is_inference()):
                 copy = torch.empty(0, dtype=like.dtype, device=like.device)
                 offset = start // like.element_size()
-                copy.set_(memory, offset, like.shape)  # type: ignore[call-overload]
-                self.tensors.append(copy)
-                start += weight.bytes
+                strides = torch.empty_like(like, device="meta").stride()
+                copy.set_(memory, offset, like.shape, strides)
+            self.tensors.append(copy)
+            start += weight.bytes
         clean = Plan(
             [weight.clean for weight in weights],
             parameters=[weight.index for weight in weights],
             names=[weight.name for weight in weights],
         )
-        self.plan = clean.with_buffers([weight.buffers for weight in weights]).into(self.tensors)
+        whole = clean.with_buffers([weight.buffers for weight in weights])
+        self.plan = whole.into(self.tensors, staging=staging)
         self._users = _users(memory)
 
     def held_elsewhere(self) -> bool:
@@ -382,6 +451,7 @@ class _Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.staging = Staging()  # one for all copies: they are made one after the other
         self.peak = 0
         self._memory: UntypedStorage | None = None
         self._size = 0
@@ -415,7 +485,7 @@ class _Scratch:
             return self._take_own(key, weights, size, start)
         copies = self._copies.get((start, key))
         if copies is None:
-            copies = _Copies(weights, self._memory[start : start + size])
+            copies = _Copies(weights, self._memory[start : start + size], self.staging)
             self._copies[start, key] = copies
         return _Taken(key, start, copies, 0)
 
@@ -433,7 +503,8 @@ class _Scratch:
         self._own += size
         self.peak = max(self.peak, self._size + self._own)
         memory = torch.empty(size, dtype=torch.uint8, device=self.device).untyped_storage()
-        return _Taken(key, self._top if start is None else start, _Copies(weights, memory), size)
+        copies = _Copies(weights, memory, self.staging)
+        return _Taken(key, self._top if start is None else start, copies, size)
 
     def _make(self, size: int) -> None:
         self._forget()  # before, so that both are never there at once

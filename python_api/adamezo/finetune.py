@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from adamezo.closures import check_closure
 from adamezo.integrations import transformers as language_models
 from adamezo.measure import PeakMemory, now
 from adamezo.methods import AdaMeZO
@@ -310,6 +311,8 @@ def _train(optimizer: AdaMeZO, train: Task, test: Task, options: Options, done: 
     memory = PeakMemory(device)
     forward_peak = _bare_forward_peak(train, plan, memory)
     run = _Run(memory.kind, forward_peak)
+    if done < len(plan):  # two forwards for each start, whether the run is new or goes on
+        check_closure(optimizer, lambda: train.loss(plan[done]))
 
     bar = tqdm(plan[done:], desc="training", unit="step", initial=done, total=len(plan))
     for number, rows in enumerate(bar, start=done + 1):

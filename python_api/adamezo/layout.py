@@ -22,6 +22,8 @@ class Layout:
 
     def __init__(self) -> None:
         self._made: tuple[Any, list[Plan]] | None = None
+        self.trains = False
+        """Whether the plans have any elements."""
 
     def plans(self, groups: Groups, buffers_of: BuffersOf) -> list[Plan]:
         """One for each group, with the buffers of its weights.
@@ -38,6 +40,7 @@ class Layout:
             if self._made is not None:
                 _check_sizes(self._made[0], layout, groups)
             self._made = layout, _make_plans(groups, buffers_of)
+            self.trains = any(plan.elements for plan in self._made[1])
         return self._made[1]
 
     def _keeps(self, groups: Groups, buffers_of: BuffersOf) -> bool:

@@ -30,8 +30,10 @@ from .evaluation import Closure, checked_loss, forked_generators, mean_loss, num
 from .exact import Exact, Readers
 from .guard import Guard
 from .layout import Layout
+from .module_buffers import MODULE_BUFFERS, KeptBuffers
 from .perturbation import PERTURBATIONS, Displacement, InPlace
-from .resident import Made, Resident, ResidentGroup
+from .plain import make_plain
+from .resident import Made, Resident, ResidentGroup, is_capturing
 from .signals import HeldSignals
 
 _Optimizer = TypeVar("_Optimizer", bound="ZerothOrder")
@@ -110,8 +112,9 @@ class ZerothOrder(torch.optim.Optimizer):
 
     recorder: Callable[[StepRecord], None] | None = None
 
-    _frames_above_skip: ClassVar[int] = 5  # the caller of step, above torch's two wrappers
+    _frames_above_skip: ClassVar[int] = 6  # the caller of step, above torch's three wrappers
     _resident: Resident | None = None
+    _module_buffers: str = "every"
     _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
 
     def __init__(
@@ -123,9 +126,18 @@ class ZerothOrder(torch.optim.Optimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not possible: a step uses no gradients")
+        if isinstance(params, nn.Module):
+            name = type(self).__name__
+            raise TypeError(
+                f"params is a {type(params).__name__}, expected its parameters: pass "
+                f"`model.parameters()`, or take {name}.for_model(model, ...), which has their names"
+            )
         if options["seed"] is None:
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
             options = {**options, "seed": seed}
+        make_plain(options)
+        self._told: set[str] = set()
+        self._captured: list[object] = []
         super().__init__(params, options)
         self._forget_last_step()
         self.model = model
@@ -146,6 +158,19 @@ class ZerothOrder(torch.optim.Optimizer):
     @model.setter
     def model(self, model: nn.Module | None) -> None:
         self._model = None if model is None else ref(model)
+
+    @property
+    def module_buffers(self) -> str:
+        """Which evaluations of a step move the buffers of the model's modules, such as BatchNorm's
+        running statistics: ``"every"`` one, or the ``"last"`` alone, which needs :attr:`model`
+        (docs/adamezo.md). It is not saved: set it again after unpickling or copying."""
+        return self._module_buffers
+
+    @module_buffers.setter
+    def module_buffers(self, which: str) -> None:
+        if which not in MODULE_BUFFERS:
+            raise ValueError(f"Invalid module_buffers: {which!r}, expected one of {MODULE_BUFFERS}")
+        self._module_buffers = which
 
     @property
     def scratch_bytes(self) -> int:
@@ -213,21 +238,32 @@ class ZerothOrder(torch.optim.Optimizer):
     @overload
     def step(self, closure: Closure) -> Tensor: ...
 
+    @torch.inference_mode(False)  # what a step makes and keeps is of the ordinary kind
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:
         """One step.
 
         Args:
-            closure: evaluates the model without gradients on the same batch each time and returns
-                the loss as a scalar tensor or a number. Without a closure nothing happens and
-                None is returned (frameworks call ``step()`` to initialize state).
+            closure: evaluates the model without gradients and returns the loss as a scalar tensor
+                or a number, or an output of a model or a dict that has such a ``loss``. It must be
+                a function of the weights alone: whatever else changes between the evaluations of a
+                step goes into the projected gradient, unseen. So it is on the same batch each
+                time, which is drawn before the step. The global generators of torch, Python
+                (``random``) and numpy (``numpy.random``) give all evaluations the same numbers;
+                generators that were made (``torch.Generator``, ``random.Random``,
+                ``numpy.random.default_rng``) do not. :func:`adamezo.check_closure` looks. Without
+                a closure nothing happens and None is returned: frameworks call ``step()`` to
+                initialize state. Buffers of the weights are made then.
 
         Returns:
             The mean of the losses, a scalar tensor.
         """
         if closure is None:
+            self._step_without_closure()
             return None
         groups = self.param_groups
+        for group in groups:
+            make_plain(group)  # as users and schedulers have set them
         options = self._shared_options()
         if not options["capturable"]:
             self._leave_device()
@@ -236,6 +272,8 @@ class ZerothOrder(torch.optim.Optimizer):
         # Before the plans: in a capture nothing may be made, buffers neither.
         resident = self._on_device(first, probes) if options["capturable"] else None
         plans = self._plans()
+        if not self._layout.trains:
+            self._tell_of_nothing_to_train()
         backend = self._backend(options, [p for group in groups for p in group["params"]])
         weights = self._displacement(options, plans, backend)
         evaluated: Sequence[tuple[Direction, float]] = (
@@ -246,7 +284,7 @@ class ZerothOrder(torch.optim.Optimizer):
         results: list[Tensor | float] = []
         self.measured = ()
         outcome = "failed"
-        with HeldSignals() as signals:
+        with HeldSignals() as signals, self._kept_buffers(plans) as buffers:
             try:
                 for i, (direction, to) in enumerate(evaluated):
                     weights.displace(direction, to)
@@ -259,13 +297,20 @@ class ZerothOrder(torch.optim.Optimizer):
                             result = closures[i]()
                     results.append(checked_loss(result))
                     guard.check()
+                    if i < len(probes) - 1:
+                        buffers.put_back()
                 losses = numbers(results) if resident is None else resident.losses(results)
                 self.losses = tuple(losses)
                 self.measured = self._measure(losses, options)
+                buffers.let_go()
                 if resident is not None:
                     outcome = "broken"
                     resident.update(self.losses, self.measured, weights, plans, backend)
                     outcome = "updated"
+                    if is_capturing(resident.made.device):
+                        # The graph reads and writes their memory for as long as it is replayed,
+                        # whatever becomes of them here.
+                        self._captured.append((resident, plans, self._readers))
                 else:
                     self._use_up(probes)
                     outcome = "skipped"
@@ -295,6 +340,52 @@ class ZerothOrder(torch.optim.Optimizer):
         for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
             self._update(group, plan, first, self.measured, -weights.in_weights(i), backend)
             weights.updated(i)
+
+    def _step_without_closure(self) -> None:
+        """What torch's distributed checkpoints expect of it: state that can be loaded into. They
+        set lr to 0 and gradients to zeros for that. Others are about to train nothing."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._buffers_of(p, group)
+        if "gradients" not in self._told and any(
+            p.grad is not None and float(group["lr"]) != 0
+            for group in self.param_groups
+            for p in group["params"]
+        ):
+            self._told.add("gradients")
+            name = type(self).__name__
+            warnings.warn(
+                f"{name}.step() was called without a closure and did nothing, and parameters hold "
+                f"gradients: somebody calls backward(), which {name} does not need, and expects "
+                "step() to use them. The weights are not trained. Call step(closure), where the "
+                "closure runs the model forward and returns the loss; a training loop that calls "
+                "step() by itself, such as transformers.Trainer, cannot be used as it is",
+                UserWarning,
+                stacklevel=self._frames_above_skip,
+            )
+
+    def _tell_of_nothing_to_train(self) -> None:
+        if "nothing to train" not in self._told:
+            self._told.add("nothing to train")
+            names = [
+                names[i] if names else f"parameter {i} of group {k}"
+                for k, group in enumerate(self.param_groups)
+                for names in (group.get("param_names"),)
+                for i in range(len(group["params"]))
+            ]
+            what = (
+                f"all parameters are frozen or empty ({', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}): set requires_grad "
+                "of those that are to be trained"
+                if names
+                else "there are no parameters: pass those that are to be trained"
+            )
+            warnings.warn(
+                f"{type(self).__name__} evaluates the loss and moves nothing, as {what}",
+                UserWarning,
+                stacklevel=self._frames_above_skip,
+            )
 
     def _use_up(self, probes: Sequence[Probe]) -> None:
         for group in self.param_groups:
@@ -326,6 +417,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     # --- the same step again ----------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def replay(self, record: StepRecord) -> None:
         """Does to weights and history what a recorded step did, bit for bit and without a closure.
@@ -338,6 +430,8 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         self._leave_device()
         groups = self.param_groups
+        for group in groups:
+            make_plain(group)
         options = self._shared_options()
         first = PhiloxState(options["seed"], groups[0]["next_direction"])
         probes = self._probes(first, options)
@@ -356,7 +450,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     self._use_up(probes)
                 if record.outcome == "updated":
                     for group, lr in zip(groups, record.lrs, strict=True):
-                        _set_lr(group, lr)
+                        set_lr(group, lr)
                     self._count_skipped(0)
                     self._update_groups(weights, plans, first, backend)
                 elif record.outcome == "skipped":
@@ -431,6 +525,19 @@ class ZerothOrder(torch.optim.Optimizer):
         roundings = [group["rounding"] for group in self.param_groups]
         return InPlace(plans, roundings, options["distribution"], backend)
 
+    def _kept_buffers(self, plans: list[Plan]) -> KeptBuffers:
+        """Those of the modules, where they are to be put back."""
+        if self._module_buffers == "every":
+            return KeptBuffers()
+        model = self.model
+        if model is None:
+            raise ValueError(
+                "module_buffers='last' needs the model, whose buffers it puts back: "
+                f"{type(self).__name__}.for_model(model, ...) or model=model, and after unpickling "
+                "or copying the optimizer `optimizer.model = model`"
+            )
+        return KeptBuffers(model, plans)
+
     def _current_readers(self, plans: list[Plan]) -> Readers:
         """Made again when parameters or modules have changed."""
         model = self._check_model()
@@ -500,13 +607,15 @@ class ZerothOrder(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters. Their history begins now: earlier directions never moved them."""
         self._leave_device()
+        if isinstance(param_group, dict):  # torch refuses all else below
+            make_plain(param_group)
         shared = self.param_groups[0] if self.param_groups else self.defaults
         options = {
             **self.defaults,
             **{name: shared[name] for name in self.shared_options},
             **param_group,
         }
-        self._check_options(options)
+        self.check_options(options)
         for name in self.shared_options:
             if options[name] != shared[name]:
                 raise ValueError(
@@ -524,7 +633,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if group["fused"]:
             self._backend(group, group["params"])
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
         """Raises ValueError for an option of a group, in torch's own words where torch has some."""
         lr = options["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -547,7 +656,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise ValueError(f"Invalid max_skipped: {limit!r}, expected an integer of at least 1")
         seed = options["seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
         can_capture = type(self)._resident_group is not ZerothOrder._resident_group
         if options["capturable"] and not can_capture:
@@ -562,12 +671,16 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         self._read_back()
+        for group in self.param_groups:
+            make_plain(group)  # weights_only loading and JSON take no others
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._read_back()
         return super().__getstate__()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's: options come with the state, and parameters keep theirs.
 
@@ -575,7 +688,15 @@ class ZerothOrder(torch.optim.Optimizer):
             ValueError: the state is of another method, stream of directions, distribution or
                 normalization, which this run cannot go on with; or it is damaged. Nothing has
                 changed then.
+            RuntimeError: a step of this optimizer was captured in a CUDA graph, which would go on
+                from the state that it had.
         """
+        if self._captured:
+            raise RuntimeError(
+                "a CUDA graph has captured a step of this optimizer, and its replays go on from "
+                "the numbers on the device, not from a state that is loaded. Make a new optimizer, "
+                "load the state into that one, take a step and capture again"
+            )
         try:
             super().load_state_dict(state_dict)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -587,6 +708,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 zip(state["param_groups"], self.param_groups, strict=True)
             ):
                 self._check_state(saved, group, f"group {i} of the state")
+        else:
+            self._told, self._captured = set(), []
         super().__setstate__(state)
         self._forget_last_step()
 
@@ -608,7 +731,7 @@ class ZerothOrder(torch.optim.Optimizer):
             if isinstance(value, int) and abs(value) >= 2**64:
                 raise ValueError(f"{where} is damaged: {name} is beyond 64 bits")
         try:
-            self._check_options(saved)
+            self.check_options(saved)
         except TypeError as error:
             raise ValueError(f"{where} is damaged: {error}") from error
         for name, limit in (
@@ -620,7 +743,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 raise ValueError(f"{where} is damaged: {name} is {saved[name]!r}")
 
 
-def _set_lr(group: dict[str, Any], lr: float) -> None:
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Also where the learning rate is a tensor, on a device perhaps, which keeps its place."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
     else:

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 from adamezo_kernels import Direction, Plan, Terms, perturb_
 
+from .overflow import Room
+
 PERTURBATIONS = ("inplace", "exact")
 
 
@@ -41,7 +43,8 @@ class Displacement(Protocol):
 class InPlace:
     """The weights themselves are displaced: no memory, and in 16 bits not without a trace.
 
-    Whoever uses it holds signals meanwhile (signals.py): what is displaced is then always known.
+    Whoever uses it holds signals meanwhile (signals.py): what is displaced is then always known. A
+    displacement that might overflow is a ValueError, before anything is written (overflow.py).
 
     Args:
         plans: the weights of each parameter group.
@@ -61,8 +64,11 @@ class InPlace:
         self._backend = backend
         # Along what and how far, for each group.
         self._at: list[tuple[Direction | None, float]] = [(None, 0.0)] * len(plans)
+        self._rooms = [Room(plan, distribution) for plan in plans]
 
     def displace(self, direction: Direction, to: float) -> None:
+        for room, (was, at) in zip(self._rooms, self._at, strict=True):
+            room.check(direction, to, was, at)
         self._move(direction, to)
         self.displacements += 1
 
@@ -103,6 +109,7 @@ class InPlace:
             rounding=rounding,
             backend=self._backend,
         )
+        self._rooms[i].rounded(2 if rounding == "stochastic" else 1)
 
     def in_weights(self, group: int) -> float:
         return self._at[group][1]

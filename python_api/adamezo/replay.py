@@ -26,7 +26,9 @@ from adamezo_kernels import RULES, PhiloxState
 from adamezo_kernels.plan import memory_of
 
 from . import methods
+from .module_buffers import BufferMarks, tracking
 from .optimizer import OUTCOMES, StepRecord, ZerothOrder
+from .plain import plain
 
 try:
     import fcntl
@@ -270,7 +272,7 @@ def _options(optimizer: ZerothOrder) -> _Options:
 
 
 def _plain(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    values = ((name, group[name]) for name in names)
+    values = ((name, plain(group[name])) for name in names)
     return {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in values}
 
 
@@ -442,11 +444,24 @@ class StepLog:
 
     Use :meth:`create` or :meth:`resume`; ``close`` when done, or a ``with`` block.
 
+    Buffers of the model's modules (BatchNorm's running statistics) are not in a log: a replay has
+    the weights and not those. Where the optimizer knows its model, a step whose evaluations wrote
+    one ends with a LogError that names it; it is done and in the log. No other step follows, unless
+    the log was made with ``module_buffers="ignore"``.
+
     Attributes:
         steps (int): steps in the log.
     """
 
-    def __init__(self, file: int, path: Path, log: Log, optimizer: ZerothOrder, sync_every: int):
+    def __init__(
+        self,
+        file: int,
+        path: Path,
+        log: Log,
+        optimizer: ZerothOrder,
+        sync_every: int,
+        module_buffers: str,
+    ):
         self._file = file
         self._path = path
         self._layout, self._measured = log.header.record, log.header.measured
@@ -459,6 +474,9 @@ class StepLog:
         self.steps = log.steps
         self._options = _options(optimizer)
         self._marks = _marks(optimizer)
+        self._looks_at_buffers = module_buffers != "ignore"
+        self._buffers: BufferMarks | None = None  # as a step found them
+        self._written: list[str] = []
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         optimizer.recorder = self._record
 
@@ -470,6 +488,7 @@ class StepLog:
         *,
         run: dict[str, Any] | None = None,
         sync_every: int = 0,
+        module_buffers: str = "refuse",
     ) -> StepLog:
         """Begins a log with the weights as they are now, which are not written: keep them.
 
@@ -479,14 +498,17 @@ class StepLog:
             run: kept in the header; :meth:`resume` asks for the same.
             sync_every: after how many records the system is told to write to the disk. 0 leaves
                 that to the system.
+            module_buffers: ``"refuse"`` to go on where evaluations write module buffers, or
+                ``"ignore"`` them, if they are saved elsewhere or not wanted.
 
         Raises:
             FileExistsError: there is a file already.
             LogError: the optimizer has a recorder, or is ``capturable``, or has taken steps and
-                keeps tensors for the weights.
+                keeps tensors for the weights; or a module is about to write running statistics.
         """
         path = Path(path)
         _check_free(optimizer)
+        _check_modules(optimizer, module_buffers)
         if path.exists():
             raise FileExistsError(f"{path} is there already: resume it, or name another file")
         header = header_of(optimizer, run)
@@ -504,7 +526,7 @@ class StepLog:
             raise
         finally:
             os.unlink(new)
-        return cls(file, path, parse(data), optimizer, sync_every)
+        return cls(file, path, parse(data), optimizer, sync_every, module_buffers)
 
     @classmethod
     def resume(
@@ -515,6 +537,7 @@ class StepLog:
         run: dict[str, Any] | None = None,
         sync_every: int = 0,
         progress: Progress = iter,
+        module_buffers: str = "refuse",
     ) -> StepLog:
         """Replays a log onto an optimizer on the base weights, and goes on with it.
 
@@ -525,13 +548,16 @@ class StepLog:
             optimizer: made as it was for :meth:`create`, on the same base weights.
             run: as given then.
             path, sync_every, progress: see :meth:`create` and :func:`replay`.
+            module_buffers: see :meth:`create`. It is not in the log: say it again.
 
         Raises:
             LogError: the log is damaged, or of other weights, options, or another run; the message
-                says what differs. Nothing has changed then.
+                says what differs. Or a module is about to write running statistics. Nothing has
+                changed then.
         """
         path = Path(path)
         _check_free(optimizer)
+        _check_modules(optimizer, module_buffers)
         file = os.open(path, os.O_RDWR)
         try:
             _lock(file, path)
@@ -550,7 +576,7 @@ class StepLog:
         except BaseException:
             os.close(file)
             raise
-        return cls(file, path, log, optimizer, sync_every)
+        return cls(file, path, log, optimizer, sync_every, module_buffers)
 
     def close(self) -> None:
         """Lets go of the optimizer and of the file."""
@@ -599,6 +625,24 @@ class StepLog:
                 f"{self._path}: since the last step {changed} was written, replaced, moved or "
                 "frozen, which the log cannot tell. Save the weights and begin a new log there"
             )
+        self._look_at_buffers()  # of a step that ended without a record
+        if self._written:
+            raise LogError(self._buffers_message("an earlier step"))
+        model = self._optimizer.model
+        if self._looks_at_buffers and model is not None:
+            self._buffers = BufferMarks(model)
+
+    def _look_at_buffers(self) -> None:
+        """For those that were written since a step began."""
+        if self._buffers is not None:
+            self._written += self._buffers.written(self._optimizer._plans)
+            self._buffers = None
+
+    def _buffers_message(self, which: str) -> str:
+        return (
+            f"{self._path}: the evaluations of {which} have written "
+            f"{_some(self._written)}. {_BUFFERS_MATTER}"
+        )
 
     def _record(self, record: StepRecord) -> None:
         self._broken = record.outcome == "broken"
@@ -617,9 +661,15 @@ class StepLog:
         self._checksum = zlib.crc32(content, self._checksum)
         self._unwritten += content + struct.pack("<I", self._checksum)
         self._marks = _marks(self._optimizer)
+        self._look_at_buffers()
         self._flush()
         if self._sync_every and self._records % self._sync_every == 0:
             os.fsync(self._file)
+        # One that failed has an error of its own to tell. The next one is refused.
+        if self._written and record.outcome in ("updated", "skipped"):
+            raise LogError(
+                f"{self._buffers_message('this step')}. The step itself is done and in the log"
+            )
 
     def _flush(self) -> None:
         try:
@@ -645,6 +695,32 @@ def _check_free(optimizer: ZerothOrder) -> None:
             f"{type(optimizer).__name__} keeps tensors for its weights, which a log does not "
             "hold: a log can only begin before the first step"
         )
+
+
+_BUFFERS_MATTER = (
+    "A log holds the weights and no module buffers: the model of a replay would have those that it "
+    "began with, and evaluate otherwise. Call model.eval() before (or give the norms "
+    "track_running_stats=False), and begin again from the base weights; or, where the buffers are "
+    "saved elsewhere or not wanted, pass module_buffers='ignore' to StepLog.create or resume"
+)
+
+
+def _check_modules(optimizer: ZerothOrder, module_buffers: str) -> None:
+    if module_buffers not in ("refuse", "ignore"):
+        raise ValueError(
+            f"Invalid module_buffers: {module_buffers!r}, expected one of ('refuse', 'ignore')"
+        )
+    model = optimizer.model
+    names = [] if module_buffers == "ignore" or model is None else tracking(model)
+    if names:
+        raise LogError(
+            f"in train mode evaluations write the running statistics of {_some(names)}. "
+            f"{_BUFFERS_MATTER}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def _lock(file: int, path: Path) -> None:

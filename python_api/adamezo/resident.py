@@ -207,6 +207,11 @@ def _stacked(values: Sequence[Tensor] | Tensor) -> Tensor:
     return values if isinstance(values, Tensor) else torch.stack([*values])
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what runs now on the device's current stream goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Made(NamedTuple):
     """What the numbers on a device were made of. A change asks for others."""
 
@@ -235,7 +240,7 @@ class Made(NamedTuple):
 
     def check_not_capturing(self) -> None:
         """Numbers cannot be brought to the device while it is captured what happens there."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             raise RuntimeError(
                 "the numbers of a step are not on the device yet, or an option was changed: "
                 "take one step before capturing"

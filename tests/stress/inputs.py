@@ -23,13 +23,14 @@ BAD_LOSSES: tuple[Any, ...] = (
     1j,
     (1.0,),
     [torch.tensor(1.0)],
-    {"loss": 1.0},
+    {"logits": 1.0},
     torch.ones(3),
     torch.ones(0),
     torch.ones(2, 2),
     torch.tensor(1j),
-    torch.tensor(1),
-    torch.tensor(1, dtype=torch.uint8),
+    torch.tensor(1.0).to_sparse(),
+    torch.tensor(1.0).to(torch.float8_e5m2),
+    10**400,
     torch.tensor(True),
     torch.ones((), device="meta"),
 )
@@ -47,7 +48,7 @@ BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "perturbation": ("outplace", None, 3),
     "nonfinite": ("ignore", None, 3),
     "max_skipped": (0, -1, 1.5, True, None),
-    "seed": (-1, 2**64, 0.5, "a"),
+    "seed": (-1, 2**64, 0.5, True, "a"),
     "no_such_option": (1,),
 }
 

@@ -70,8 +70,9 @@ class AdaMeZO(ZerothOrder):
         model: what the closure evaluates; ``perturbation="exact"`` needs it. All ``params`` must be
             its. :meth:`for_model` takes both from one model.
 
-    Both evaluations see the same random numbers (dropout masks included), and leave torch's
-    generators where one evaluation would have: directions are not drawn from them.
+    Both evaluations see the same random numbers (dropout masks included), and leave the generators
+    of torch, and the global ones of Python and numpy, where one evaluation would have: directions
+    are not drawn from them.
 
     If the closure raises, the weights are restored (up to rounding, as they were perturbed in
     place) and nothing else has happened. If a loss is not finite the weights are restored, the
@@ -212,8 +213,8 @@ class AdaMeZO(ZerothOrder):
                 f"{grads}, before direction {saved['next_direction']}"
             )
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_betas(options["betas"])
         # Not 0: a z that is exactly 0 would give 0 / 0.
         if not 0.0 < options["eps"] < math.inf:

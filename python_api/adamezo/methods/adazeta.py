@@ -77,8 +77,8 @@ class AdaZeta(MeZO):
             return most
         return max(math.floor(min(wanted, most)), 1)
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_count("steps_per_epoch", options["steps_per_epoch"])
         for name in ("exponent", "alpha"):
             if not 0.0 < options[name] < math.inf:

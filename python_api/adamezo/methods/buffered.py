@@ -118,8 +118,8 @@ class Buffered(Method):
             self._schedule(group),
         )
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         if options["buffer_dtype"] not in BUFFER_DTYPES:
             raise ValueError(
                 f"Invalid buffer_dtype: {options['buffer_dtype']!r}, expected one of "

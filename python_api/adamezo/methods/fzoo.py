@@ -72,6 +72,6 @@ class FZOO(Memoryless):
         unit = where(flat, 1.0, unit)
         return tuple(where(flat, 0.0, loss - start) / unit for loss in others)
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_count("queries", options["queries"], least=2)

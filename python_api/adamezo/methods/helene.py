@@ -115,7 +115,7 @@ class HELENE(Buffered):
             The mean of the losses, without those of ``sampled``.
         """
         if closure is None:
-            return None
+            return super().step()
         if sampled is None and self._shared_options()["curvature"] == "sampled" and self.due:
             raise ValueError(
                 "this step updates the curvature from sampled labels: expected step(closure, "
@@ -182,8 +182,8 @@ class HELENE(Buffered):
         after = 746.0 if beta1 == 0 else 38 + max(math.log((1 - beta1) / beta1), 0.0)
         return 2 + math.ceil(after * group["anneal"])
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_betas(options["betas"])
         for name in ("gamma", "clip", "anneal"):
             check_positive(name, options[name])

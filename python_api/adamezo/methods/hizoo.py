@@ -80,6 +80,6 @@ class HiZOO(Buffered):
         (curvature,) = others
         return [-group["alpha"], group["alpha"] * curvature, p]
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_fraction("alpha", options["alpha"])

@@ -72,8 +72,8 @@ class MEAZO(Memoryless):
     def _settled(group: dict[str, Any]) -> int:
         return steps_to_one(group["beta"])
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_fraction("beta parameter", options["beta"])
         if not 0.0 < options["eps"] < math.inf:  # all p may be 0
             raise ValueError(f"Invalid epsilon value: {options['eps']}")

@@ -82,8 +82,8 @@ class MeZO(Memoryless):
         # As many numbers in every step, so that records of steps are all alike.
         return (*grads, *[0.0] * (options["queries"] - len(grads)))
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_count("queries", options["queries"])
         if options.get("linear_over") is not None:
             check_count("linear_over", options["linear_over"])

@@ -74,8 +74,8 @@ class ZOAdam(Buffered):
     def _settled(group: dict[str, Any]) -> int:
         return max(map(steps_to_one, group["betas"]))
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         check_betas(options["betas"])
         check_positive("epsilon value", options["eps"])
         self._check_schedule(options, "betas")

@@ -93,13 +93,13 @@ class ZOAdaMU(Buffered):
         directions = math.sqrt(alpha), math.sqrt(1 - alpha), beta1, 1 - beta1
         return [*directions, beta2, 1 - beta2, p]
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
         if options["capturable"]:
             raise ValueError(
                 "ZOAdaMU cannot do capturable=True: what it displaces the weights along is "
                 "scheduled on the host"
             )
-        super()._check_options(options)
+        super().check_options(options)
         if len(options["ends"]) != 3:
             raise ValueError(f"Invalid ends: expected (alpha, beta1, beta2), got {options['ends']}")
         for name, value in zip(("alpha", "beta1", "beta2"), options["ends"], strict=True):
