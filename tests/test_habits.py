@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import warnings
+import weakref
 from fractions import Fraction
 from importlib import metadata
 
@@ -51,7 +53,6 @@ def test_backpropagation_is_told_once_that_nothing_is_trained():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
-        copy.deepcopy(optimizer).param_groups[0]["lr"] = 0.0
     assert same(copies(model), before)
     assert optimizer.param_groups[0]["steps"] == 0
 
@@ -113,9 +114,8 @@ def test_frozen_parameters_are_named_once(perturbation):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(loss_of(model))
-        other = AdaMeZO.for_model(make_model())
-        other.step(loss_of(other_model := make_model()))
-        assert other_model is not None
+        trained = make_model()
+        AdaMeZO.for_model(trained).step(loss_of(trained))
 
 
 def test_only_empty_parameters():
@@ -339,9 +339,6 @@ def test_inference_mode_changes_nothing(method, perturbation, where):
 @pytest.mark.parametrize("perturbation", ["inplace", "exact"])
 def test_what_a_graph_uses_lives_as_long_as_the_optimizer(method, perturbation, monkeypatch):
     """The bookkeeping, on the host: a graph would go on to read and write these addresses."""
-    import gc
-    import weakref
-
     model, late = make_model(), nn.Parameter(torch.ones(2))
     optimizer = method.for_model(model, lr=0.01, capturable=True, perturbation=perturbation)
     optimizer.step(loss_of(model))
