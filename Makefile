@@ -73,7 +73,9 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results, tables in docs
 	$(PY) -m benchmarks.kernels
 	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.step horizon_cpu
 	$(PY) -m benchmarks.horizon
+	$(PY) -m benchmarks.python_part
 	$(PY) -m benchmarks.render
 
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
@@ -87,9 +89,9 @@ gpu-check: $(READY) ## the tests that need a CUDA device; an error where there i
 	$(PY) -m pytest -m gpu
 
 gpu-bench: $(READY) ## kernels and whole steps on a CUDA device, beside torch and the paper; CSV and plots
-	$(PY) -m benchmarks.paper
-	$(PY) -m benchmarks.horizon --device cuda
-	$(PY) -m benchmarks.gpu_kernels
+	$(PY) -m benchmarks.step paper_gpu
+	$(PY) -m benchmarks.step horizon_gpu
+	$(PY) -m benchmarks.kernels --device cuda
 	$(PY) -m benchmarks.render
 
 clean: ## remove what was built; `rm -rf .venv` removes the environment

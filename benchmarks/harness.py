@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +18,7 @@ from adamezo_kernels import RULES, ops
 from adamezo_kernels.plan import Plan
 from adamezo_kernels.stream import PhiloxState
 from adamezo_kernels.terms import Terms
-
-# Time ---------------------------------------------------------------------------------------------
+from benchmarks.library_calls import coefficients
 
 
 class Marks:
@@ -91,8 +91,6 @@ def interleave(variants: Sequence[Variant], *, repeats: int = 7, sample_s: float
             variant.seconds.append(variant.once(n))
 
 
-# The gate -----------------------------------------------------------------------------------------
-
 # Odd sizes, so that vector bodies and tails both run; several tensors, so several parameters.
 SIZES = (4099, 1, 37)
 HORIZON = 10
@@ -110,9 +108,16 @@ class GateError(RuntimeError):
 
 
 def rule_terms(rule: str, lr: float) -> Terms:
-    """A step of a rule that keeps numbers for each weight."""
+    """A step of a rule with buffers."""
     states = [PhiloxState(2026, k) for k in range(RULES[rule].directions)]
     return Terms.of(states, minus_lr=-lr, rule=rule, numbers=RULE_NUMBERS[rule])
+
+
+def moment_terms(lr: float, beta2: float) -> Terms:
+    """A step of AdaMeZO; with a beta2 of 0 its v is 1."""
+    states = [PhiloxState(2026, HORIZON - age) for age in range(HORIZON)]
+    sums = coefficients([5.0 * (-1) ** age for age in range(HORIZON)], (0.7, beta2))
+    return Terms.of(states, *sums, minus_lr=-lr, decay=0.999)
 
 
 def gate(
@@ -135,32 +140,25 @@ def gate(
 
 def _results(dtype: torch.dtype, backend: str, device: str) -> dict[str, list[Tensor]]:
     """What each operation gives, from the same weights."""
-    states = [PhiloxState(0x1234_5678_9ABC_DEF0, 40 - age) for age in range(HORIZON)]
-    first = [0.3 * 0.7**age * (-1) ** age * 5 for age in range(HORIZON)]
-    second = [0.1 * 0.9**age * 25 for age in range(HORIZON)]
     generator = torch.Generator().manual_seed(0)
     start = [(0.02 * torch.randn(n, generator=generator)).to(device, dtype) for n in SIZES]
     found: dict[str, list[Tensor]] = {"sample_": [torch.empty_like(w) for w in start]}
     for index, out in enumerate(found["sample_"]):
-        ops.sample_(out, states[0], parameter=index, backend=backend)
-    for rounding in ("nearest",) if dtype == torch.float32 else ("nearest", "stochastic"):
-        # A learning rate at which the update moves 16-bit weights by many units in the last place.
+        ops.sample_(out, PhiloxState(2026, 40), parameter=index, backend=backend)
+    roundings = ("nearest",) if dtype == torch.float32 else ("nearest", "stochastic")
+    # A learning rate at which the update moves 16-bit weights by many units in the last place.
+    steps = {rule: rule_terms(rule, 1e-2) for rule in RULE_NUMBERS}
+    steps |= {"AdaMeZO": moment_terms(1e-2, 0.9), "v = 1": moment_terms(1e-2, 0.0)}
+    for rounding, (name, terms) in itertools.product(roundings, steps.items()):
         options: dict[str, Any] = dict(rounding=rounding, backend=backend)
-        update = dict(lr=1e-2, eps=1e-8, weight_decay=0.1, restore=-1e-3, **options)
-        for name, v in (("AdaMeZO", second), ("v = 1", None)):
-            weights = [w.clone() for w in start]
-            plan = Plan(weights)
-            ops.perturb_(plan, states[0], 1e-3, **options)
-            found[f"perturb_, {rounding}"] = [w.clone() for w in weights]
-            ops.update_(plan, states, first, v, **update)
-            found[f"update_ ({name}), {rounding}"] = weights
-        for rule in RULE_NUMBERS:
-            weights = [w.clone() for w in start]
-            kept = [[torch.ones_like(w) for _ in range(RULES[rule].buffers)] for w in weights]
-            plan = Plan(weights).with_buffers(kept)
-            ops.perturb_(plan, rule_terms(rule, 1e-2), 1e-3, **options)
-            ops.update_terms_(plan, rule_terms(rule, 1e-2), restore=-1e-3, **options)
-            found[f"update_terms_ ({rule}), {rounding}"] = [*weights, *(b for k in kept for b in k)]
+        weights = [w.clone() for w in start]
+        buffers = RULES[terms.rule].buffers
+        kept = [[torch.ones_like(w) for _ in range(buffers)] for w in weights]
+        plan = Plan(weights).with_buffers(kept) if buffers else Plan(weights)
+        ops.perturb_(plan, terms, 1e-3, **options)
+        found[f"perturb_ ({name}), {rounding}"] = [w.clone() for w in weights]
+        ops.update_terms_(plan, terms, restore=-1e-3, **options)
+        found[f"update_terms_ ({name}), {rounding}"] = [*weights, *(b for k in kept for b in k)]
     return found
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods                         the main job's last layer; an hour
     python -m benchmarks.methods --job main              the main job; many hours
-    python -m benchmarks.methods --methods MeZO AdaMeZO --modes lora --minutes 20
+    python -m benchmarks.methods --methods MeZO AdaMeZO --modes lora
     python -m benchmarks.methods --costs                 bytes and seconds of a step
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
@@ -16,25 +16,44 @@ other options are the classes' defaults but where ENTRIES has some.
 
 A finished run is some rows at the end of benchmarks/results/methods.csv, its losses against forward
 passes, and a run that is there is not made again: stop it, go on, or work on other methods in
-another process. --costs writes benchmarks/results/methods_costs.csv.
+another process.
+
+--costs writes benchmarks/results/methods_costs.csv: seconds a step, the same over MeZO's beside it
+(where all steps are alike), and the bytes of tensors that the optimizer holds from step to step.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pandas
 import torch
 from torch import Tensor
 
 import adamezo
-from benchmarks.results import RESULTS, Row, append, conditions, parser, pick, read, settings
+from adamezo.finetune import batches
+from benchmarks.results import (
+    RESULTS,
+    Point,
+    Row,
+    conditions,
+    frame,
+    load,
+    parser,
+    pick,
+    run_once,
+    settings,
+    spread,
+    write,
+)
 
 if TYPE_CHECKING:
     from benchmarks.method_jobs import Job, Start
@@ -48,7 +67,6 @@ SEARCHING = {"layer": 3, "main": 1}
 """With how many of the seeds lr is searched."""
 PLACES = range(-2, 3)  # of the grid, in powers of sqrt(10) around an entry's centre
 FARTHEST = 6  # where it stops growing
-RUNS, COSTS = RESULTS / "methods.csv", RESULTS / "methods_costs.csv"
 
 
 def _adazeta(job: Job) -> dict[str, Any]:
@@ -114,20 +132,6 @@ ENTRIES = [
 # A run -------------------------------------------------------------------------------------------
 
 
-class Trained(NamedTuple):
-    """How a run went. Steps and forward passes are those of finished steps, seconds of steps alone;
-    a run whose loss was lost has infinity and nan for losses."""
-
-    steps: int
-    forwards: int
-    weights: int
-    seconds: float
-    validation: tuple[float, float]
-    """Loss and accuracy."""
-    curve: list[tuple[int, float, float]]
-    """(forward passes, loss, accuracy) on the test rows."""
-
-
 class Spent(Exception):
     """A step would take more forward passes than are left."""
 
@@ -162,14 +166,14 @@ def untouched(job: Job) -> tuple[float, float]:
     return job.start("full", 0).score("test")
 
 
-def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Trained:
-    from adamezo.finetune import batches
-
+def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Iterator[Point]:
+    """The points of a run. Steps and forward passes are those of finished steps, seconds of steps
+    alone; a run whose loss was lost has infinity and nan for losses."""
     start = job.start(mode, seed)
     budget = job.budget
     optimizer = entry.make(job, start, lr, seed)
     closure = Counter(entry, start, budget, optimizer=optimizer)
-    curve = [(0, *untouched(job))]
+    scores = [("test", 0, *untouched(job))]
     seconds, steps, forwards = 0.0, 0, 0
     for rows in batches(job.rows, job.batch, budget, seed):
         optimizer.param_groups[0]["lr"] = lr * (1 - closure.used / budget)
@@ -183,33 +187,17 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Trained:
             break
         seconds += time.perf_counter() - began
         steps, forwards = steps + 1, closure.used
-        if forwards >= len(curve) * budget // POINTS and len(curve) < POINTS:
-            curve.append((forwards, *start.score("test")))
-    if curve[-1][0] == forwards:  # a last step that did not fit may have come since, and gone
-        curve.pop()
-    curve.append((forwards, *start.score("test")))
+        if forwards >= len(scores) * budget // POINTS and len(scores) < POINTS:
+            scores.append(("test", forwards, *start.score("test")))
+    if scores[-1][1] == forwards:  # a last step that did not fit may have come since, and gone
+        scores.pop()
     loss, accuracy = start.score("validation")
-    validation = (loss if math.isfinite(loss) else math.inf, accuracy)
-    weights = sum(p.numel() for p in start.weights)
-    return Trained(steps, forwards, weights, seconds, validation, curve)
-
-
-def rows_of(
-    name: str, made: Trained, where: dict[str, Any], threads: int, **chosen: object
-) -> list[Row]:
-    """A run as rows; the time is that of all its steps, of which `repeats` says how many."""
-    columns = settings(**chosen, weights=made.weights, threads=threads)
-
-    def row(metric: str, unit: str, forwards: int, value: float, repeats: int = 1) -> Row:
-        key = ("methods", metric, unit, name, columns, "forwards", forwards)
-        return Row(*key, median=value, repeats=repeats, **where)
-
-    rows = [row("time", "s", made.forwards, made.seconds, made.steps)]
-    for part, points in (("validation", [(made.forwards, *made.validation)]), ("test", made.curve)):
-        for forwards, loss, accuracy in points:
-            rows.append(row(f"{part} loss", "1", forwards, loss))
-            rows.append(row(f"{part} accuracy", "1", forwards, accuracy))
-    return rows
+    validation = ("validation", forwards, loss if math.isfinite(loss) else math.inf, accuracy)
+    scores = [validation, *scores, ("test", forwards, *start.score("test"))]
+    yield "time", "s", forwards, seconds, steps
+    for part, at, loss, accuracy in scores:
+        yield f"{part} loss", "1", at, loss, 1
+        yield f"{part} accuracy", "1", at, accuracy, 1
 
 
 # The choice of lr --------------------------------------------------------------------------------
@@ -246,55 +234,100 @@ class Search:
     job: Job
     path: Path
     seeds: Sequence[int] = SEEDS
-    lrs: Sequence[float] | None = None
-    """Instead of a grid that grows."""
     searching: int | None = None
     """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
-    deadline: float = math.inf
-    threads: int = 1
     where: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, entry: Entry, mode: str) -> bool:
-        """Makes the runs that are not there yet; False if time is up before the last of them."""
-        if self.lrs is not None:
-            return self._all(entry, mode, self.lrs, self.seeds)
+    def run(self, entry: Entry, mode: str) -> None:
+        """Makes the runs that are not there yet."""
         seeds = self.seeds[: self.searching]
         places = list(PLACES)
         while True:
             rates = [rate(entry, self.job.name, mode, place) for place in places]
-            if not self._all(entry, mode, rates, seeds):
-                return False
-            losses = validated(self._there(entry, mode), lr=rates, seed=list(seeds))
+            made = self._runs(entry, mode, rates, seeds)
+            losses = validated(frame(made), lr=rates, seed=list(seeds))
             lr, side = chosen_lr(losses), at_an_edge(losses)
             assert lr is not None
             place = places[-1] + 1 if side > 0 else places[0] - 1
             if side and abs(place) > FARTHEST:
                 print(f"{mode}, {entry.name}: the best lr is the last one that is tried")
             if not side or abs(place) > FARTHEST:
-                return self._all(entry, mode, [lr], self.seeds)
+                self._runs(entry, mode, [lr], self.seeds)
+                return
             places = sorted([*places, place])
 
-    def _there(self, entry: Entry, mode: str) -> pandas.DataFrame:
-        chosen = dict(job=self.job.name, mode=mode, budget=self.job.budget)
-        return pick(read(self.path), variant=entry.name, **chosen)
+    def _runs(
+        self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]
+    ) -> list[Row]:
+        """The rows of these runs, whether they were there already or not."""
+        job, made = self.job, []
+        for lr, seed in itertools.product(rates, seeds):
+            chosen = dict(job=job.name, mode=mode, budget=job.budget, lr=lr, seed=seed)
+            columns = settings(**chosen, threads=torch.get_num_threads())
+            run = Row("methods", "", "", entry.name, columns, "forwards", **self.where)
+            make = functools.partial(train, job, entry, mode, lr, seed)
+            made += run_once(self.path, run, make)
+        return made
 
-    def _all(self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]) -> bool:
-        for lr, seed in [(lr, seed) for lr in rates for seed in seeds]:
-            if len(pick(self._there(entry, mode), lr=lr, seed=seed)):
-                continue
-            if time.monotonic() > self.deadline:
-                return False
-            began = time.perf_counter()
-            made = train(self.job, entry, mode, lr, seed)
-            chosen = dict(job=self.job.name, mode=mode, budget=self.job.budget, lr=lr, seed=seed)
-            append(self.path, rows_of(entry.name, made, self.where, self.threads, **chosen))
-            print(
-                f"{mode}, {entry.name}, lr {lr:g}, seed {seed}: validation loss "
-                f"{made.validation[0]:.4f}, test {made.curve[-1][1]:.4f}, "
-                f"{made.curve[-1][2]:.3f}; {time.perf_counter() - began:.1f} s",
-                flush=True,
+
+# What a step takes and keeps ----------------------------------------------------------------------
+
+# So small that the weights stay what they are; time does not depend on it.
+STILL = 1e-12
+
+
+def storages() -> dict[int, int]:
+    """Bytes by address of the memory of all tensors in this process, but tables of addresses."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+class Stepper:
+    """A method on a model of its own, ready to be timed: its history is full."""
+
+    def __init__(self, job: Job, entry: Entry, mode: str) -> None:
+        self.start = job.start(mode, 0)
+        before = storages()
+        self.optimizer = entry.make(job, self.start, STILL, 0)
+        self._counter = Counter(entry, self.start, 2**62, optimizer=self.optimizer)
+        for _ in range(self.optimizer.param_groups[0].get("horizon", 1) + 1):
+            self.step(range(job.batch))
+        self.kept_bytes = sum(size for at, size in storages().items() if at not in before)
+        """Of tensors that were not there before the optimizer: its own, and gradients."""
+
+    def step(self, rows: Sequence[int]) -> tuple[float, int]:
+        """Seconds and forward passes of a step."""
+        before, self._counter.rows = self._counter.used, rows
+        began = time.perf_counter()
+        self.optimizer.step(self._counter)
+        return time.perf_counter() - began, self._counter.used - before
+
+
+def cost(job: Job, entry: Entry, mode: str, repeats: int, where: dict[str, Any]) -> list[Row]:
+    """The rows of a method: its steps and MeZO's in turn, on the same batches."""
+    base, other = Stepper(job, ENTRIES[0], mode), Stepper(job, entry, mode)
+    pairs = [
+        (base.step(rows)[0], *other.step(rows))
+        for rows in batches(job.rows, job.batch, repeats, seed=0)
+    ]
+    weights = sum(p.numel() for p in other.start.weights)
+    chosen = dict(job=job.name, mode=mode, forwards=entry.forwards, weights=weights)
+    columns = settings(**chosen, threads=torch.get_num_threads())
+    measured: dict[tuple[str, str], dict[str, Any]] = {("kept", "B"): {"median": other.kept_bytes}}
+    if entry.forwards:
+        if any(forwards != entry.forwards for *_, forwards in pairs):
+            raise RuntimeError(
+                f"{entry.name} took {sorted({f for *_, f in pairs})} forward passes a step, "
+                f"expected {entry.forwards}: correct its row of ENTRIES"
             )
-        return True
+        measured["time", "s"] = spread([s for _, s, _ in pairs])
+        measured["time over MeZO's", "1"] = spread([s / of_base for of_base, s, _ in pairs])
+    return [
+        Row("methods costs", metric, unit, entry.name, columns, **values, **where)
+        for (metric, unit), values in measured.items()
+    ]
 
 
 def main() -> None:
@@ -304,39 +337,33 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", metavar="METHOD", choices=names, default=names)
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    options.add_argument("--lrs", type=float, nargs="+", help="instead of a grid that grows")
-    options.add_argument("--forwards", type=int, help=f"of a run; by job, {BUDGETS}")
-    options.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
     options.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
     arguments = options.parse_args()
-    deadline = time.monotonic() + 60 * arguments.minutes
     entries = [e for e in ENTRIES if e.name in arguments.methods]
     if arguments.job == "main":  # whose backward passes take too much time and memory here
         entries = [e for e in entries if not e.backward]
     torch.set_num_threads(arguments.threads)
-    output = arguments.output if arguments.output != RESULTS else None
 
-    from benchmarks import method_costs
     from benchmarks.method_jobs import JOBS
 
-    where, threads = conditions(), arguments.threads
-    job = JOBS[arguments.job](arguments.forwards or BUDGETS[arguments.job])
-    if arguments.costs:
-        repeats = 3 if arguments.quick else arguments.repeats
-        for mode in arguments.modes:
-            method_costs.measure(job, entries, mode, repeats, where, threads, output or COSTS)
-        return
-    seeds, lrs, searching = arguments.seeds, arguments.lrs, SEARCHING[arguments.job]
-    if arguments.quick:
-        seeds, lrs = seeds[:1], lrs or [1e-3]
-    search = Search(job, output or RUNS, seeds, lrs, searching, deadline, threads, where)
-    for mode in arguments.modes:
-        for entry in entries:
-            if not search.run(entry, mode):
-                print("time is up; the same command goes on from here", flush=True)
-                return
+    where = conditions()
+    job = JOBS[arguments.job](BUDGETS[arguments.job] // (3 if arguments.quick else 1))
+    if arguments.output == RESULTS:
+        arguments.output /= "methods_costs.csv" if arguments.costs else "methods.csv"
+    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    search = Search(job, arguments.output, seeds, SEARCHING[arguments.job], where)
+    for mode, entry in itertools.product(arguments.modes, entries):
+        if arguments.costs:
+            new = cost(job, entry, mode, arguments.repeats, where)
+            of = (entry.name, job.name, mode)
+            there = load(arguments.output)
+            others = [r for r in there if (r.variant, r.columns["job"], r.columns["mode"]) != of]
+            write(arguments.output, [*others, *new])
+            print(of, ", ".join(f"{r.metric} {r.median:.4g} {r.unit}" for r in new), flush=True)
+        else:
+            search.run(entry, mode)
 
 
 if __name__ == "__main__":

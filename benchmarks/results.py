@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import datetime
 import fcntl
-import importlib.metadata
-import math
+import functools
+import importlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,6 @@ import numpy
 import pandas
 import torch
 
-from benchmarks.clock import core_clock
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,7 +41,6 @@ RESULTS = Path(__file__).parent / "results"
 class Row:
     """One metric of one variant at one x. Seconds, bytes, hertz, or 1 for what has no unit.
 
-    `median` is empty where something could not be measured, because it did not fit into memory.
     `repeats` is how many measurements the quantiles are of; 0 says that the number was counted or
     predicted, and not timed.
     """
@@ -58,14 +58,24 @@ class Row:
     repeats: int = 0
     device: str = ""
     clock_hz: float | None = None
-    clock_source: str = ""
     torch: str = ""
-    adamezo: str = ""
     python: str = ""
     compiler: str = ""
     commit: str = ""
     command: str = ""
     date: str = ""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The settings and x by name, numbers as float."""
+        found: dict[str, Any] = {}
+        for part in filter(None, self.settings.split("; ")):
+            name, text = part.split("=", 1)
+            try:
+                found[name] = float(text)
+            except ValueError:
+                found[name] = text
+        return found | ({self.x_name: self.x_value} if self.x_name else {})
 
 
 COLUMNS = [f.name for f in fields(Row)]
@@ -73,12 +83,10 @@ NUMBERS = ["x_value", "median", "p20", "p80", "clock_hz"]
 # Settings that a row may have; a table has a column for each, empty where no row has it.
 SETTINGS = (
     *("what", "type", "horizon", "threads", "isa", "elements", "method", "part", "tokens"),
-    *("weights", "beta", "betas", "normalization", "seed", "steps", "step", "lr", "held_out"),
+    *("weights", "betas", "seed", "steps", "step", "lr", "held_out"),
     *("cycles", "update", "job", "mode", "budget", "forwards", "by", "target"),
     *("attack", "outcome"),
 )
-# Two rows with the same of these would be two answers to one question.
-IDENTITY = ["benchmark", "metric", "variant", "settings", "x_name", "x_value"]
 
 
 def settings(**columns: object) -> str:
@@ -87,21 +95,20 @@ def settings(**columns: object) -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """The columns of a Row that sum up repeated measurements; no columns for none."""
-    if not len(values):
-        return {}
+    """The columns of a Row that sum up repeated measurements."""
     p20, median, p80 = numpy.quantile(values, [0.2, 0.5, 0.8]).tolist()
     return dict(median=median, p20=p20, p80=p80, repeats=len(values))
 
 
 def _cell(value: object) -> str:
-    """Floats keep six significant digits, far below the noise of any timing."""
-    if value is None:
-        return ""
-    if isinstance(value, float) and math.isfinite(value) and value == int(value) < 1e15:
-        return str(int(value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    """Floats that are no integers keep six significant digits, far below the noise of timings."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.6g}"
+    return "" if value is None else str(value)
 
+
+Point = tuple[str, str, float, float, int]
+"""(metric, unit, x, value, repeats)"""
 
 # Files -------------------------------------------------------------------------------------------
 
@@ -110,54 +117,50 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes a file of these rows alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        _write(file, rows, header=True)
+        _write(file, [COLUMNS, *map(dataclasses.astuple, rows)])
 
 
-def append(path: Path, rows: Sequence[Row]) -> bool:
-    """Adds rows to a file that other processes may be adding to; False if they are there by now."""
+def run_once(path: Path, run: Row, make: Callable[[], Iterable[Point]]) -> list[Row]:
+    """The rows of a run, a point each, which is made and added to a file unless it is there.
+
+    Other processes may be adding other runs to the same file. `run` has what a run's rows share.
+    """
+    made = [row for row in load(path) if (row.variant, row.settings) == (run.variant, run.settings)]
+    if made:
+        print(f"{run.variant}, {run.settings}: there already", flush=True)
+        return made
+    made = [
+        dataclasses.replace(run, metric=metric, unit=unit, x_value=x, median=value, repeats=repeats)
+        for metric, unit, x, value, repeats in make()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", newline="", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        there = {_identity(row) for row in load(path)}
-        if any(_identity(row) in there for row in rows):
-            return False
-        _write(file, rows, header=not there)
-        file.flush()
-        os.fsync(file.fileno())
-    return True
+        header = [] if path.stat().st_size else [COLUMNS]
+        _write(file, [*header, *map(dataclasses.astuple, made)])
+    ends = {row.metric: f"{row.metric} {row.median:.4g}" for row in made}
+    print(f"{run.variant}, {run.settings}: {', '.join(ends.values())}", flush=True)
+    return made
 
 
-def _write(file: Any, rows: Iterable[Row], *, header: bool) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    if header:
-        writer.writerow(COLUMNS)
-    writer.writerows([_cell(value) for value in dataclasses.astuple(row)] for row in rows)
-
-
-def _identity(row: Row) -> tuple[object, ...]:
-    return tuple(getattr(row, name) for name in IDENTITY)
+def _write(file: Any, lines: Iterable[Iterable[object]]) -> None:
+    csv.writer(file, lineterminator="\n").writerows(map(_cell, line) for line in lines)
 
 
 def load(path: Path) -> list[Row]:
     """The rows of a file; none if it is not there. Other columns than a Row's are an error."""
     if not path.exists() or path.stat().st_size == 0:
         return []
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+    empty = {name: "" for name in NUMBERS}
+    types = dict.fromkeys(COLUMNS, str) | dict.fromkeys(NUMBERS, float) | {"repeats": int}
+    table = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
     if list(table.columns) != COLUMNS:
         raise ValueError(
             f"{path.name} has columns {list(table.columns)}, expected {COLUMNS}: "
             "move it away and run the benchmark again"
         )
-    return [
-        Row(**{str(name): _parsed(str(name), text) for name, text in record.items()})
-        for record in table.to_dict("records")
-    ]
-
-
-def _parsed(name: str, text: str) -> Any:
-    if name in NUMBERS:
-        return float(text) if text else None
-    return int(text) if name == "repeats" else text
+    table = table.astype(object).where(table.notna(), None)
+    return [Row(*values) for values in table.itertuples(index=False)]
 
 
 def read(*paths: Path) -> pandas.DataFrame:
@@ -169,42 +172,22 @@ def frame(rows: Sequence[Row]) -> pandas.DataFrame:
     """Rows as a table, their settings and their x as columns of their own."""
     table = pandas.DataFrame([dataclasses.astuple(row) for row in rows], columns=COLUMNS)
     table = table.astype({name: float for name in NUMBERS})
-    expanded = pandas.DataFrame([_expanded(row) for row in rows], index=table.index)
+    expanded = pandas.DataFrame([row.columns for row in rows], index=table.index)
     if unknown := set(expanded) - set(SETTINGS):
         raise ValueError(f"rows have the settings {sorted(unknown)}: add them to SETTINGS")
     return table.join(expanded.reindex(columns=list(SETTINGS)))
-
-
-def _expanded(row: Row) -> dict[str, Any]:
-    parts = (part.split("=", 1) for part in row.settings.split("; ") if part)
-    found = {name: _number(text) for name, text in parts}
-    return found | ({row.x_name: row.x_value} if row.x_name else {})
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 # Selecting ---------------------------------------------------------------------------------------
 
 
 def pick(table: pandas.DataFrame, **wanted: Any) -> pandas.DataFrame:
-    """The rows whose columns equal `wanted`, or are one of a list."""
+    """The rows whose columns equal `wanted`, are one of a list, or are empty where it is None."""
     for name, value in wanted.items():
         several = isinstance(value, (list, tuple, set))
-        table = table[table[name].isin(list(value)) if several else table[name] == value]
+        found = table[name].isin(list(value)) if several else table[name] == value
+        table = table[table[name].isna() if value is None else found]
     return table
-
-
-def only(table: pandas.DataFrame, **wanted: Any) -> float:
-    """The median of the one such row; LookupError where there is none or it was not measured."""
-    found = pick(table, **wanted)["median"].dropna()
-    if len(found) != 1:
-        raise LookupError(f"found {len(found)} rows with {wanted}, expected one")
-    return float(found.iloc[0])
 
 
 # Conditions --------------------------------------------------------------------------------------
@@ -212,13 +195,10 @@ def only(table: pandas.DataFrame, **wanted: Any) -> float:
 
 def conditions(**other: Any) -> dict[str, Any]:
     """The columns that say where, with what and when: the same for every row of a run."""
-    clock_hz, clock_source = core_clock()
     found = {
         "device": device_name(),
-        "clock_hz": clock_hz,
-        "clock_source": clock_source,
+        "clock_hz": core_clock(),
         "torch": torch.__version__,
-        "adamezo": adamezo_version(),
         "python": platform.python_version(),
         "compiler": compiler_name(),
         "commit": commit(),
@@ -232,7 +212,7 @@ def on(device: str) -> dict[str, Any]:
     """The conditions of a run on "cpu" or on "cuda", whose clock nobody has measured."""
     if device == "cpu":
         return conditions()
-    return conditions(device=torch.cuda.get_device_name(), clock_hz=None, clock_source="")
+    return conditions(device=torch.cuda.get_device_name(), clock_hz=None)
 
 
 def device_name() -> str:
@@ -264,13 +244,6 @@ def command_line() -> str:
     return " ".join([head, shlex.join(sys.argv[1:] if module else sys.argv)]).strip()
 
 
-def adamezo_version() -> str:
-    """Empty where it is used without being installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("adamezo")
-    return ""
-
-
 def commit() -> str:
     """The short commit, with a + where the tree differs from it; empty outside git."""
     # Results are what a benchmark writes: they do not make the code measured a different one.
@@ -281,6 +254,43 @@ def commit() -> str:
     ]
     head, changed = (done.stdout.strip() for done in found)
     return "" if any(done.returncode for done in found) else head + ("+" if changed else "")
+
+
+# A chain of register additions, each of which needs the one before it: one cycle each on every core
+# that we know. The empty assembly keeps the compiler from folding the chain; a register and not a
+# constant is added, because some cores eliminate constant additions at rename.
+_SOURCE = """
+#include <stdint.h>
+#include <time.h>
+#define ADD x += y; __asm__ volatile("" : "+r"(x));
+#define ADD8 ADD ADD ADD ADD ADD ADD ADD ADD
+double additions_per_second(uint64_t rounds, uint64_t y) {
+    uint64_t x = 0;
+    struct timespec a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (uint64_t i = 0; i < rounds; ++i) { ADD8 ADD8 ADD8 ADD8 ADD8 ADD8 ADD8 ADD8 }
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    return 64.0 * (double)rounds
+        / ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+}
+"""
+
+
+@functools.cache
+def core_clock() -> float | None:
+    """Hertz of a busy core, measured; None where there is no C compiler."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / "clock.so")
+        command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+        subprocess.run(command, input=_SOURCE, text=True, check=True)
+        measure = ctypes.CDLL(library).additions_per_second
+        measure.restype = ctypes.c_double
+        measure.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+        # About 1 ms a try, shorter than a time slice: the fastest was not interrupted.
+        return float(max(measure(50_000, 1) for _ in range(200)))
 
 
 def parser(text: str, output: str) -> argparse.ArgumentParser:

@@ -1,60 +1,45 @@
 """What does a step cost, and how much of it is the optimizer?
 
-    python -m benchmarks.step            about 15 minutes on two cores
-    python -m benchmarks.step --quick    three minutes: fewer variants and repeats
+    python -m benchmarks.step                about 15 minutes on two cores
+    python -m benchmarks.step --quick        three minutes: one job, three repeats
+    python -m benchmarks.step paper_gpu      about 5 minutes on an H100
+    python -m benchmarks.step horizon_cpu    minutes; and horizon_gpu
 
-The main job: SmolLM2-135M in float32 with 16 sequences of 32 and of 128 tokens. Two bare forwards;
-MeZO and AdaMeZO as ours, as pure torch at its best and as the released codes have them; a method
-that stores a Hessian; AdamW by backpropagation. A step is split at the moments when its closure
-begins and ends. Peak memory is measured in a process of its own for each variant. Writes
-benchmarks/results/step_cpu.csv.
+step_cpu is the main job: SmolLM2-135M in float32, 16 sequences of 32 and of 128 tokens. paper_gpu
+is a model of OPT-1.3B's shapes with random weights, in bfloat16 and float16, with 16 sequences of
+64 and of 256 tokens, as AdaMeZO's paper (arXiv 2605.00650) has the time of a step in its Table 7
+and the peak memory in Table 4. Both have two bare forwards; MeZO and AdaMeZO as ours, as pure torch
+at its best and as the released codes have them; AdamW by backpropagation. horizon_cpu and
+horizon_gpu are AdaMeZO against its horizon, in one job of each.
+
+A step is split at the moments when its closure begins and ends. Peak memory is measured in a
+process of its own for each variant. Writes benchmarks/results/PLAN.csv.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import math
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adamezo.measure import PeakMemory
 from benchmarks.harness import Marks, gate
-from benchmarks.results import Row, conditions, parser, settings, spread, write
-from benchmarks.step_jobs import (
-    ADAMEZO,
-    ADAMEZO_20,
-    ADAMW,
-    BARE,
-    EXACT,
-    FORWARDS,
-    HIZOO,
-    MEZO,
-    OURS,
-    RELEASED,
-    TORCH,
-    Closure,
-    Job,
-    Method,
-    Step,
-)
+from benchmarks.results import RESULTS, Row, on, parser, settings, spread, write
+from benchmarks.step_jobs import BARE, FORWARDS, OURS, PLANS, Closure, Job, Method, Plan, Step
 
 PARTS = ("forwards", "perturbation", "update")
-SHORT, LONG = (Job("step", "SmolLM2-135M", "float32", length) for length in (32, 128))
-
-
-# Time --------------------------------------------------------------------------------------------
+ENOUGH_S = 20.0  # no more steps of a method that has taken so long, if it has made two
 
 
 @dataclass
@@ -62,14 +47,12 @@ class Split:
     """Seconds of a step's parts, by the moments at which its closure begins and ends."""
 
     method: Method
-    step: Step | None
+    step: Step
     closure: Closure
     device: str
     seconds: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
 
     def once(self) -> None:
-        if self.step is None:
-            return
         if self.device == "cuda":
             torch.cuda.synchronize()  # a step begins when the one before it has ended
         marks = Marks(self.device)
@@ -80,16 +63,7 @@ class Split:
             marks.add()
             return loss
 
-        try:
-            loss = self.step(timed)
-        except torch.OutOfMemoryError:
-            print(f"{self.method}: does not fit into memory", flush=True)
-            self.step = None
-            self.forget()
-        if self.step is None:  # now that the error holds on to nothing
-            gc.collect()
-            torch.cuda.empty_cache()
-            return
+        loss = self.step(timed)
         marks.add()
         gaps = marks.gaps()
         expected = FORWARDS[self.method.method]
@@ -133,18 +107,15 @@ def row(
         type=job.type,
         tokens=job.tokens,
         threads=torch.get_num_threads() if job.device == "cpu" else 1,
-        weights=values.pop("weights", ""),
     )
     name = (job.benchmark, metric, unit, method.variant, columns, "horizon", method.horizon)
     return Row(*name, **values, **where)
 
 
-def measure(job: Job, methods: Mapping[Method, int], where: dict[str, Any]) -> list[Row]:
-    """Rows for the whole step and each part; `methods` gives each method's number of repeats. The
-    last row is the size of the model's largest module.
-
-    A method that did not fit into memory has rows without a time.
-    """
+def measure(
+    job: Job, methods: Iterable[Method], where: dict[str, Any], repeats: int = 7
+) -> list[Row]:
+    """Rows for the whole step and each part of each method."""
     model = job.load()
     closure = job.closure(model)
     able = runnable(methods, job.device)
@@ -152,53 +123,29 @@ def measure(job: Job, methods: Mapping[Method, int], where: dict[str, Any]) -> l
     weights = [(p, p.data, p.detach().clone()) for p in model.parameters()]
     with torch.no_grad():
         closure()
-    for done in range(max(methods.values())):
+    for done in range(-1, repeats):
         for split in splits:
-            if done >= methods[split.method]:
+            if done > 1 and sum(split.total) > ENOUGH_S:
                 continue
-            # The first step of each is its warm-up, except where one costs many seconds: the
-            # methods take turns, so the model and the allocator are warm by then.
-            if done == 0 and (job.device == "cuda" or split.method.variant in (*OURS, "forward")):
-                split.once()
-                split.forget()
             split.once()
+            if done < 0:
+                split.forget()  # a warm-up
             # The released codes' way moves weights to new addresses, at which ours would have to
             # look anew; and no method shall step from where another one's rounding has led.
             for parameter, data, values in weights:
                 parameter.data = data.copy_(values)
                 parameter.grad = None
-        if done == 0:
-            left = sum(sum(s.total) * (methods[s.method] - 1) for s in splits if s.step)
-            print(f"{job.tokens} {job.type}: {left:.0f} s after the first round", flush=True)
-    elements = sum(p.numel() for p in model.parameters())
     made = []
     for split in splits:
         for part, seconds in (("step", split.total), *split.seconds.items()):
-            columns = dict(part=part, weights=elements, **spread(seconds))
-            made.append(row(job, split.method, "time", "s", where, **columns))
-        if split.total:
-            parts = ", ".join(f"{p} {statistics.median(s):.3g} s" for p, s in split.seconds.items())
-            print(f"{job.tokens} {job.type} {split.method}: {parts}", flush=True)
-    size = largest_module(model)
-    made.append(row(job, Method("weights", ""), "largest module", "B", where, median=size))
+            made.append(row(job, split.method, "time", "s", where, part=part, **spread(seconds)))
+        parts = ", ".join(f"{p} {statistics.median(s):.3g} s" for p, s in split.seconds.items())
+        print(f"{job.tokens} {job.type} {split.method}: {parts}", flush=True)
     return made
 
 
-def largest_module(model: nn.Module) -> int:
-    """Bytes of the trainable weights of the module that has the most of its own."""
-    return max(
-        sum(p.numel() * p.element_size() for p in module.parameters(False) if p.requires_grad)
-        for module in model.modules()
-    )
-
-
-# Memory ------------------------------------------------------------------------------------------
-
-TOO_MUCH = "out of memory"
-
-
-def peak_here(job: Job, method: Method) -> int | str | None:
-    """The peak of this process over two steps; None where it cannot be measured."""
+def peak_here(job: Job, method: Method) -> int | None:
+    """The peak of this process over two steps; None where a process cannot reset its peak."""
     model = job.load()
     closure = job.closure(model)
     step = method.make(model, job.device)
@@ -208,96 +155,67 @@ def peak_here(job: Job, method: Method) -> int | str | None:
     gc.collect()
     peak = PeakMemory(torch.device(job.device))
     peak.reset()
-    try:
-        for _ in range(2):
-            step(closure)
-    except torch.OutOfMemoryError:
-        return TOO_MUCH
+    for _ in range(2):
+        step(closure)
     return peak.read()
 
 
 def measure_peaks(job: Job, methods: Iterable[Method], where: dict[str, Any]) -> list[Row]:
     """Peak memory of each method, that of a bare forward first, each in a new process."""
     made: list[Row] = []
+    new = multiprocessing.get_context("spawn")
     for method in [BARE, *runnable(methods, job.device)]:
-        wanted = json.dumps({"job": asdict(job), "method": asdict(method)})
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.step", "--peak", wanted],
-            # Of memory in use: glibc would keep up to hundreds of MiB of what was freed, or not.
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(f"peak of {wanted} failed: {done.stderr.strip()[-2000:]}")
-        peak = json.loads(done.stdout.splitlines()[-1])
+        # Of memory in use: glibc would keep up to hundreds of MiB of what was freed, or not.
+        with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}):
+            with ProcessPoolExecutor(1, new) as process:
+                peak = process.submit(peak_here, job, method).result()
         if peak is None:
             print("peak memory: not measured, this system does not let a process reset its peak")
             return []
-        measured = {} if peak == TOO_MUCH else dict(median=peak, repeats=2)
-        made.append(row(job, method, "peak memory", "B", where, **measured))
-        text = f"peak {peak / 2**20:.0f} MiB" if measured else TOO_MUCH
-        print(f"{job.tokens} {job.type} {method}: {text}", flush=True)
+        made.append(row(job, method, "peak memory", "B", where, median=peak, repeats=2))
+        print(f"{job.tokens} {job.type} {method}: peak {peak / 2**20:.0f} MiB", flush=True)
     return made
 
 
-# The main job ------------------------------------------------------------------------------------
-
-
-def plan(job: Job, quick: bool) -> dict[Method, int]:
-    """How often each method steps: fewer times where a step takes many seconds."""
-    ours = (3 if quick else 7) if job == SHORT else (2 if quick else 4)
-    counts = dict.fromkeys([BARE, MEZO, ADAMEZO, EXACT], ours)
-    if quick:
-        return counts | ({RELEASED[MEZO]: 1, RELEASED[ADAMEZO]: 1} if job == SHORT else {})
-    counts[ADAMEZO_20] = 5 if job == SHORT else 3
-    slow = [RELEASED[MEZO], RELEASED[ADAMEZO], TORCH[MEZO], TORCH[ADAMEZO], ADAMW]
-    return counts | (dict.fromkeys([*slow, HIZOO], 3) if job == SHORT else dict.fromkeys(slow, 2))
-
-
-def peaks(job: Job, quick: bool) -> list[Method]:
-    """Whose peak memory is measured."""
-    if quick:
-        return [ADAMEZO, EXACT] if job == SHORT else []
-    few = [ADAMEZO, RELEASED[MEZO], RELEASED[ADAMEZO]]
-    return [MEZO, EXACT, *few, HIZOO, ADAMW] if job == SHORT else few[:1]
-
-
-def run(
-    jobs: Iterable[Job],
-    plan: Callable[[Job, bool], Mapping[Method, int]],
-    peaks: Callable[[Job, bool], list[Method]],
-    where: dict[str, Any],
-    output: Path,
-    quick: bool,
-) -> list[Row]:
-    """Times all jobs, then measures their memory, and writes what there is after each."""
-    jobs, start = list(jobs), time.perf_counter()
+def run(plan: Plan, where: dict[str, Any], output: Path, *, quick: bool = False) -> list[Row]:
+    """All rows of a plan, which are written after each job."""
     made: list[Row] = []
+    jobs = plan.jobs[:1] if quick else plan.jobs
     for job in jobs:
-        made += measure(job, plan(job, quick), where)
+        made += measure(job, plan.methods, where, 3 if quick else 7)
         write(output, made)
         gc.collect()  # the model, before the next one is loaded
     for job in jobs:
-        if methods := peaks(job, quick):
-            made += measure_peaks(job, methods, where)
+        if job.type == jobs[0].type:
+            made += measure_peaks(job, plan.peaks[:2] if quick else plan.peaks, where)
             write(output, made)
-    print(f"{len(made)} rows in {time.perf_counter() - start:.0f} s: {output.name}")
+    print(f"{len(made)} rows: {output.name}")
     return made
 
 
 def main() -> None:
-    options = parser(__doc__, "step_cpu.csv")
-    options.add_argument("--peak", metavar="JSON", help=argparse.SUPPRESS)
-    options.add_argument("--model", default=SHORT.model, help="one of benchmarks.step_jobs.MODELS")
+    options = parser(__doc__, "")
+    options.add_argument("plan", nargs="?", default="step_cpu", choices=PLANS)
+    options.add_argument("--model", help="another of benchmarks.step_jobs.MODELS")
+    options.add_argument("--device", choices=("cpu", "cuda"), help="another one, to try it out")
     arguments = options.parse_args()
-    if arguments.peak:
-        wanted = json.loads(arguments.peak)
-        print(json.dumps(peak_here(Job(**wanted["job"]), Method(**wanted["method"]))))
-        return
-    gate([torch.float32], backend="native")
-    jobs = [Job(j.benchmark, arguments.model, j.type, j.length) for j in (SHORT, LONG)]
-    run(jobs, plan, peaks, conditions(), arguments.output, arguments.quick)
+    if arguments.output == RESULTS:
+        arguments.output /= f"{arguments.plan}.csv"
+    plan = PLANS[arguments.plan]
+    other = {k: v for k in ("model", "device") if (v := getattr(arguments, k))}
+    plan = replace(plan, jobs=[replace(job, **other) for job in plan.jobs])
+    device = plan.jobs[0].device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"step: torch {torch.__version__} finds no CUDA device; --model OPT-tiny --device cpu "
+            "--output FILE tries the plan out without one"
+        )
+    ours = [m for m in runnable(plan.methods, device) if m.variant in OURS]
+    types = dict.fromkeys(getattr(torch, job.type) for job in plan.jobs)
+    for backend in sorted({m.backend(device) for m in ours}):
+        gate(types, backend=backend, device=device)
+        print(f"bits equal the reference's: {backend}", flush=True)
+    run(plan, on(device), arguments.output, quick=arguments.quick)
 
 
 if __name__ == "__main__":

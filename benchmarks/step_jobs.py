@@ -1,14 +1,11 @@
-"""What steps are measured of: a `Job` is a model, a batch and a device, a `Method` an optimizer.
-
-`benchmarks.step`, `benchmarks.paper` and `benchmarks.horizon` measure different ones in one way.
-"""
+"""What benchmarks.step measures: jobs (a model, a batch, a device), methods, plans of both."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 
 from adamezo import AdaMeZO
 from adamezo_kernels.backends import BACKENDS
-from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer, StoredHessian
+from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer
 
 SEED = 2026
 # So small that hundreds of steps leave the weights what they are; time does not depend on it.
@@ -25,8 +22,6 @@ LR = 1e-12
 
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure], object]
-
-# Jobs --------------------------------------------------------------------------------------------
 
 
 def main_model(dtype: torch.dtype) -> nn.Module:
@@ -92,9 +87,7 @@ class Job:
         return closure
 
 
-# Methods -----------------------------------------------------------------------------------------
-
-FORWARDS = {"bare": 2, "MeZO": 2, "AdaMeZO": 2, "HiZOO": 3, "AdamW": 1}
+FORWARDS = {"bare": 2, "MeZO": 2, "AdaMeZO": 2, "AdamW": 1}
 
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -131,16 +124,14 @@ class Method:
         """Why it cannot run on this device; empty where it can."""
         if self.variant not in OURS:
             return ""
-        name = self.backend(device)
-        backend, kind = BACKENDS[name], OURS[self.variant].get("distribution", "exact")
+        backend = BACKENDS[self.backend(device)]
+        kind = OURS[self.variant].get("distribution", "exact")
         available, reason = backend.availability()
-        if not available:
-            return f"backend {name!r} is not available: {reason}"
-        if not backend.supports(torch.device(device)):
-            return f"backend {name!r} does not run on {device}"
-        return (
-            "" if kind in backend.DISTRIBUTIONS else f"backend {name!r} has no {kind!r} directions"
-        )
+        if available and not backend.supports(torch.device(device)):
+            reason = f"it does not run on {device}"
+        elif available:
+            reason = "" if kind in backend.DISTRIBUTIONS else f"it has no {kind!r} directions"
+        return f"backend {self.backend(device)!r}: {reason}" if reason else ""
 
     def make(self, model: nn.Module, device: str = "cpu") -> Step:
         """The `step` of a new optimizer; its time is that of any step after the first `horizon`."""
@@ -150,8 +141,6 @@ class Method:
             # Its default eps is 0 in float16, and some gradients are 0.
             adamw = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
             return functools.partial(backpropagation, adamw)
-        if self.method == "HiZOO":
-            return StoredHessian(model.parameters(), lr=LR).step
         # Two alternating values, as losses of +-1e-3 about a level would give.
         grads = [0.5 * (-1) ** age for age in range(self.horizon)]
         if self.variant not in OURS:
@@ -201,6 +190,46 @@ MEZO = Method("ours", "MeZO", 1)
 ADAMEZO, ADAMEZO_20 = (Method("ours", "AdaMeZO", horizon) for horizon in (10, 20))
 EXACT = Method("ours, exact perturbation", "AdaMeZO", 10)
 RELEASED = {m: Method("as released", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}
-TORCH = {m: Method("torch", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}
-HIZOO = Method("library calls", "HiZOO", 1)
+TORCH = {m: Method("torch", m.method, m.horizon) for m in (MEZO, ADAMEZO)}
 ADAMW = Method("backpropagation", "AdamW", 1)
+ONLY_GPU = [
+    Method(variant, "AdaMeZO", horizon)
+    for variant in ("ours, fast directions", "ours, Triton")
+    for horizon in (10, 20)
+]
+BY_HORIZON = {h: Method("ours", "AdaMeZO", h) for h in (1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 64)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured in each job: the time of some methods, and the peak memory of some. Memory
+    is measured in the jobs of the first type, as it does not depend on which 16 bits a weight is
+    in."""
+
+    jobs: Sequence[Job]
+    methods: Sequence[Method]
+    peaks: Sequence[Method]
+
+
+SHORT, LONG = (Job("step", "SmolLM2-135M", "float32", length) for length in (32, 128))
+GPU_TYPES, GPU_LENGTHS = ("bfloat16", "float16"), (64, 256)
+GPU_JOBS = [
+    Job("paper", "OPT-1.3B", kind, length, device="cuda")
+    for kind in GPU_TYPES
+    for length in GPU_LENGTHS
+]
+METHODS = [
+    *(BARE, MEZO, ADAMEZO, ADAMEZO_20, *ONLY_GPU, EXACT),
+    *(RELEASED[MEZO], RELEASED[ADAMEZO], RELEASED[ADAMEZO_20]),
+    *(TORCH[MEZO], TORCH[ADAMEZO], ADAMW),
+]
+PEAKS = [MEZO, ADAMEZO, EXACT, RELEASED[MEZO], RELEASED[ADAMEZO], ADAMW]
+H_JOBS = [replace(job, benchmark="horizon") for job in (SHORT, GPU_JOBS[1])]
+H_PEAKS = [BY_HORIZON[h] for h in (1, 10, 64)]
+PLANS = {
+    "step_cpu": Plan([SHORT, LONG], [m for m in METHODS if m != RELEASED[ADAMEZO_20]], PEAKS),
+    "paper_gpu": Plan(GPU_JOBS, METHODS, [*PEAKS, ADAMEZO_20, ONLY_GPU[2]]),
+    "horizon_cpu": Plan(H_JOBS[:1], list(BY_HORIZON.values()), H_PEAKS),
+    "horizon_gpu": Plan(H_JOBS[1:], list(BY_HORIZON.values()), H_PEAKS),
+}
+"""By the file that `benchmarks.step` writes."""

@@ -1,7 +1,8 @@
 """Writes the tables of the documents and draws the plots, from the files of results alone.
 
-python -m benchmarks.render            all of them
-python -m benchmarks.render --check    writes nothing; fails if a table is out of date
+python -m benchmarks.render                   all of them
+python -m benchmarks.render --check           writes nothing; fails if a table is out of date
+python -m benchmarks.render --plots FOLDER    plots what is in another folder of results, there
 """
 
 from __future__ import annotations
@@ -13,88 +14,66 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import demands, kernels, steps, training
-from benchmarks.render.style import conditions, markdown, rewrite
+from benchmarks.render import kernels, steps, training
+from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
+from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
 
 ROOT = Path(__file__).parent.parent.parent
 Block = Callable[[pandas.DataFrame], str]
-
-
-def summary(rows: pandas.DataFrame) -> str:
-    """The few numbers of the README: one core's kernels, then the main job's step."""
-    body: list[tuple[object, ...]] = []
-    some = pick(kernels.table_of(rows), type="bfloat16", elements=1e7, threads=1)
-    for title, what, horizon in [
-        ("theta += c z, one core", "perturb", 1),
-        ("AdaMeZO update, H = 10, one core", "update", 10),
-        ("AdaMeZO update, H = 20, one core", "update", 20),
-    ]:
-        found = pick(some, what=what, horizon=horizon)
-        ours = pick(found, variant="native").speed.max()
-        others = [pick(found, variant=v).speed.iloc[0] for v in ("torch", "torch plain")]
-        cells = [f"{speed:,.0f} M/s ({ours / speed:.1f}x)" for speed in others]
-        body.append((f"{title}, bfloat16", f"{ours:,.0f} M/s", *cells))
-    timed = pick(rows, benchmark="step", part="step").dropna(subset="median")
-    for tokens in ("16x32", "16x128"):
-        for method, horizon in (("MeZO", 1), ("AdaMeZO", 10)):
-            found = pick(timed, tokens=tokens, method=method, horizon=horizon)
-            seconds = found.set_index("variant")["median"]
-            ours, fast = seconds["ours"], seconds["torch"]
-            of_h = "" if method == "MeZO" else f", H = {horizon}"
-            title = f"{method} step{of_h}, {tokens.replace('x', ' x ')} tokens"
-            body.append((title, f"{ours:.2f} s", f"{fast:.2f} s ({fast / ours:.1f}x)", ""))
-    return markdown(("", "adamezo", "torch at its fastest", "torch as one writes it"), body)
-
-
-def conditions_of(*benchmarks: str) -> Block:
-    return lambda rows: conditions(rows, *benchmarks)
-
+BOTH_OPERATIONS = [("perturb", 1), ("update", 10)]
+BASELINES = partial(
+    kernels.speeds,
+    columns=kernels.BASELINES,
+    cases=[*BOTH_OPERATIONS, ("update", 20)],
+    types=["bfloat16"],
+)
+STEP = partial(steps.by_job, metric="time", part="step")
+MEMORY = partial(steps.by_job, metric="peak memory")
+BOTH = ["step", "paper"]
 
 PAGES: dict[str, dict[str, Block]] = {
-    "README.md": {"numbers": summary},
+    "README.md": {
+        "kernels": BASELINES,
+        "steps": partial(
+            STEP, benchmark="step", reference="torch", variant=["ours", "torch"], horizon=[1, 10]
+        ),
+    },
     "docs/performance.md": {
-        "conditions": conditions_of("kernels", "step"),
-        "demands": partial(demands.table, demands=demands.KERNELS_AND_STEP),
-        "kernels": kernels.speeds,
-        "baselines": kernels.baselines,
-        "kinds": kernels.kinds,
-        "threads": kernels.threads,
+        "conditions": partial(conditions, benchmarks=["kernels", "step", "budget"]),
+        "kernels": partial(kernels.speeds, columns=kernels.ISAS, cases=kernels.ALL),
+        "baselines": BASELINES,
+        "kinds": partial(
+            kernels.speeds, columns=kernels.KINDS, cases=BOTH_OPERATIONS, types=kernels.TYPES[1:]
+        ),
+        "threads": partial(
+            kernels.speeds, columns=kernels.THREADS, cases=BOTH_OPERATIONS, sizes=[1e6, 1e7, 1e8]
+        ),
         "fits": kernels.fits,
         "step": partial(steps.parts, benchmark="step"),
-        "memory": steps.memory,
+        "memory": partial(MEMORY, benchmark="step", reference=BARE),
         "budget": kernels.budget,
     },
     "docs/paper.md": {
-        "paper_conditions": conditions_of("step", "paper"),
-        "paper_gpu": partial(
-            steps.on_a_gpu, benchmark="paper", command="python -m benchmarks.paper"
-        ),
-        "paper_time": partial(steps.beside_the_paper, what="step"),
-        "paper_memory": partial(steps.beside_the_paper, what="peak"),
-        "paper_demands": partial(demands.table, demands=demands.PAPER),
+        "paper_conditions": partial(conditions, benchmarks=BOTH),
+        "paper_time": partial(STEP, benchmark=BOTH, reference=RELEASED[MEZO]),
+        "paper_memory": partial(MEMORY, benchmark=BOTH, reference=RELEASED[MEZO]),
         "paper_split": partial(steps.parts, benchmark="paper"),
     },
     "docs/horizon.md": {
-        "horizon_conditions": conditions_of("horizon"),
-        "horizon_gpu": partial(
-            steps.on_a_gpu,
-            benchmark="horizon",
-            command="python -m benchmarks.horizon --device cuda",
-        ),
-        "horizon_advice": steps.advice,
-        "horizon_cost": steps.cost,
-        "horizon_distance": steps.distance,
+        "horizon_conditions": partial(conditions, benchmarks=["horizon"]),
+        "horizons": steps.horizons,
+        "horizon_cost": partial(STEP, benchmark="horizon", reference=BY_HORIZON[1]),
+        "horizon_memory": partial(MEMORY, benchmark="horizon", reference=BARE),
     },
     "docs/perturbation.md": {
         "drift-cycles": training.cycles,
         "drift-update": training.update,
-        "drift-steps": training.steps,
-        "faithful": training.large,
-        "small-steps": training.small,
+        "faithful": partial(training.ends, kind="large", second="held-out accuracy"),
+        "small-steps": partial(training.ends, kind="small", second="distance from the start"),
     },
     "docs/methods.md": {
-        "methods_conditions": training.method_conditions,
+        "methods_conditions": partial(conditions, benchmarks=["methods", "methods costs"]),
         **{
             f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
             for job in training.BUDGETS
@@ -123,7 +102,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
-    parser.add_argument("--plots", type=Path, help="draw what is in this folder of results there")
+    parser.add_argument("--plots", type=Path, help="a folder of results, and of plots")
     arguments = parser.parse_args()
     folder = arguments.plots or RESULTS
     rows = read(*sorted(folder.glob("*.csv")))

@@ -19,10 +19,7 @@ COLOURS = {
     "forwards": "#d5d8dc",
     "perturbation": "#e0a030",
     "update": "#1b4f9c",
-    "step": "#333333",
     "float32": "#333333",
-    "bfloat16": "#c8553d",
-    "float16": "#1b4f9c",
     "bfloat16 in place, nearest": "#c8553d",
     "bfloat16 in place, stochastic": "#e0a030",
     "bfloat16 exact": "#1b4f9c",
@@ -60,34 +57,23 @@ def over(table: pandas.DataFrame, by: Sequence[str], **reference: Any) -> numpy.
     return found.to_numpy() / table["median"].to_numpy()
 
 
-def fit(x: Any, y: Any) -> tuple[float, float, float]:
-    """Least squares y = slope x + intercept of positive y; returns slope, intercept, R^2.
-
-    Points weigh 1 / y^2, since a time's noise is proportional to it: unweighted, the largest of
-    sizes over four decades would decide alone.
-    """
-    x, y = numpy.asarray(x, float), numpy.asarray(y, float)
-    slope, intercept = numpy.polyfit(x, y, 1, w=1 / y)
-    mean = numpy.average(y, weights=y**-2)
-    left, all_of_it = ((slope * x + intercept - y) / y) ** 2, ((y - mean) / y) ** 2
-    return float(slope), float(intercept), float(1 - left.sum() / all_of_it.sum())
-
-
-def conditions(rows: pandas.DataFrame, *benchmarks: str) -> str:
-    """Where, with what and when, of the first row of each benchmark and device; and how far the
-    timings of the same spread, in the middle."""
+def conditions(rows: pandas.DataFrame, benchmarks: Sequence[str]) -> str:
+    """Where, with what and when each benchmark was run, of the first row of each commit; and how
+    far its timings spread, in the middle."""
+    key = ["benchmark", "device", "commit"]
+    some = pick(rows, benchmark=benchmarks)
+    timed = pick(some, metric="time").dropna(subset="p80")
+    spread = ((timed.p80 - timed.p20) / timed["median"]).groupby([timed[k] for k in key]).median()
     body = []
-    for _, some in pick(rows, benchmark=benchmarks).groupby(["benchmark", "device"], sort=False):
-        first = some.iloc[0]
-        timed = pick(some, metric="time").dropna(subset="median")
-        spread = ((timed.p80 - timed.p20) / timed["median"]).median()
-        known = first.clock_hz > 0
-        clock = f"{first.clock_hz / 1e9:.2f} GHz ({first.clock_source})" if known else ""
-        software = f"torch {first.torch}, Python {first.python}, {first.compiler}"
-        cells = (first.device, clock, software, first.commit, first.date, f"{spread:.1%}")
-        body.append((f"`{first.command}`", *cells))
+    for first in some.drop_duplicates(key).itertuples():
+        clock = f"{first.clock_hz / 1e9:.2f} GHz" if first.clock_hz > 0 else ""
+        found = (f"torch {first.torch}", f"Python {first.python}", first.compiler)
+        software = ", ".join(filter(None, found))
+        middle = spread.get(tuple(getattr(first, k) for k in key))
+        cells = (first.device, clock, software, first.commit, first.date)
+        body.append((f"`{first.command}`", *cells, f"{middle:.1%}" if middle else ""))
     header = ("command", "device", "clock of a core", "software", "commit", "date", "spread")
-    return markdown(header, body)
+    return markdown(header, body) if body else NOT_YET
 
 
 def figure(
@@ -111,8 +97,11 @@ def save(made: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     for axis in made.axes:
-        if not axis.containers or axis.get_xscale() == "log":  # of lines, and not of bars
+        if axis.lines and not axis.containers:
             axis.grid(True, which="major", color="#eeeeee")
+    if not any(axis.get_legend() for axis in made.axes):  # what the first panel has, all have
+        labels = made.axes[0].get_legend_handles_labels()
+        made.legend(*labels, loc="outside right upper", frameon=False, fontsize=8)
     # No date or version inside, so that the same rows give the same file.
     made.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(made)
