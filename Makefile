@@ -22,7 +22,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench nvcc gpu-check gpu-bench clean
+.PHONY: help setup demo test stress lint format bench nvcc gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -58,6 +58,11 @@ demo: $(READY) ## fine-tune SmolLM2-135M-Instruct on movie reviews with forward 
 
 test: $(READY) ## every test that this machine can run; TESTS=tests/test_x.py for some
 	$(PY) -m pytest $(TESTS)
+
+# SIGKILLs take half a minute each; the rest has the counts of docs/reliability.md.
+stress: $(READY) ## attacks on runs, logs and states, which `make test` has in small counts; minutes
+	$(PY) -m tests.stress interruptions inputs logs headers states --output build/stress.csv
+	$(PY) -m tests.stress kills --scale 0.06 --output build/stress.csv
 
 lint: $(READY) ## ruff, clang-format, mypy; changes nothing
 	$(PY) -m ruff check .
