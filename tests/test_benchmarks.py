@@ -377,7 +377,14 @@ def test_tables_show_what_the_rows_say():
 def test_ours_beside_library_calls_is_the_exact_kernel():
     """And not a faster one of other directions."""
     table = kernel_tables.speeds(kernel_rows(1.0), kernel_tables.BASELINES, [("update", 10)])
-    assert "| 160 (16.0x, 2.19 c) | 10 | 2.5 (0.2x, 140.00 c) |" in table
+    assert "| 160 (16.0x, 2.19 c) | 2.5 (0.2x, 140.00 c) | 10 |" in table
+
+
+def test_committed_tables_have_no_empty_columns(committed):
+    """A table is of the sizes at which what it compares was timed."""
+    for name in ("baselines", "kinds", "threads"):
+        lines = pages.PAGES["docs/performance.md"][name](committed).splitlines()
+        assert all(cell.strip() for line in lines for cell in line.split("|")[2:-1]), name
 
 
 def test_what_was_not_measured_is_said():

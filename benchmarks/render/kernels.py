@@ -43,8 +43,8 @@ ISAS: Columns = {
 }
 BASELINES: Columns = {
     "ours, AVX-512": dict(line="avx512"),
-    "torch": dict(line="torch"),
     "as released": dict(line="as released"),
+    "torch": dict(line="torch"),
 }
 KINDS: Columns = {
     "exact": dict(line="avx512"),
