@@ -22,7 +22,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench nvcc gpu-check gpu-bench clean
+.PHONY: help setup demo test stress lint format bench nvcc gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -59,6 +59,11 @@ demo: $(READY) ## fine-tune SmolLM2-135M-Instruct on movie reviews with forward 
 test: $(READY) ## every test that this machine can run; TESTS=tests/test_x.py for some
 	$(PY) -m pytest $(TESTS)
 
+# SIGKILLs take half a minute each; the rest has the counts of docs/reliability.md.
+stress: $(READY) ## attacks on runs, logs and states, which `make test` has in small counts; minutes
+	$(PY) -m tests.stress interruptions inputs logs headers states --output build/stress.csv
+	$(PY) -m tests.stress kills --scale 0.06 --output build/stress.csv
+
 lint: $(READY) ## ruff, clang-format, mypy; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -70,10 +75,13 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 	$(PY) -m ruff format .
 	clang-format -i $(CPP_FILES) $(CPP_TESTS)
 
-bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results
+bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results, tables in docs
 	$(PY) -m benchmarks.kernels
 	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.step horizon_cpu
 	$(PY) -m benchmarks.horizon
+	$(PY) -m benchmarks.python_part
+	$(PY) -m benchmarks.render
 
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
 	cmake -S . -B build/nvcc -G Ninja -DADAMEZO_CUDA=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
@@ -86,9 +94,10 @@ gpu-check: $(READY) ## the tests that need a CUDA device; an error where there i
 	$(PY) -m pytest -m gpu
 
 gpu-bench: $(READY) ## kernels and whole steps on a CUDA device, beside torch and the paper; CSV and plots
-	$(PY) -m benchmarks.paper
-	$(PY) -m benchmarks.horizon --device cuda
-	$(PY) -m benchmarks.gpu_kernels
+	$(PY) -m benchmarks.step paper_gpu
+	$(PY) -m benchmarks.step horizon_gpu
+	$(PY) -m benchmarks.kernels --device cuda
+	$(PY) -m benchmarks.render
 
 clean: ## remove what was built; `rm -rf .venv` removes the environment
 	rm -rf build dist *.egg-info python_api/*.egg-info adamezo_kernels/_native*.so $(VENV)/package.stamp

@@ -1,245 +1,233 @@
-"""How fast are the kernels, beside pure torch and beside memcpy?
+"""How fast are the kernels, beside pure torch and beside a copy?
 
-    python -m benchmarks.kernels            about 6 minutes on two cores
-    python -m benchmarks.kernels --quick    under a minute; fewer sizes, types and repeats
+    python -m benchmarks.kernels                  about 6 minutes on two cores
+    python -m benchmarks.kernels --device cuda    minutes; CUDA's and Triton's kernels on a GPU
+    python -m benchmarks.kernels --quick          under a minute; fewer sizes, types and repeats
 
-Writes benchmarks/results/kernels_cpu.csv and draws its plots from it. Everything compared is timed
-in turn in the same run; see benchmarks/rows.py.
+Writes benchmarks/results/kernels_cpu.csv or kernels_gpu.csv: the time of a call against the number
+of elements. Everything compared is timed in turn in the same run, after its bits have been compared
+with the reference's.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from adamezo_kernels import ops
+from adamezo_kernels import RULES, ops
+from adamezo_kernels.backends import BACKENDS, native
 from adamezo_kernels.plan import Plan
 from adamezo_kernels.stream import PhiloxState
-from benchmarks.gate import gate
-from benchmarks.library_calls import AsReleased, Fair, Plain
-from benchmarks.rows import RESULTS, Row, Variant, conditions, interleave, timing, write_rows
+from benchmarks.harness import RULE_NUMBERS, Variant, gate, interleave, rule_terms
+from benchmarks.library_calls import AsReleased, Fair, LibraryCalls, Update, coefficients
+from benchmarks.results import RESULTS, Row, on, parser, settings, spread, write
 
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-LIBRARY: dict[str, type[Fair | Plain | AsReleased]] = {
-    "torch": Fair,
-    "torch plain": Plain,
-    "as released": AsReleased,
-}
-# On the fastest instruction set, beside "native" on each.
-KINDS: dict[str, dict[str, str]] = {
-    "native, stochastic": {"rounding": "stochastic"},
-    "native, rademacher": {"distribution": "rademacher"},
-    "native, rademacher, stochastic": {"distribution": "rademacher", "rounding": "stochastic"},
-}
+LIBRARY: dict[str, type[LibraryCalls]] = {"torch": Fair, "as released": AsReleased}
 HORIZONS = (1, 5, 10, 20, 50)
 SEED = 2026
+# A step so small that thousands of calls leave the weights ordinary numbers.
+TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Column:
+    """Something that is timed in a case. `options` are those of a call of one of our kernels, and
+    "kept" for the type of a rule's buffers."""
+
+    name: str
+    isa: str = ""
+    threads: int = 1
+    options: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of parameters and what is timed there: (variant, isa, threads) of each column."""
+    """One operation on one set of weights, and the columns that are compared there.
+
+    `what` is "sample", "perturb", "update" by sums of directions, or "update RULE".
+    """
 
     what: str
     type: str
     elements: int
     horizon: int
-    columns: tuple[tuple[str, str, int], ...]
+    columns: tuple[Column, ...]
     repeats: int = 7
 
 
-def cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Case]:
-    """The grid. Small sizes in full; 1e7 and 1e8 where a figure is read from them."""
-    best = isas[0]
-    one = [("torch", "", 1), *(("native", isa, 1) for isa in isas)]
-    several = [("torch", "", threads), ("native", best, threads)] if threads > 1 else []
-    full = tuple(one + several)
-    fastest = tuple(c for c in full if c[0] == "torch" or c[1] == best)
-    native = tuple(c for c in fastest if c[0] == "native")
-    # Without the portable kernels, whose figures at 1e6 say it all: they would take minutes.
-    large = tuple(c for c in full if c[1] != "portable")
-    others = (*large, ("torch plain", "", 1), ("as released", "", 1))
-    kinds = tuple((name, "", 1) for name in KINDS)
-    copies = (("memcpy", "", 1), *([("memcpy", "", threads)] if threads > 1 else []))
+def cpu_cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Case]:
+    """The smaller sizes with every instruction set, the fastest first; at 1e7, where figures are
+    read, without the portable kernels, which would take minutes, but with other kinds of kernels
+    and of library calls."""
 
-    if quick:
-        for name in ("bfloat16", "float32"):
-            for n in (100_000, 1_000_000):
-                yield Case("sample", name, n, 1, full, 5)
-                yield Case("perturb", name, n, 1, full + copies, 5)
-                for h in (1, 10, 20):
-                    yield Case("update", name, n, h, full, 5)
-        return
-    for name, n in itertools.product(TYPES, (10_000, 100_000, 1_000_000)):
-        yield Case("sample", name, n, 1, full)
-        yield Case("perturb", name, n, 1, full + copies)
-        for h in HORIZONS:
-            yield Case("update", name, n, h, full)
-    for name in TYPES:
-        n = 10_000_000
-        columns = {"bfloat16": others + kinds, "float16": large + kinds, "float32": large}[name]
-        yield Case("sample", name, n, 1, large)
-        yield Case("perturb", name, n, 1, columns + copies)
-        yield Case("update", name, n, 10, columns)
-        if name == "bfloat16":
-            yield Case("update", name, n, 20, columns)
-            for h in (1, 5, 50):
-                yield Case("update", name, n, h, fastest, 5)
-        else:
-            for h in (1, 5, 20, 50):
-                yield Case("update", name, n, h, native)
-    for name in ("bfloat16", "float32"):
-        n = 100_000_000
-        yield Case("perturb", name, n, 1, fastest + copies, 3)
-        yield Case("update", name, n, 10, fastest, 3)
+    def ours(isa: str, threads: int = 1, name: str = "native", **kind: str) -> Column:
+        return Column(name, isa, threads, kind | {"backend": "native"})
+
+    stochastic, signs = {"rounding": "stochastic"}, {"distribution": "rademacher"}
+    kinds = [
+        ours("", name="native, stochastic", **stochastic),
+        ours("", name="native, rademacher", **signs),
+        ours("", name="native, rademacher, stochastic", **stochastic, **signs),
+    ]
+    counts = sorted({1, threads})
+    types = ("bfloat16", "float32") if quick else tuple(TYPES)
+    sizes = (10**5, 10**6) if quick else tuple(10**n for n in range(4, 9))
+    for kind, n in itertools.product(types, sizes):
+        able = isas if n < 10**7 else [isa for isa in isas if isa != "portable"]
+        columns = [Column("torch", "", count) for count in counts]
+        columns += [*map(ours, able[: 1 if n > 10**7 else None])]
+        columns += [ours(isas[0], count) for count in counts[1:]]
+        if n == 10**7 and kind != "float32":
+            columns += [*kinds, Column("as released")]
+        repeats = 7 if n <= 10**7 else 3
+        yield Case("sample", kind, n, 1, tuple(c for c in columns if "native," not in c.name))
+        copies = [Column("memcpy", "", count) for count in counts]
+        yield Case("perturb", kind, n, 1, (*columns, *copies), repeats)
+        for h in HORIZONS if n <= 10**7 else (10,):
+            yield Case("update", kind, n, h, tuple(columns), repeats)
 
 
-def coefficients(horizon: int) -> tuple[list[float], list[float]]:
-    """Coefficients of z and z^2 as AdaMeZO has them for projected gradients of +-0.5."""
-    return (
-        [0.3 * 0.7**age * (-1) ** age * 0.5 for age in range(horizon)],
-        [0.1 * 0.9**age * 0.25 for age in range(horizon)],
-    )
-
-
-def variants(case: Case, use_isa: Callable[[str], AbstractContextManager[object]]) -> list[Variant]:
-    """The columns of a case as things to time, all on the same weights."""
-    weights = (0.02 * torch.randn(case.elements)).to(TYPES[case.type])
-    states = [PhiloxState(SEED, case.horizon - age) for age in range(case.horizon)]
-    seeds = [SEED + age for age in range(case.horizon)]
-    first, second = coefficients(case.horizon)
-    # Tiny steps: thousands of calls must leave the weights ordinary numbers.
-    lr = scale = 1e-9
-    plan = Plan([weights])
-    made = []
-    for name, isa, threads in case.columns:
-        library = LIBRARY.get(name)
-        run: Callable[[], object]
-        if name == "memcpy":
-            run = functools.partial(torch.empty_like(weights).copy_, weights)
-        elif library is not None:
-            # A clone, as the released way moves its weights to new memory each time.
-            operations = library([weights.clone()])
-            if case.what == "sample":
-                run = functools.partial(_normal, weights)
-            elif case.what == "perturb":
-                run = functools.partial(operations.perturb_, seeds[0], scale)
-            else:
-                run = functools.partial(
-                    operations.update_, seeds, first, second, lr=lr, restore=scale
-                )
-        elif case.what == "sample":
-            run = functools.partial(ops.sample_, weights, states[0], backend="native")
-        elif case.what == "perturb":
-            run = functools.partial(
-                ops.perturb_, plan, states[0], scale, backend="native", **KINDS.get(name, {})
-            )
-        else:
-            run = functools.partial(
-                ops.update_,
-                plan,
-                states,
-                first,
-                second,
-                lr=lr,
-                restore=scale,
-                backend="native",
-                **KINDS.get(name, {}),
-            )
-        context = functools.partial(use_isa, isa) if isa else nullcontext
-        made.append(Variant(name, run, threads, isa, context))
-    return made
-
-
-def _normal(out: torch.Tensor) -> None:
-    out.normal_(generator=torch.Generator().manual_seed(SEED))
-
-
-def rows_of(case: Case, timed: Sequence[Variant], where: dict[str, object]) -> list[Row]:
-    """Rows with their ratios and rates."""
-    size = TYPES[case.type].itemsize
-    clock = where["clock_hz"]
-    torch_seconds = {v.threads: timing(v.seconds)["median_s"] for v in timed if v.name == "torch"}
-    made = []
-    for v in timed:
-        columns = timing(v.seconds)
-        median = columns["median_s"]
-        what = "memcpy" if v.name == "memcpy" else case.what
-        normals = 0 if what == "memcpy" else case.elements * case.horizon
-        reference = torch_seconds.get(v.threads) if normals else None
-        passes = 1 if what == "sample" else 2  # one read and one write of every weight
-        made.append(
-            Row(
-                benchmark="kernels",
-                what=what,
-                variant=v.name,
-                type=case.type,
-                elements=case.elements,
-                horizon=case.horizon if normals else 0,
-                threads=v.threads,
-                isa=v.isa,
-                reference="torch" if reference else "",
-                ratio=reference / median if reference else None,
-                elements_per_s=case.elements / median,
-                normals_per_s=normals / median if normals else None,
-                bytes_per_s=passes * size * case.elements / median,
-                cycles_per_normal=(
-                    clock * median / normals
-                    if normals and isinstance(clock, float) and v.threads == 1
-                    else None
-                ),
-                **columns,  # type: ignore[arg-type]
-                **where,  # type: ignore[arg-type]
-            )
+def gpu_cases(backends: Sequence[str], *, quick: bool) -> Iterator[Case]:
+    """All kinds of directions and roundings of each backend, and updates by rules with buffers."""
+    sizes = [10**n for n in ((6, 7) if quick else (6, 7, 8, 9))]
+    columns = [
+        Column(
+            f"{kind}, {rounding}" + ", Triton" * (backend == "triton"),
+            options=dict(distribution=kind, rounding=rounding, backend=backend),
         )
-    return made
+        for backend in backends
+        for kind in BACKENDS[backend].DISTRIBUTIONS
+        for rounding in ("nearest", "stochastic")
+    ]
+    library = [Column("torch"), Column("memcpy")]
+    operations = [("perturb", 1), *(("update", h) for h in ((1, 10) if quick else HORIZONS))]
+    for kind, n in itertools.product(["bfloat16"] if quick else TYPES, sizes):
+        nearest = [c for c in columns if c.options["rounding"] == "nearest"]
+        able = tuple((nearest if kind == "float32" else columns) + library)
+        for what, horizon in operations:
+            yield Case(what, kind, n, horizon, able, 15)
+    kept = tuple(
+        Column(f"{c.name}, {kept} numbers", options=c.options | {"kept": kept})
+        for kept in ("float32", "bfloat16")
+        for c in columns
+        if c.options["rounding"] == "stochastic"
+    )
+    for rule, n in itertools.product(RULE_NUMBERS, sizes):
+        yield Case(f"update {rule}", "bfloat16", n, RULES[rule].directions, kept, 15)
+
+
+def call_of(
+    case: Case, column: Column, weights: Tensor, buffers: Callable[[str], list[Tensor]]
+) -> Callable[[], object]:
+    """The call of a column on these weights; `buffers` are those of a type."""
+    horizon, (what, _, rule) = case.horizon, case.what.partition(" ")
+    first, second = coefficients([0.5 * (-1) ** age for age in range(horizon)], (0.7, 0.9))
+    if column.name == "memcpy":
+        return functools.partial(torch.empty_like(weights).copy_, weights)
+    if column.name in LIBRARY:
+        if what == "sample":
+            return lambda: weights.normal_(generator=torch.Generator().manual_seed(SEED))
+        # A clone, as the released way moves its weights to new memory each time.
+        calls = LIBRARY[column.name]([weights.clone()])
+        if what == "perturb":
+            return functools.partial(calls.perturb_, SEED, TINY)
+        seeds = [SEED + age for age in range(horizon)]
+        return functools.partial(calls.update_, Update(seeds, first, second, TINY, restore=TINY))
+    options: dict[str, Any] = dict(column.options)
+    kept = options.pop("kept", "")
+    states = [PhiloxState(SEED, horizon - age) for age in range(horizon)]
+    plan = Plan([weights])
+    if what == "sample":
+        return functools.partial(ops.sample_, weights, states[0], **options)
+    if what == "perturb":
+        return functools.partial(ops.perturb_, plan, states[0], TINY, **options)
+    if rule:
+        plan, terms = plan.with_buffers([buffers(kept)]), rule_terms(rule, TINY)
+        return functools.partial(ops.update_terms_, plan, terms, restore=TINY, **options)
+    update = dict(lr=TINY, restore=TINY, **options)
+    return functools.partial(ops.update_, plan, states, first, second, **update)
+
+
+def variants(case: Case, device: str = "cpu") -> list[Variant]:
+    """The columns of a case as things to time, all on the same weights."""
+    weights = torch.randn(case.elements, device=device).mul_(0.02).to(TYPES[case.type])
+
+    @functools.cache  # shared, as all of them would not fit into a GPU's memory
+    def buffers(kind: str) -> list[Tensor]:
+        count = RULES[case.what.split()[1]].buffers
+        return [torch.ones_like(weights, dtype=TYPES[kind]) for _ in range(count)]
+
+    return [
+        Variant(c.name, call_of(case, c, weights, buffers), c.threads, c.isa, context, device)
+        for c in case.columns
+        for context in [functools.partial(native.use_isa, c.isa) if c.isa else nullcontext]
+    ]
+
+
+def rows_of(case: Case, timed: Iterable[Variant], where: dict[str, Any]) -> Iterator[Row]:
+    for v in timed:
+        copy, gpu = v.name == "memcpy", v.device == "cuda"
+        columns = settings(
+            what="memcpy" if copy else case.what,
+            type=case.type,
+            horizon=None if copy else case.horizon,
+            threads=None if gpu else v.threads,
+            isa=v.isa,
+        )
+        key = ("gpu_kernels" if gpu else "kernels", "time", "s", v.name, columns, "elements")
+        yield Row(*key, case.elements, **spread(v.seconds), **where)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under a minute, for a first look")
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels_cpu.csv")
-    parser.add_argument("--no-plots", action="store_true", help="write the CSV alone")
-    arguments = parser.parse_args()
-
-    from adamezo_kernels.backends import native
-
+    options = parser(__doc__, "")
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    arguments = options.parse_args()
+    device, quick, output = arguments.device, arguments.quick, arguments.output
+    if output == RESULTS:
+        output /= {"cpu": "kernels_cpu.csv", "cuda": "kernels_gpu.csv"}[device]
     start = time.perf_counter()
-    threads = torch.get_num_threads()
+    backends = [
+        name
+        for name in ("native", "cuda", "triton")
+        if BACKENDS[name].availability()[0] and BACKENDS[name].supports(torch.device(device))
+    ]
+    if not backends:
+        raise SystemExit(f"kernels: no compiled backend runs on {device}")
     isas = native.instruction_sets()
-    if not isas:
-        raise SystemExit(f"nothing to time: {native.availability()[1]}")
-    for isa in isas:
-        with native.use_isa(isa):
-            gate(TYPES.values(), backend="native", label=f"native ({isa})")
-    print(f"bits equal the reference's: {', '.join(isas)}", flush=True)
-
-    where = conditions()
+    for backend in backends:
+        for isa in isas if backend == "native" else ("",):
+            with native.use_isa(isa) if isa else nullcontext():
+                gate(TYPES.values(), backend=backend, device=device, label=f"{backend} {isa}")
+            print(f"bits equal the reference's: {backend} {isa}", flush=True)
+    if device == "cpu":
+        cases = cpu_cases(isas, torch.get_num_threads(), quick=quick)
+    else:
+        cases = gpu_cases(backends, quick=quick)
+    where = on(device)
     made: list[Row] = []
-    for case in cases(isas, threads, quick=arguments.quick):
+    for case in cases:
         torch.manual_seed(SEED)
-        timed = variants(case, native.use_isa)
-        interleave(timed, repeats=case.repeats)
-        made += rows_of(case, timed, where)
+        timed = variants(case, device)
+        interleave(timed, repeats=min(case.repeats, 5) if quick else case.repeats)
+        new = list(rows_of(case, timed, where))
+        made += new
         shown = ", ".join(
-            f"{r.variant}{' ' + r.isa if r.isa else ''} x{r.threads} "
-            f"{(r.elements_per_s or 0) / 1e6:.4g} M/s"
-            for r in made[-len(timed) :]
+            f"{v.name}{' ' + v.isa if v.isa else ''} x{v.threads} "
+            f"{case.elements / (row.median or 1) / 1e6:.4g} M/s"
+            for v, row in zip(timed, new, strict=True)
         )
         print(f"{case.what} {case.type} {case.elements:.0e} H={case.horizon}: {shown}", flush=True)
-        write_rows(arguments.output, made)
-    print(f"{len(made)} rows in {time.perf_counter() - start:.0f} s: {arguments.output.name}")
-    if not arguments.no_plots:
-        from benchmarks.plots import plot_kernels
-
-        plot_kernels(arguments.output)
+        write(output, made)
+    print(f"{len(made)} rows in {time.perf_counter() - start:.0f} s: {output.name}")
 
 
 if __name__ == "__main__":

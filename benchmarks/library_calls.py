@@ -1,21 +1,20 @@
 """MeZO and AdaMeZO with library calls alone: what the fused kernels are measured against.
 
-Written from the formulas (MeZO, arXiv 2305.17333; AdaMeZO, arXiv 2605.00650), three times:
+Written from the formulas (MeZO, arXiv 2305.17333; AdaMeZO, arXiv 2605.00650), twice:
 
 - `Fair`: in place, one buffer each for z, m, v and the weights in float32, every call in the form
   that torch is fastest at. All ratios are against this one: "pure torch" below and in the docs.
-- `Plain`: in place too, but as one writes it without timing it: z in the weights' type, added to
-  float32 sums.
 - `AsReleased`: as the released codes go about it, `param.data = param.data + scale * z * zo_eps`
   with a fresh z and fresh moments, all in the weights' own type.
 
 All regenerate z from a generator reseeded for each direction, tensor after tensor, on the device
-where the weights are. `StoredHessian` is HiZOO, for what a buffer as large as the weights costs.
+where the weights are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,22 +31,57 @@ def coefficients(
     return first, [(1 - beta2) * beta2**age * p * p for age, p in enumerate(projected_grads)]
 
 
-class Fair:
-    """The two operations over a list of tensors, in place, with library calls at their best.
+@dataclass(frozen=True)
+class Update:
+    """What an update is given, the newest direction first: theta += restore * z_0, then
+    theta <- theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
 
-    z is drawn in float32, whatever the weights' type: torch's generator is fastest there, and gives
-    the same stream. 16-bit weights are cast to float32 and back in whole passes, as torch's
-    arithmetic on mixed types is ten times slower than a cast and an arithmetic on one type.
-    """
+    seeds: Sequence[int]
+    first: Sequence[float]
+    """Coefficients of z in m."""
+    second: Sequence[float] | None
+    """Coefficients of z^2 in v."""
+    lr: float
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    restore: float = 0.0
+
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        return [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
+
+
+class LibraryCalls:
+    """The two operations over a list of tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
-        largest = max(t.numel() for t in self.tensors)
         self._device = self.tensors[0].device
+
+    def perturb_(self, seed: int, scale: float) -> None:
+        raise NotImplementedError
+
+    def update_(self, of: Update) -> None:
+        raise NotImplementedError
+
+
+class Fair(LibraryCalls):
+    """The two operations over a list of tensors, in place, with library calls at their best.
+
+    z is drawn in float32, whatever the weights' type: torch's generator is fastest there, and gives
+    the same stream. On a CPU 16-bit weights are cast to float32 and back in whole passes, as
+    torch's arithmetic on mixed types is ten times slower there than a cast and an arithmetic on one
+    type.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__(tensors)
+        largest = max(t.numel() for t in self.tensors)
         self._z = torch.empty(largest, device=self._device)
         self._m: Tensor | None = None
         self._v: Tensor | None = None
         low = {t.dtype for t in self.tensors} - {torch.float32}
+        if self._device.type != "cpu":
+            low = set()
         self._low = {d: torch.empty(largest, dtype=d, device=self._device) for d in low}
         self._weights = torch.empty_like(self._z) if low else None
 
@@ -60,23 +94,13 @@ class Fair:
             self._add(theta, z, scale)
 
     @torch.no_grad()
-    def update_(
-        self,
-        seeds: Sequence[int],
-        first: Sequence[float],
-        second: Sequence[float] | None,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        restore: float = 0.0,
-    ) -> None:
-        """theta += restore * z_0, then theta <- theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
-        if second is None and len(seeds) == 1 and not weight_decay:
+    def update_(self, of: Update) -> None:
+        first, second = of.first, of.second
+        if second is None and len(first) == 1 and not of.weight_decay:
             # MeZO: restore and update are one multiple of the same z.
-            self.perturb_(seeds[0], restore - lr * first[0])
+            self.perturb_(of.seeds[0], of.restore - of.lr * first[0])
             return
-        generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
+        generators = of.generators(self._device)
         if self._m is None:
             self._m = torch.empty_like(self._z)
         if self._v is None and second is not None:
@@ -87,18 +111,18 @@ class Fair:
             v = None if self._v is None else self._v[:n].view(shape).zero_()
             for age, generator in enumerate(generators):
                 z.normal_(generator=generator)
-                if age == 0 and restore:
-                    self._add(theta, z, restore)
+                if age == 0 and of.restore:
+                    self._add(theta, z, of.restore)
                 m.add_(z, alpha=first[age])
                 if v is not None and second is not None:
                     v.addcmul_(z, z, value=second[age])
             w = theta if self._weights is None else self._weights[:n].view(shape).copy_(theta)
-            if weight_decay:
-                w.mul_(1 - lr * weight_decay)
+            if of.weight_decay:
+                w.mul_(1 - of.lr * of.weight_decay)
             if v is None:
-                w.add_(m, alpha=-lr)
+                w.add_(m, alpha=-of.lr)
             else:
-                w.addcdiv_(m, v.sqrt_().add_(eps), value=-lr)
+                w.addcdiv_(m, v.sqrt_().add_(of.eps), value=-of.lr)
             if w is not theta:
                 theta.copy_(w)
 
@@ -108,54 +132,8 @@ class Fair:
         theta.add_(z, alpha=scale)
 
 
-class Plain:
-    """The two operations in place, z in a buffer of the weights' type, sums in float32."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
-
-    @torch.no_grad()
-    def perturb_(self, seed: int, scale: float) -> None:
-        """theta += scale * z."""
-        generator = torch.Generator().manual_seed(seed)
-        for theta in self.tensors:
-            theta.add_(torch.empty_like(theta).normal_(generator=generator), alpha=scale)
-
-    @torch.no_grad()
-    def update_(
-        self,
-        seeds: Sequence[int],
-        first: Sequence[float],
-        second: Sequence[float] | None,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        restore: float = 0.0,
-    ) -> None:
-        """As `Fair.update_`."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for theta in self.tensors:
-            z = torch.empty_like(theta)
-            m = torch.zeros(theta.shape)
-            v = None if second is None else torch.zeros(theta.shape)
-            for age, generator in enumerate(generators):
-                torch.normal(0.0, 1.0, theta.shape, generator=generator, out=z)
-                if age == 0 and restore:
-                    theta.add_(z, alpha=restore)
-                m.add_(z, alpha=first[age])
-                if v is not None and second is not None:
-                    v.addcmul_(z, z, value=second[age])
-            if v is not None:
-                m.div_(v.sqrt_().add_(eps))
-            theta.mul_(1 - lr * weight_decay).add_(m, alpha=-lr)
-
-
-class AsReleased:
+class AsReleased(LibraryCalls):
     """The same two operations as the released codes write them, temporaries and all."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.tensors = list(parameters)
 
     @torch.no_grad()
     def perturb_(self, seed: int, scale: float) -> None:
@@ -165,31 +143,20 @@ class AsReleased:
             theta.data = theta.data + scale * _new_normal(theta)
 
     @torch.no_grad()
-    def update_(
-        self,
-        seeds: Sequence[int],
-        first: Sequence[float],
-        second: Sequence[float] | None,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        restore: float = 0.0,
-    ) -> None:
-        """Restores in a pass of its own, then theta (1 - lr wd) - lr m / (sqrt(v) + eps)."""
-        if restore:
-            self.perturb_(seeds[0], restore)
-        device = self.tensors[0].device
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def update_(self, of: Update) -> None:
+        """Restores in a pass of its own."""
+        if of.restore:
+            self.perturb_(of.seeds[0], of.restore)
+        generators = of.generators(self._device)
         for theta in self.tensors:
             m = v = None
             for age, generator in enumerate(generators):
                 z = _new_normal(theta, generator)
-                m = first[age] * z if m is None else m + first[age] * z
-                if second is not None:
-                    v = second[age] * z**2 if v is None else v + second[age] * z**2
-            u = m if second is None else m / (v.sqrt() + eps)
-            theta.data = theta.data - lr * (u + weight_decay * theta.data)
+                m = of.first[age] * z if m is None else m + of.first[age] * z
+                if of.second is not None:
+                    v = of.second[age] * z**2 if v is None else v + of.second[age] * z**2
+            u = m if of.second is None else m / (v.sqrt() + of.eps)
+            theta.data = theta.data - of.lr * (u + of.weight_decay * theta.data)
 
 
 def _new_normal(theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -198,99 +165,34 @@ def _new_normal(theta: Tensor, generator: torch.Generator | None = None) -> Tens
     )
 
 
-class StoredHessian:
-    """A whole step of HiZOO (arXiv 2402.15173): three forwards, and one float32 a weight kept.
-
-    With D the stored diagonal (1 at first), p the projected gradient along z / sqrt(D)::
-
-        D <- (1 - a) D + a abs(l+ + l- - 2 l) / (2 mu^2) D z^2
-        theta <- theta - lr p z / sqrt(D)
-    """
-
-    def __init__(
-        self,
-        tensors: Iterable[Tensor],
-        *,
-        lr: float = 1e-6,
-        zo_eps: float = 1e-3,
-        smoothing: float = 1e-8,
-        seed: int = 0,
-    ) -> None:
-        self.tensors = list(tensors)
-        self.lr, self.zo_eps, self.smoothing = lr, zo_eps, smoothing
-        self.diagonals = [torch.ones_like(t, dtype=torch.float32) for t in self.tensors]
-        self._next_seed = seed
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor]) -> float:
-        """Three forwards and an update; returns the loss at the weights themselves."""
-        seed, mu = self._next_seed, self.zo_eps
-        self._next_seed += 1
-        at = closure().item()
-        self._perturb_(seed, mu)
-        above = closure().item()
-        self._perturb_(seed, -2 * mu)
-        below = closure().item()
-        self._perturb_(seed, mu)
-        projected_grad = (above - below) / (2 * mu)
-        curvature = abs(above + below - 2 * at) / (2 * mu**2)
-        torch.manual_seed(seed)
-        for theta, d in zip(self.tensors, self.diagonals, strict=True):
-            z = _new_normal(theta).float()
-            d.mul_(1 - self.smoothing + self.smoothing * curvature * z**2)
-            theta.data = (theta.data - self.lr * projected_grad * z / d.sqrt()).to(theta.dtype)
-        return at
-
-    def _perturb_(self, seed: int, scale: float) -> None:
-        torch.manual_seed(seed)
-        for theta, d in zip(self.tensors, self.diagonals, strict=True):
-            theta.data = (theta.data + scale * _new_normal(theta) / d.sqrt()).to(theta.dtype)
-
-
+@dataclass
 class LibraryOptimizer:
-    """A whole step of MeZO (horizon 1, betas (0, 0)) or AdaMeZO over `operations`.
+    """A whole step of MeZO (horizon 1, betas (0, 0)) or AdaMeZO over `operations`."""
 
-    `history` holds (seed, projected_grad), newest first, at most `horizon` of them.
-    """
-
-    def __init__(
-        self,
-        operations: Fair | Plain | AsReleased,
-        *,
-        lr: float = 1e-5,
-        betas: tuple[float, float] = (0.7, 0.9),
-        eps: float = 1e-8,
-        zo_eps: float = 1e-3,
-        horizon: int = 10,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        self.operations = operations
-        self.lr, self.betas, self.eps = lr, betas, eps
-        self.zo_eps, self.horizon, self.weight_decay = zo_eps, horizon, weight_decay
-        self.history: list[tuple[int, float]] = []
-        self._next_seed = seed
+    operations: LibraryCalls
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.7, 0.9)
+    eps: float = 1e-8
+    zo_eps: float = 1e-3
+    horizon: int = 10
+    weight_decay: float = 0.0
+    seed: int = 0
+    """Of the next step."""
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """(seed, projected_grad) of at most `horizon` steps, the newest first."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> float:
         """Two forwards and an update; returns the mean of the two losses."""
-        seed = self._next_seed
-        self._next_seed += 1
-        self.operations.perturb_(seed, self.zo_eps)
+        self.operations.perturb_(self.seed, self.zo_eps)
         above = closure().item()
-        self.operations.perturb_(seed, -2 * self.zo_eps)
+        self.operations.perturb_(self.seed, -2 * self.zo_eps)
         below = closure().item()
-        self.history.insert(0, (seed, (above - below) / (2 * self.zo_eps)))
+        self.history.insert(0, (self.seed, (above - below) / (2 * self.zo_eps)))
         del self.history[self.horizon :]
+        self.seed += 1
         seeds, projected_grads = zip(*self.history, strict=True)
-        first, second = coefficients(projected_grads, self.betas)
-        self.operations.update_(
-            seeds,
-            first,
-            second,
-            lr=self.lr,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            restore=self.zo_eps,
-        )
+        sums = coefficients(projected_grads, self.betas)
+        options = (self.lr, self.eps, self.weight_decay, self.zo_eps)
+        self.operations.update_(Update(seeds, *sums, *options))
         return (above + below) / 2

@@ -8,11 +8,9 @@ way (adamezo.finetune.split).
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from examples.demo import HELD_OUT, REVIEWS, options
 
 # Of peft; the weights of B are 0 at first, so that a run starts at the untouched model.
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-CACHE = Path(__file__).parent.parent / "build" / "benchmarks"  # git ignores it
 
 
 @dataclass
@@ -40,19 +37,21 @@ class Start:
     """Mean loss and accuracy on the "validation" or the "test" rows."""
 
 
-class Job(Protocol):
-    name: str
-    budget: int
-    """Forward passes of a run."""
+class Job:
+    """A model to train, and the rows that train and score it."""
+
+    name: ClassVar[str]
     batch: int
     rows: int
     """To train on."""
 
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Forward passes of a run."""
+
     def start(self, mode: str, seed: int) -> Start:
         """The same model for the same mode ("full" or "lora") and seed."""
-
-    def __hash__(self) -> int:
-        """By identity, so that what is computed once a job can be kept."""
+        raise NotImplementedError
 
 
 def three_parts(validation: int) -> tuple[list[Example], dict[str, list[Example]]]:
@@ -71,9 +70,6 @@ def adapt(model: nn.Module) -> None:
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
-
-
-# The main job's last layer -----------------------------------------------------------------------
 
 
 class LastLayer(nn.Module):
@@ -125,37 +121,24 @@ class Part(NamedTuple):
         return Part(self.hidden[rows, : int(lengths.max())], lengths, self.labels[rows])
 
 
-class Layer:
+class Layer(Job):
     """The main job with its last layer trained alone: 3.5 of 134.5 million weights. What the other
-    layers give is computed once and kept in a file."""
+    layers give is computed once, which takes minutes."""
 
     name = "layer"
 
-    def __init__(self, budget: int, validation: int = 400) -> None:
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget)
         settings = options()
         self._model, tokenizer = language_models.load(settings.model)
         scorer = language_models.LabelScorer(
             self._model, tokenizer, settings.template, settings.label_words
         )
         self._words = scorer.token_ids
-        self._parts = self._load(CACHE / f"last_layer_{validation}.pt", scorer, validation)
-        self.budget, self.batch = budget, settings.batch_size
-        self.rows = len(self._parts["training"].labels)
-
-    def _load(self, file: Path, scorer: Any, validation: int) -> dict[str, Part]:
-        training, held_out = three_parts(validation)
+        training, held_out = three_parts(400)
         parts = {"training": training, **held_out}
-        if file.exists():
-            made = {name: Part(*tensors) for name, tensors in torch.load(file).items()}
-            if {n: len(p.labels) for n, p in made.items()} == {n: len(p) for n, p in parts.items()}:
-                return made
-        print("what the first layers give is computed: minutes, once", flush=True)
-        made = {name: self._hidden(scorer, some) for name, some in parts.items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")  # another process may be at it, too
-        torch.save({name: tuple(part) for name, part in made.items()}, new)
-        new.replace(file)
-        return made
+        self._parts = {name: self._hidden(scorer, some) for name, some in parts.items()}
+        self.batch, self.rows = settings.batch_size, len(training)
 
     @torch.no_grad()
     def _hidden(self, scorer: Any, examples: Sequence[Example]) -> Part:
@@ -193,21 +176,19 @@ class Layer:
         return Start(model, trained(model), loss, score)
 
 
-# The main job ------------------------------------------------------------------------------------
-
-
-class Main:
+class Main(Job):
     """The job of docs/main_job.md: SmolLM2-135M says "terrible" or "great". To score all of the
     demo's 600 held-out reviews would take as long as a run, so the first of them are scored."""
 
     name = "main"
 
-    def __init__(self, budget: int, validation: int = 200, test: int = 200) -> None:
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget)
         self._options: Options = options()
         self._model, self._tokenizer = language_models.load(self._options.model)
-        self._training, self._held_out = three_parts(validation)
-        self._held_out["test"] = self._held_out["test"][:test]
-        self.budget, self.batch, self.rows = budget, self._options.batch_size, len(self._training)
+        self._training, self._held_out = three_parts(200)
+        self._held_out["test"] = self._held_out["test"][:200]
+        self.batch, self.rows = self._options.batch_size, len(self._training)
 
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)

@@ -2,9 +2,8 @@
 
     python -m benchmarks.methods                         the main job's last layer; an hour
     python -m benchmarks.methods --job main              the main job; many hours
-    python -m benchmarks.methods --methods MeZO AdaMeZO --modes lora --minutes 20
-    python -m benchmarks.methods --costs                     bytes and seconds of a step
-    python -m benchmarks.plots                               the picture, from the results
+    python -m benchmarks.methods --methods MeZO AdaMeZO --modes lora
+    python -m benchmarks.methods --costs                 bytes and seconds of a step
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
 Each method trains all weights ("full") and LoRA adapters ("lora"), with every lr of a grid by
@@ -15,32 +14,46 @@ inside it. The best has the lowest mean loss on validation rows; what is reporte
 which choose nothing. lr falls linearly to 0 with the forward passes. Nothing else is searched: all
 other options are the classes' defaults but where ENTRIES has some.
 
-Each finished run is one row at the end of benchmarks/results/methods.csv, and a run that is there
-is not made again: stop it, go on, or work on other methods in another process. --costs writes
-benchmarks/results/methods_costs.csv.
+A finished run is some rows at the end of benchmarks/results/methods.csv, its losses against forward
+passes, and a run that is there is not made again: stop it, go on, or work on other methods in
+another process.
+
+--costs writes benchmarks/results/methods_costs.csv: seconds a step, the same over MeZO's beside it
+(where all steps are alike), and the bytes of tensors that the optimizer holds from step to step.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import fcntl
 import functools
-import io
+import gc
+import itertools
 import math
-import os
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas
 import torch
 from torch import Tensor
 
 import adamezo
-from benchmarks.rows import RESULTS, cells, conditions, read_rows
+from adamezo.finetune import batches
+from benchmarks.results import (
+    RESULTS,
+    Point,
+    Row,
+    conditions,
+    frame,
+    load,
+    parser,
+    pick,
+    run_once,
+    settings,
+    spread,
+    write,
+)
 
 if TYPE_CHECKING:
     from benchmarks.method_jobs import Job, Start
@@ -54,14 +67,12 @@ SEARCHING = {"layer": 3, "main": 1}
 """With how many of the seeds lr is searched."""
 PLACES = range(-2, 3)  # of the grid, in powers of sqrt(10) around an entry's centre
 FARTHEST = 6  # where it stops growing
-RUNS, COSTS = RESULTS / "methods.csv", RESULTS / "methods_costs.csv"
 
 
 def _adazeta(job: Job) -> dict[str, Any]:
     """The published schedule over six epochs, in which it has 1, 1, 2, 5, 9 and 14 directions: 64
     forward passes for each step of an epoch. A run sees too few epochs of the data for it."""
-    epochs = 6
-    exponent = math.log(20 / 0.85) / math.log(epochs)
+    exponent = math.log(20 / 0.85) / math.log(6)
     return {"steps_per_epoch": max(1, job.budget // 64), "exponent": exponent}
 
 
@@ -118,56 +129,6 @@ ENTRIES = [
 ]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run: what was chosen, how it ended on the validation rows, and its way on the test rows.
-
-    `curve_*` are numbers with spaces between: after so many forward passes, the mean loss on the
-    test rows and the accuracy. A run whose loss was lost has "inf" and "nan" there.
-    """
-
-    job: str
-    mode: str
-    method: str
-    budget: int
-    lr: float
-    seed: int
-    steps: int
-    forwards: int
-    """Of finished steps."""
-    weights: int
-    validation_loss: float
-    validation_accuracy: float
-    curve_forwards: str
-    curve_loss: str
-    curve_accuracy: str
-    seconds: float
-    """Of the steps alone."""
-    threads: int = 1
-    device: str = ""
-    torch: str = ""
-    adamezo: str = ""
-    python: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return self.job, self.mode, self.method, self.budget, self.lr, self.seed
-
-    def curve(self) -> list[tuple[int, float, float]]:
-        """(forward passes, loss, accuracy) on the test rows."""
-        columns = (self.curve_forwards, self.curve_loss, self.curve_accuracy)
-        made = zip(*(text.split() for text in columns), strict=True)
-        return [(int(f), float(loss), float(accuracy)) for f, loss, accuracy in made]
-
-    @property
-    def end(self) -> tuple[float, float]:
-        """Loss and accuracy on the test rows."""
-        return self.curve()[-1][1:]
-
-
 # A run -------------------------------------------------------------------------------------------
 
 
@@ -205,15 +166,14 @@ def untouched(job: Job) -> tuple[float, float]:
     return job.start("full", 0).score("test")
 
 
-def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> dict[str, Any]:
-    """The columns of a Run that it measures."""
-    from adamezo.finetune import batches
-
+def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Iterator[Point]:
+    """The points of a run. Steps and forward passes are those of finished steps, seconds of steps
+    alone; a run whose loss was lost has infinity and nan for losses."""
     start = job.start(mode, seed)
     budget = job.budget
     optimizer = entry.make(job, start, lr, seed)
     closure = Counter(entry, start, budget, optimizer=optimizer)
-    curve = [(0, *untouched(job))]
+    scores = [("test", 0, *untouched(job))]
     seconds, steps, forwards = 0.0, 0, 0
     for rows in batches(job.rows, job.batch, budget, seed):
         optimizer.param_groups[0]["lr"] = lr * (1 - closure.used / budget)
@@ -227,93 +187,39 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> dict[str, 
             break
         seconds += time.perf_counter() - began
         steps, forwards = steps + 1, closure.used
-        if forwards >= len(curve) * budget // POINTS and len(curve) < POINTS:
-            curve.append((forwards, *start.score("test")))
-    curve.append((forwards, *start.score("test")))
+        if forwards >= len(scores) * budget // POINTS and len(scores) < POINTS:
+            scores.append(("test", forwards, *start.score("test")))
+    if scores[-1][1] == forwards:  # a last step that did not fit may have come since, and gone
+        scores.pop()
     loss, accuracy = start.score("validation")
-    columns = zip(*curve, strict=True)
-    return dict(
-        steps=steps,
-        forwards=forwards,
-        weights=sum(p.numel() for p in start.weights),
-        validation_loss=loss if math.isfinite(loss) else math.inf,
-        validation_accuracy=accuracy,
-        seconds=seconds,
-        **{
-            f"curve_{name}": " ".join(f"{value:.6g}" for value in column)
-            for name, column in zip(("forwards", "loss", "accuracy"), columns, strict=True)
-        },
-    )
+    validation = ("validation", forwards, loss if math.isfinite(loss) else math.inf, accuracy)
+    scores = [validation, *scores, ("test", forwards, *start.score("test"))]
+    yield "time", "s", forwards, seconds, steps
+    for part, at, loss, accuracy in scores:
+        yield f"{part} loss", "1", at, loss, 1
+        yield f"{part} accuracy", "1", at, accuracy, 1
 
 
-# Results -----------------------------------------------------------------------------------------
+# The choice of lr --------------------------------------------------------------------------------
 
 
-def append(path: Path, run: Run) -> None:
-    """Adds a row to a file that other processes may be adding to, unless it is there by now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        rows = [] if path.stat().st_size == 0 else read_rows(path, Run)
-        if any(other.key == run.key for other in rows):
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if path.stat().st_size == 0:
-            writer.writerow(f.name for f in fields(Run))
-        writer.writerow(cells(run))
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+def validated(table: pandas.DataFrame, **wanted: object) -> pandas.DataFrame:
+    """Validation losses by lr (from the lowest) and seed, of one method, job and mode."""
+    found = pick(table, benchmark="methods", metric="validation loss", **wanted)
+    return found.pivot(index="lr", columns="seed", values="median") if len(found) else found
 
 
-def read(path: Path) -> list[Run]:
-    """The runs of a file; none if it is not there."""
-    return read_rows(path, Run) if path.exists() and path.stat().st_size else []
+def chosen_lr(losses: pandas.DataFrame) -> float | None:
+    """The lr with the lowest mean validation loss over those seeds that every lr has; None if there
+    is no such seed."""
+    shared = losses.dropna(axis=1)
+    return None if shared.empty else float(shared.mean(axis=1).idxmin())
 
 
-def found(runs: Iterable[Run], job: str, mode: str, method: str, budget: int) -> list[Run]:
-    wanted = job, mode, method, budget
-    return [r for r in runs if (r.job, r.mode, r.method, r.budget) == wanted]
-
-
-def by_lr(runs: Iterable[Run]) -> dict[float, list[Run]]:
-    """The runs of one method by lr, from the lowest."""
-    runs = list(runs)
-    return {lr: [r for r in runs if r.lr == lr] for lr in sorted({r.lr for r in runs})}
-
-
-def chosen_lr(runs: Iterable[Run]) -> float | None:
-    """Of the runs of one method, the lr with the lowest mean validation loss over those seeds that
-    every lr has; None if there is no such seed."""
-    rates = by_lr(runs)
-    seeds = set.intersection(*({r.seed for r in some} for some in rates.values())) if rates else ()
-    if not seeds:
-        return None
-    losses = {
-        lr: statistics.fmean(r.validation_loss for r in some if r.seed in seeds)
-        for lr, some in rates.items()
-    }
-    return min(losses, key=losses.__getitem__)
-
-
-def best(runs: Iterable[Run]) -> list[Run]:
-    """The runs of one method at its chosen lr, with all seeds that this one has."""
-    runs = list(runs)
-    lr = chosen_lr(runs)
-    return [r for r in runs if r.lr == lr]
-
-
-def at_an_edge(runs: Iterable[Run]) -> int:
+def at_an_edge(losses: pandas.DataFrame) -> int:
     """-1 if the chosen lr is the lowest that was tried, 1 if the highest, else 0."""
-    runs = list(runs)
-    lr, rates = chosen_lr(runs), list(by_lr(runs))
-    if lr == rates[0]:
-        return -1
-    return 1 if lr == rates[-1] else 0
-
-
-# The search --------------------------------------------------------------------------------------
+    lr = chosen_lr(losses)
+    return -1 if lr == losses.index[0] else int(lr == losses.index[-1])
 
 
 def rate(entry: Entry, job: str, mode: str, place: int) -> float:
@@ -328,125 +234,136 @@ class Search:
     job: Job
     path: Path
     seeds: Sequence[int] = SEEDS
-    lrs: Sequence[float] | None = None
-    """Instead of a grid that grows."""
     searching: int | None = None
     """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
-    deadline: float = math.inf
     where: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, entry: Entry, mode: str) -> bool:
-        """Makes the runs that are not there yet; False if time is up before the last of them."""
-        if self.lrs is not None:
-            return self._all(entry, mode, self.lrs, self.seeds)
+    def run(self, entry: Entry, mode: str) -> None:
+        """Makes the runs that are not there yet."""
         seeds = self.seeds[: self.searching]
         places = list(PLACES)
         while True:
             rates = [rate(entry, self.job.name, mode, place) for place in places]
-            if not self._all(entry, mode, rates, seeds):
-                return False
-            some = found(read(self.path), self.job.name, mode, entry.name, self.job.budget)
-            some = [r for r in some if r.lr in rates and r.seed in seeds]
-            lr, side = chosen_lr(some), at_an_edge(some)
+            made = self._runs(entry, mode, rates, seeds)
+            losses = validated(frame(made), lr=rates, seed=list(seeds))
+            lr, side = chosen_lr(losses), at_an_edge(losses)
             assert lr is not None
-            if side == 0:
-                break
             place = places[-1] + 1 if side > 0 else places[0] - 1
-            if abs(place) > FARTHEST:
-                print(
-                    f"{mode}, {entry.name}: the best lr is the last one that is tried", flush=True
-                )
-                break
+            if side and abs(place) > FARTHEST:
+                print(f"{mode}, {entry.name}: the best lr is the last one that is tried")
+            if not side or abs(place) > FARTHEST:
+                self._runs(entry, mode, [lr], self.seeds)
+                return
             places = sorted([*places, place])
-        return self._all(entry, mode, [lr], self.seeds)
 
-    def _all(self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]) -> bool:
-        for lr in rates:
-            for seed in seeds:
-                chosen: dict[str, Any] = dict(
-                    job=self.job.name,
-                    mode=mode,
-                    method=entry.name,
-                    budget=self.job.budget,
-                    lr=lr,
-                    seed=seed,
-                )
-                if any(r.key == tuple(chosen.values()) for r in read(self.path)):
-                    continue
-                if time.monotonic() > self.deadline:
-                    return False
-                began = time.perf_counter()
-                made = Run(**chosen, **train(self.job, entry, mode, lr, seed), **self.where)
-                append(self.path, made)
-                print(
-                    f"{mode}, {entry.name}, lr {lr:g}, seed {seed}: validation loss "
-                    f"{made.validation_loss:.4f}, test {made.end[0]:.4f}, {made.end[1]:.3f}; "
-                    f"{time.perf_counter() - began:.1f} s",
-                    flush=True,
-                )
-        return True
+    def _runs(
+        self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]
+    ) -> list[Row]:
+        """The rows of these runs, whether they were there already or not."""
+        job, made = self.job, []
+        for lr, seed in itertools.product(rates, seeds):
+            chosen = dict(job=job.name, mode=mode, budget=job.budget, lr=lr, seed=seed)
+            columns = settings(**chosen, threads=torch.get_num_threads())
+            run = Row("methods", "", "", entry.name, columns, "forwards", **self.where)
+            make = functools.partial(train, job, entry, mode, lr, seed)
+            made += run_once(self.path, run, make)
+        return made
 
 
-def columns_of(kind: type, where: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    return {name: value for name, value in where.items() if name in names}
+# What a step takes and keeps ----------------------------------------------------------------------
+
+# So small that the weights stay what they are; time does not depend on it.
+STILL = 1e-12
+
+
+def storages() -> dict[int, int]:
+    """Bytes by address of the memory of all tensors in this process, but tables of addresses."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+class Stepper:
+    """A method on a model of its own, ready to be timed: its history is full."""
+
+    def __init__(self, job: Job, entry: Entry, mode: str) -> None:
+        self.start = job.start(mode, 0)
+        before = storages()
+        self.optimizer = entry.make(job, self.start, STILL, 0)
+        self._counter = Counter(entry, self.start, 2**62, optimizer=self.optimizer)
+        for _ in range(self.optimizer.param_groups[0].get("horizon", 1) + 1):
+            self.step(range(job.batch))
+        self.kept_bytes = sum(size for at, size in storages().items() if at not in before)
+        """Of tensors that were not there before the optimizer: its own, and gradients."""
+
+    def step(self, rows: Sequence[int]) -> tuple[float, int]:
+        """Seconds and forward passes of a step."""
+        before, self._counter.rows = self._counter.used, rows
+        began = time.perf_counter()
+        self.optimizer.step(self._counter)
+        return time.perf_counter() - began, self._counter.used - before
+
+
+def cost(job: Job, entry: Entry, mode: str, repeats: int, where: dict[str, Any]) -> list[Row]:
+    """The rows of a method: its steps and MeZO's in turn, on the same batches."""
+    base, other = Stepper(job, ENTRIES[0], mode), Stepper(job, entry, mode)
+    pairs = [
+        (base.step(rows)[0], *other.step(rows))
+        for rows in batches(job.rows, job.batch, repeats, seed=0)
+    ]
+    weights = sum(p.numel() for p in other.start.weights)
+    chosen = dict(job=job.name, mode=mode, forwards=entry.forwards, weights=weights)
+    columns = settings(**chosen, threads=torch.get_num_threads())
+    measured: dict[tuple[str, str], dict[str, Any]] = {("kept", "B"): {"median": other.kept_bytes}}
+    if entry.forwards:
+        if any(forwards != entry.forwards for *_, forwards in pairs):
+            raise RuntimeError(
+                f"{entry.name} took {sorted({f for *_, f in pairs})} forward passes a step, "
+                f"expected {entry.forwards}: correct its row of ENTRIES"
+            )
+        measured["time", "s"] = spread([s for _, s, _ in pairs])
+        measured["time over MeZO's", "1"] = spread([s / of_base for of_base, s, _ in pairs])
+    return [
+        Row("methods costs", metric, unit, entry.name, columns, **values, **where)
+        for (metric, unit), values in measured.items()
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     names = [entry.name for entry in ENTRIES]
-    parser.add_argument("--job", default="layer", choices=tuple(BUDGETS))
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=", ".join(names))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=list(SEEDS),
-        help="of the main job, the first searches lr",
-    )
-    parser.add_argument("--lrs", type=float, nargs="+", help="instead of a grid that grows")
-    parser.add_argument("--forwards", type=int, help=f"of a run; by job, {BUDGETS}")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
-    parser.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
-    parser.add_argument("--output", type=Path, help="another CSV")
-    arguments = parser.parse_args()
-    deadline = time.monotonic() + 60 * arguments.minutes
-    unknown = set(arguments.methods or names) - set(names)
-    if unknown:
-        parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
-    entries = [e for e in ENTRIES if e.name in (arguments.methods or names)]
+    options = parser(__doc__, "")
+    options.add_argument("--job", default="layer", choices=tuple(BUDGETS))
+    options.add_argument("--methods", nargs="+", metavar="METHOD", choices=names, default=names)
+    options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
+    options.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
+    arguments = options.parse_args()
+    entries = [e for e in ENTRIES if e.name in arguments.methods]
     if arguments.job == "main":  # whose backward passes take too much time and memory here
         entries = [e for e in entries if not e.backward]
     torch.set_num_threads(arguments.threads)
 
-    from benchmarks import method_costs
     from benchmarks.method_jobs import JOBS
 
-    where = conditions() | {"threads": arguments.threads}
-    job = JOBS[arguments.job](arguments.forwards or BUDGETS[arguments.job])
-    if arguments.costs:
-        output = arguments.output or COSTS
-        method_costs.measure(job, entries, arguments.modes, arguments.repeats, where, output)
-        return
-    search = Search(
-        job,
-        arguments.output or RUNS,
-        arguments.seeds,
-        arguments.lrs,
-        SEARCHING[arguments.job],
-        deadline,
-        columns_of(Run, where),
-    )
-    for mode in arguments.modes:
-        for entry in entries:
-            if not search.run(entry, mode):
-                print("time is up; the same command goes on from here", flush=True)
-                return
+    where = conditions()
+    job = JOBS[arguments.job](BUDGETS[arguments.job] // (3 if arguments.quick else 1))
+    if arguments.output == RESULTS:
+        arguments.output /= "methods_costs.csv" if arguments.costs else "methods.csv"
+    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    search = Search(job, arguments.output, seeds, SEARCHING[arguments.job], where)
+    for mode, entry in itertools.product(arguments.modes, entries):
+        if arguments.costs:
+            new = cost(job, entry, mode, arguments.repeats, where)
+            of = (entry.name, job.name, mode)
+            there = load(arguments.output)
+            others = [r for r in there if (r.variant, r.columns["job"], r.columns["mode"]) != of]
+            write(arguments.output, [*others, *new])
+            print(of, ", ".join(f"{r.metric} {r.median:.4g} {r.unit}" for r in new), flush=True)
+        else:
+            search.run(entry, mode)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What the CUDA kernels may cost, held wherever nvcc is; benchmarks/cuda_budget.py counts."""
+"""What the CUDA kernels may cost, held wherever nvcc is; benchmarks/budget.py counts."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import pandas
 import pytest
 
-from benchmarks import cuda_budget
+from benchmarks import budget, sass
+from benchmarks.render.kernels import BYTES_PER_S, at_best_ms
 
-needs_nvcc = pytest.mark.skipif(cuda_budget.nvcc() is None, reason=cuda_budget.missing())
-needs_both = pytest.mark.skipif(bool(cuda_budget.missing()), reason=cuda_budget.missing())
+needs_nvcc = pytest.mark.skipif(not sass.nvcc(), reason=budget.without_cuda())
+needs_both = pytest.mark.skipif(bool(budget.without_cuda()), reason=budget.without_cuda())
 
 # 80 registers let 24 warps live on a multiprocessor, enough to hide the latency of their chains.
 MOST_REGISTERS = 80
@@ -21,43 +24,43 @@ MOST_SLOTS_TO_ROUND = 17.5
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
 def test_nothing_is_spilled(architecture):
-    found = cuda_budget.budgets(architecture)
+    found = budget.cuda_sums(architecture)
     assert len(found) == 12
-    for budget in found:
-        assert budget.spilled_bytes == 0, budget
-        assert 16 < budget.registers <= MOST_REGISTERS, budget
+    for kernel in found:
+        assert kernel.spilled_bytes == 0, kernel
+        assert 16 < kernel.registers <= MOST_REGISTERS, kernel
 
 
 @needs_both
 def test_issue_slots_of_a_normal():
-    updates = [b for b in cuda_budget.budgets("sm_90") if b.operation == "update"]
-    assert {b.distribution for b in updates} == MOST_SLOTS_PER_NORMAL.keys()
-    for budget in updates:
-        most = MOST_SLOTS_PER_NORMAL[budget.distribution]
+    updates = [b for b in budget.cuda_sums("sm_90") if b.kernel.operation == "update"]
+    assert {b.kernel.distribution for b in updates} == MOST_SLOTS_PER_NORMAL.keys()
+    for counted in updates:
+        most = MOST_SLOTS_PER_NORMAL[counted.kernel.distribution]
         # No fewer than two thirds either: then the count has lost sight of the loop.
-        assert 2 / 3 * most < budget.slots_per_normal <= most, budget
+        assert 2 / 3 * most < counted.per_normal <= most, counted
 
 
 @needs_both
 def test_issue_slots_of_a_stochastic_store():
     """Only what is done once a weight may grow, by a quarter of a Philox call and the store."""
-    found = {(b.operation, b.distribution, b.rounding): b for b in cuda_budget.budgets("sm_90")}
-    for (operation, distribution, rounding), budget in found.items():
-        if rounding == "stochastic":
-            nearest = found[operation, distribution, "nearest"]
-            assert budget.slots_per_normal == nearest.slots_per_normal, budget
-            more = budget.slots_once - nearest.slots_once
-            assert 2 / 3 * MOST_SLOTS_TO_ROUND < more <= MOST_SLOTS_TO_ROUND, budget
+    found = {b.kernel: b for b in budget.cuda_sums("sm_90")}
+    for kernel, counted in found.items():
+        if kernel.stochastic:
+            nearest = found[replace(kernel, stochastic=False)]
+            assert counted.per_normal == nearest.per_normal, counted
+            more = counted.per_weight - nearest.per_weight
+            assert 2 / 3 * MOST_SLOTS_TO_ROUND < more <= MOST_SLOTS_TO_ROUND, counted
 
 
 @needs_both
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
 def test_sixteen_bytes_at_a_time(architecture):
     """The way for whole chunks reads and writes a thread's 32 bytes of bfloat16 in two each."""
-    for budget in cuda_budget.budgets(architecture):
-        assert budget.wide_accesses == {"LDG": 2, "STG": 2}, budget
+    for counted in budget.cuda_sums(architecture):
+        assert (counted.accesses["LDG.E.128"], counted.accesses["STG.E.128"]) == (2, 2), counted
 
 
 # --- rules that keep numbers for each weight -----------------------------------------------------
@@ -82,9 +85,9 @@ MOST_SLOTS_OF_A_RULE = {
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
 def test_nothing_of_a_rule_is_spilled(architecture):
-    found = cuda_budget.rule_kernels(architecture)
+    found = budget.cuda_rules(architecture)
     assert len(found) == 21
     for kernel in found:
         assert kernel.spilled_bytes == 0, kernel
@@ -92,13 +95,12 @@ def test_nothing_of_a_rule_is_spilled(architecture):
 
 
 @needs_both
-@pytest.mark.parametrize("architecture", cuda_budget.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
 def test_four_elements_of_an_array_are_one_access(architecture):
     """Of 16 bytes or of 8, and each of them in the device's memory for certain (LDG, not LD)."""
-    for kernel in cuda_budget.rule_kernels(architecture):
-        operation, rule = kernel.operation.split()
-        arrays = 1 + cuda_budget.RULES[rule].buffers
-        written = arrays if operation == "update" else 1
+    for kernel in budget.cuda_rules(architecture):
+        arrays = 1 + budget.RULES[kernel.kernel.rule].buffers
+        written = arrays if kernel.kernel.operation == "update" else 1
         assert kernel.accesses["LDG.E.128"] == arrays, kernel
         assert kernel.accesses["LDG.E.64"] >= arrays, kernel  # and addresses
         assert kernel.accesses["STG.E.128"] == kernel.accesses["STG.E.64"] == written, kernel
@@ -107,24 +109,44 @@ def test_four_elements_of_an_array_are_one_access(architecture):
 
 @needs_both
 def test_issue_slots_of_a_rule():
-    found = {(b.operation, b.kept): b for b in cuda_budget.rule_budgets("sm_90")}
+    found = {(b.kernel.what, b.kernel.kept): b for b in budget.cuda_rules_counted()}
     assert found.keys() == MOST_SLOTS_OF_A_RULE.keys()
-    for kind, budget in found.items():
+    for kind, counted in found.items():
         most = MOST_SLOTS_OF_A_RULE[kind]
-        assert 2 / 3 * most < budget.slots_once <= most, budget
+        assert 2 / 3 * most < counted.per_weight <= most, counted
 
 
 def test_a_prediction_is_bounded_by_memory_and_by_issue():
-    from collections import Counter
+    def kernel(per_normal, per_weight):
+        counts = {"instructions a normal": per_normal, "instructions a weight": per_weight}
+        return pandas.Series({**counts, "bytes moved a weight": 4})
 
-    def budget(direction, window):
-        counts = Counter(direction), Counter(window), Counter[str]()
-        return cuda_budget.Budget("sm_90", "update", "x", "nearest", 80, 0, *counts)
+    assert at_best_ms(kernel(0, 1), 1) == pytest.approx(1e3 * 4 * 1.3e9 / BYTES_PER_S)
+    # 33 instructions a normal for 32 elements each, 132 * 4 of them a cycle, at 1.7 GHz
+    slots = 1.3e9 * (33 * 10 + 41) / 32
+    assert at_best_ms(kernel(33, 41), 10) == pytest.approx(1e3 * slots / (132 * 4) / 1.7e9)
 
-    idle = budget({"alu": 0}, {"alu": 16})
-    assert idle.seconds(1) == pytest.approx(4 * 1.3e9 / cuda_budget.BYTES_PER_S)
-    busy = budget({"alu": 16 * 33}, {"alu": 0})
-    # 33 slots for 32 elements, 132 * 4 of them a cycle
-    assert busy.seconds(10) == pytest.approx(33 * 10 * 1.3e9 / 32 / (132 * 4) / 1.7e9)
-    special = budget({"special": 16 * 5}, {"alu": 0})
-    assert special.seconds(10) == pytest.approx(8 * 5 * 10 * 1.3e9 / 32 / (132 * 4) / 1.7e9)
+
+LOOPS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IMAD R2, R2, R3, R4 ;
+        /*0020*/                   FFMA R5, R5, R6, R7 ;
+        /*0030*/                   FFMA R5, R5, R6, R7 ;
+        /*0040*/               @P0 BRA 0x20 ;
+        /*0050*/               @P1 BRA 0x80 ;
+        /*0060*/                   LDG.E.U16 R8, [R2.64] ;
+        /*0070*/                   BRA 0x90 ;
+        /*0080*/                   LDG.E.128 R8, [R2.64] ;
+        /*0090*/              @!P2 BRA 0x10 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_instructions_are_counted_by_loop_and_without_rare_blocks():
+    code = list(sass.instructions(LOOPS))
+    assert [i.address for i in code] == list(range(0, 0xB0, 0x10))
+    assert code[4] == (0x40, "BRA", " 0x20 ", True)
+    # The window's loop is 0x10 to 0x90 without the two instructions for a single element; the
+    # directions' loop in it is 0x20 to 0x40.
+    assert sass.loop_sizes(code, whole_program=False) == (7, 3)
+    assert sass.loop_sizes(code, whole_program=True) == (9, 7)

@@ -9,18 +9,18 @@ import signal
 import threading
 
 import pytest
+import stress as attacks
 import torch
+from stress import came_back, history, loss_of, make_optimizer, same_bits, small, values
 from torch import nn
 
 from adamezo import AdaMeZO
 from adamezo.engine.signals import HeldSignals
-from benchmarks import attacks
-from benchmarks.attacks import came_back, history, loss_of, make_optimizer, same_bits, small, values
 
 MODES = pytest.mark.parametrize("exact", [False, True], ids=["inplace", "out_of_place"])
 
 
-# --- interruptions: small counts of what benchmarks.attacks does thousands of times ---------------
+# --- interruptions: small counts of what tests.stress does thousands of times -------------------
 
 
 @MODES
@@ -360,20 +360,5 @@ def test_states_that_were_edited():
 def test_bad_states_of_the_attack_are_bad():
     """Otherwise a state that is refused for another reason would count."""
     chosen, optimizer = random.Random(0), make_optimizer(small(), exact=False)
-    states = [attacks._bad_state(optimizer, chosen) for _ in range(50)]
+    states = [attacks.bad_state(optimizer, chosen) for _ in range(50)]
     assert all(state != optimizer.state_dict() for state in states)
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-
-def test_the_page_has_the_counts_that_were_committed():
-    text = attacks.DOCUMENT.read_text(encoding="utf-8")
-    assert attacks.rewrite(text, {"counts": attacks.table()}) == text
-    counts = {row["what"]: float(row["count"]) for row in attacks.read_counts()}
-    for what in (*(f"errors raised inside the model, {m}" for m in ("inplace", "exact")),
-                 *(f"signals at random times, {m}" for m in ("inplace", "exact"))):  # fmt: skip
-        assert counts[what] >= 1000
-    assert counts["damaged logs"] >= 10**6
-    assert counts["SIGKILL"] >= 50
-    assert counts["a log of 20,000 steps"] < 10**6

@@ -123,7 +123,7 @@ def test_files_fit_a_few_screens():
         ("adamezo_kernels", "adamezo_kernels", "def f():\n    from adamezo import AdaMeZO"),
         ("adamezo", "adamezo", "import transformers"),
         ("adamezo", "adamezo", "from examples import demo"),
-        ("adamezo/integrations", "adamezo.integrations", "import benchmarks.rows"),
+        ("adamezo/integrations", "adamezo.integrations", "import benchmarks.results"),
         ("examples", "examples", "from tests import conftest"),
     ],
 )

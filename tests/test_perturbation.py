@@ -624,7 +624,7 @@ def test_a_step_updates_weights_that_were_never_moved(dtype, backend):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_no_drift(dtype):
-    """At lr = 0 nothing moves; `python -m benchmarks.drift --exact-steps 10000` runs it longer."""
+    """At lr = 0 nothing moves, as docs/perturbation.md says."""
     model, run = built("Llama")
     model.to(dtype)
     before = copies(model)

@@ -17,12 +17,12 @@ import torch
 from conftest import needs_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stress import history, same_bits
 from torch import nn
 
 from adamezo import AdaMeZO
 from adamezo.runlog import StepLog, optimizer_for, read, replay
 from adamezo_kernels.backends import native
-from benchmarks.attacks import history, same_bits
 
 EXAMPLES = int(os.environ.get("ADAMEZO_EXAMPLES", "0"))
 PROFILE = settings(

@@ -11,8 +11,10 @@ import warnings
 import zlib
 
 import pytest
+import stress as attacks
 import torch
 from safetensors.torch import load_file, save_file
+from stress import loss_of, make_optimizer, same_bits, small, values
 from test_finetune import data_file, model_folder, options, tokenizer  # noqa: F401
 from torch import nn
 
@@ -28,8 +30,6 @@ from adamezo.runlog import (
     replay,
     replay_file,
 )
-from benchmarks import attacks
-from benchmarks.attacks import loss_of, make_optimizer, same_bits, small, values
 
 OPTIONS = {"lr": 1e-2, "zo_eps": 1e-2, "horizon": 4, "seed": 5, "max_skipped": 99}
 

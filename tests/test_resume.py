@@ -9,17 +9,17 @@ import math
 import shutil
 
 import pytest
+import stress as attacks
 import torch
 from conftest import needs_native
 from safetensors.torch import load, save
+from stress import loss_of, same_bits, small, values
 from test_finetune import llama, tokenizer  # noqa: F401
 from torch import nn
 
 from adamezo import AdaMeZO
 from adamezo.integrations import transformers as language_models
 from adamezo.runlog import read
-from benchmarks import attacks
-from benchmarks.attacks import loss_of, same_bits, small, values
 
 STEPS = 12
 CASES = {
@@ -179,7 +179,7 @@ def test_the_state_is_plain():
 
 
 def test_a_killed_job_ends_where_the_other_ends(tmp_path, tokenizer):  # noqa: F811
-    """SIGKILL, three times; `python -m benchmarks.attacks kills` does it fifty times."""
+    """SIGKILL, three times; `python -m tests.stress kills` does it fifty times."""
     model = llama()
     base = tmp_path / "base"
     words = tokenizer

@@ -21,11 +21,13 @@ from adamezo_kernels import (
     update_terms_,
 )
 from adamezo_kernels.backends import triton
-from benchmarks import triton_budget
-from benchmarks.triton_budget import TARGETS, compiled, distributions
+from benchmarks import budget
+from benchmarks.budget import TARGETS, Kernel, triton_budget
+from benchmarks.budget import compiled_by_triton as compiled
+from benchmarks.results import RESULTS, read
 
 pytestmark = [
-    pytest.mark.skipif(bool(triton_budget.missing()), reason=triton_budget.missing()),
+    pytest.mark.skipif(bool(budget.without_triton()), reason=budget.without_triton()),
     pytest.mark.skipif(triton.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled"),
 ]
 
@@ -44,6 +46,11 @@ def needs_linker(target: str) -> None:
     if target.startswith("hip") and triton_version() < (3, 8):
         if not shutil.which("ld.lld", path="/opt/rocm/llvm/bin"):
             pytest.skip(f"Triton {triton_version()} compiles for AMD with the linker of ROCm")
+
+
+def distributions(target: str) -> tuple[str, ...]:
+    """The kinds of directions that the kernel has on a target."""
+    return ("exact", "rademacher") if target.startswith("hip") else ("exact", "fast", "rademacher")
 
 
 def triton_version() -> tuple[int, ...]:
@@ -281,7 +288,7 @@ def test_what_is_compiled_in(compilations):
     assert compilations() == 6
 
 
-# --- what it costs: benchmarks/triton_budget.py -------------------------------------------------
+# --- what it costs: benchmarks/budget.py --------------------------------------------------------
 
 # A sixth more than the CUDA kernel's, and room for another compiler.
 MOST_PER_NORMAL = {"exact": 41.0, "fast": 26.0, "rademacher": 20.0}
@@ -290,14 +297,14 @@ MOST_ONCE = {"exact": 48.0, "fast": 34.0, "rademacher": 29.0}
 
 @pytest.mark.parametrize("distribution", MOST_PER_NORMAL)
 def test_instructions_of_a_normal(distribution):
-    update = triton_budget.count("cuda:90", "update", distribution)
+    update = triton_budget(Kernel("update", distribution, False))
     assert update.spilled_bytes == 0
     assert update.registers <= 80
     # No fewer than two thirds either: then the count has lost sight of the loop.
     assert 2 / 3 < update.per_normal / MOST_PER_NORMAL[distribution] <= 1
-    perturb = triton_budget.count("cuda:90", "perturb", distribution)
+    perturb = triton_budget(Kernel("perturb", distribution, False))
     assert perturb.spilled_bytes == 0
-    assert 2 / 3 < perturb.once / MOST_ONCE[distribution] <= 1
+    assert 2 / 3 < perturb.per_weight / MOST_ONCE[distribution] <= 1
 
 
 # For an element, its directions included.
@@ -316,11 +323,12 @@ MOST_OF_A_RULE = {
 @pytest.mark.parametrize("case", MOST_OF_A_RULE, ids="-".join)
 def test_instructions_of_a_rule(case):
     operation, rule = case
-    counted = triton_budget.count("cuda:90", operation, "exact", True, rule)
+    kept = "bfloat16" if RULES[rule].buffers else ""
+    counted = triton_budget(Kernel(operation, "exact", True, rule, kept))
     assert counted.spilled_bytes == 0
     assert counted.registers <= 96
-    assert not counted.direction
-    assert 2 / 3 < counted.once / MOST_OF_A_RULE[case] <= 1
+    assert counted.per_normal == 0
+    assert 2 / 3 < counted.per_weight / MOST_OF_A_RULE[case] <= 1
 
 
 def test_an_aligned_window_takes_four_elements_an_access():
@@ -330,16 +338,20 @@ def test_an_aligned_window_takes_four_elements_an_access():
 
 
 def test_the_budget_is_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_budget, "TARGETS", {"cuda:90": TARGETS["cuda:90"]})
+    """The committed one has the same kernels; its other compiler's rows stay where they are."""
     output = tmp_path / "budget.csv"
-    monkeypatch.setattr("sys.argv", ["triton_budget", "--output", str(output)])
-    triton_budget.main()
-    from benchmarks.rows import read_rows
-
-    rows = read_rows(output)
-    assert len(rows) == 2 * (3 + 3 * 3) + len(RULE_CASES)
-    by = {(r.what, r.variant, r.horizon): r.median_s for r in rows}
-    assert by["update", "fast", 10] < by["update", "exact", 10] < by["update", "exact", 20]
+    output.write_bytes((RESULTS / "budget.csv").read_bytes())
+    monkeypatch.setattr("sys.argv", ["budget", "Triton", "--output", str(output)])
+    budget.main()
+    key = ["by", "what", "variant", "metric"]
+    before, after = (
+        dict(read(path).groupby(key)["median"].first()) for path in (RESULTS / "budget.csv", output)
+    )
+    assert before.keys() == after.keys()
+    assert len(after) == 5 * (12 + 13 + 12 + len(RULE_CASES))
+    at = {tuple(kernel): value for (by, *kernel), value in after.items() if by == "Triton"}
+    once, normal = "instructions a weight", "instructions a normal"
+    assert at["update", "fast", normal] < at["update", "exact", normal]
     kept = "exact, stochastic, bfloat16 numbers"
-    assert by["update", "exact, stochastic", 1] < by["update helene", kept, 1]
-    assert by["perturb blend", "exact, stochastic", 2] < by["perturb adamu", kept, 2]
+    assert at["update", "exact, stochastic", once] < at["update helene", kept, once]
+    assert at["perturb blend", "exact, stochastic", once] < at["perturb adamu", kept, once]

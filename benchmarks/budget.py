@@ -1,0 +1,363 @@
+"""What do the GPU kernels cost? Registers and instructions of the compiled code; needs no GPU.
+
+    python -m benchmarks.budget           CUDA's kernels where nvcc is, and Triton's where Triton is
+    python -m benchmarks.budget Triton    those of one compiler
+
+All kernels are for bfloat16 weights and an H100 (sm_90). A multiprocessor issues four instructions
+a cycle, each for 32 elements, so their number bounds the kernel's speed. Rows of
+benchmarks/results/budget.csv, all with 0 repeats: registers; bytes spilled; bytes moved a weight;
+"instructions a normal", in the loop over directions; and "instructions a weight", outside that
+loop. A rule that keeps buffers has no such loop: its one or two directions are in the latter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import adamezo_kernels
+from adamezo_kernels.backends import triton as triton_backend
+from benchmarks.results import Row, conditions, load, parser, settings, write
+from benchmarks.sass import cuobjdump, instructions, loop_sizes, nvcc, run
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+RULES = {name: rule for name, rule in adamezo_kernels.RULES.items() if name != "moments"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for bfloat16 weights."""
+
+    operation: str
+    distribution: str = "exact"
+    stochastic: bool = True
+    rule: str = ""
+    """Empty for sums of directions."""
+    kept: str = ""
+    """The type of a rule's buffers."""
+
+    @property
+    def what(self) -> str:
+        return f"{self.operation} {self.rule}".strip()
+
+    @property
+    def variant(self) -> str:
+        kind = self.distribution + ", stochastic" * self.stochastic
+        return f"{kind}, {self.kept} numbers" if self.kept else kind
+
+    @property
+    def bytes_moved(self) -> int:
+        """Of a weight and its buffers: read, and what an update changes also written."""
+        buffers = RULES[self.rule].buffers if self.rule else 0
+        times = 2 if self.operation == "update" else 1
+        return 4 + times * buffers * {"float32": 4, "bfloat16": 2, "": 0}[self.kept]
+
+
+def rule_kernels(distributions: Iterable[str], types: Iterable[str]) -> list[Kernel]:
+    """Those of every rule; with `types` for buffers, where it has some."""
+    return [
+        Kernel(operation, distribution, True, name, kept)
+        for operation in ("perturb", "update")
+        for name, rule in RULES.items()
+        if (rule.bends if operation == "perturb" else rule.updates)
+        for distribution in distributions
+        for kept in (types if rule.buffers else ("",))
+    ]
+
+
+DISTRIBUTIONS = {"exact": "Exact", "fast": "Fast", "rademacher": "Rademacher"}
+SUMS = [
+    Kernel(operation, distribution, stochastic)
+    for operation in ("perturb", "update")
+    for distribution in DISTRIBUTIONS
+    for stochastic in (False, True)
+]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The counts of one kernel, for one element each."""
+
+    kernel: Kernel
+    registers: int
+    spilled_bytes: int
+    per_normal: float = 0.0
+    per_weight: float = 0.0
+    accesses: Counter[str] | None = None
+    """Loads and stores in CUDA's code by their width, such as LDG.E.128."""
+
+    def rows(self, by: str, where: dict[str, Any]) -> Iterator[Row]:
+        columns = settings(what=self.kernel.what, by=by, type="bfloat16", target="sm_90")
+        for metric, unit, value in (
+            ("registers", "1", self.registers),
+            ("spilled", "B", self.spilled_bytes),
+            ("bytes moved a weight", "B", self.kernel.bytes_moved),
+            ("instructions a normal", "1", self.per_normal),
+            ("instructions a weight", "1", self.per_weight),
+        ):
+            name = ("budget", metric, unit, self.kernel.variant, columns)
+            yield Row(*name, median=value, **where)
+
+
+# CUDA --------------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("sm_80", "sm_90")
+ROUNDINGS = {False: "Rounding::kNearest", True: "Rounding::kStochastic"}
+BODIES = {
+    "perturb": "Instance<Perturb<{}, {}>, bfloat16>",
+    "update": "Instance<Update<{}, true, {}>, bfloat16>",
+}
+RULE_BODIES = {"perturb": "BentPerturb<{}, {}>", "update": "BufferedUpdate<{}, {}>"}
+KEPT_TYPES = {"float32": "kFloat32", "bfloat16": "kBFloat16"}
+ELEMENTS_OF_A_THREAD = 16
+GROUPS = 4  # of a thread's elements, which a rule with buffers takes one after another
+
+# A body that branches on types and rounding, as a launch with these ones executes it.
+ASSUMED = """
+template <class Body, ElementType kKept>
+struct Assumed {
+  using Directions = typename Body::Directions;
+  static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
+                             int64_t workers) {
+    DeviceJob known = job;
+    known.type = ElementType::kBFloat16;
+    known.buffer_type = kKept;
+    known.rounding = Rounding::kStochastic;
+    Body::run(known, space, worker, workers);
+  }
+};
+"""
+
+
+def without_cuda() -> str:
+    """Why CUDA's kernels cannot be counted here; empty where they can."""
+    if not nvcc():
+        return "no nvcc on PATH or in a CUDA toolkit: install one, or set CUDACXX"
+    if not cuobjdump():
+        return "no cuobjdump in the CUDA toolkit: `pip install triton` brings one, or set CUOBJDUMP"
+    return ""
+
+
+def compiled_by_nvcc(architecture: str, bodies: Sequence[str]) -> Iterator[tuple[int, int, list]]:
+    """(registers, bytes spilled, instructions) of each body, compiled in one file. There are no
+    instructions where cuobjdump is missing."""
+    lines = ['#include "cuda/kernels.cuh"', "namespace adamezo::cuda {", ASSUMED]
+    for i, body in enumerate(bodies):
+        # A type of its own gives each kernel a name by which it is found in the output.
+        lines.append(f"struct Body{i}_ : {body} {{}};")
+        lines.append(
+            f"template __global__ void kernel<Body{i}_>(const __grid_constant__ DeviceJob);"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernels.cu"), str(Path(folder, "kernels.cubin"))
+        source.write_text("\n".join([*lines, "}"]))
+        flags = ["-std=c++17", "--fmad=false", f"-arch={architecture}", f"-I{CSRC}"]
+        report = run(nvcc(), *flags, "-cubin", "-Xptxas", "-v", "-o", binary, str(source))
+        sass = run(cuobjdump(), "-sass", binary) if cuobjdump() else ""
+    reports = re.split("Compiling entry function", report)[1:]
+    codes = re.split("Function : ", sass)[1:]
+    for i in range(len(bodies)):
+        (said,) = (r for r in reports if f"Body{i}_" in r.split("\n")[0])
+        code = next((c for c in codes if f"Body{i}_" in c.split("\n")[0]), "")
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+        yield number(r"Used (\d+) registers", said), spilled, list(instructions(code))
+
+
+def accesses(code: list) -> Counter[str]:
+    return Counter(i.name for i in code if re.match(r"(LD|ST)G?\.E", i.name))
+
+
+@functools.cache
+def cuda_sums(architecture: str) -> tuple[Budget, ...]:
+    """The kernels of perturbations and of updates by sums of directions."""
+    bodies = [
+        BODIES[k.operation].format(DISTRIBUTIONS[k.distribution], ROUNDINGS[k.stochastic])
+        for k in SUMS
+    ]
+    made = []
+    for kernel, (*used, code) in zip(SUMS, compiled_by_nvcc(architecture, bodies), strict=True):
+        window, loop = loop_sizes(code, whole_program=False)
+        counts = (loop / ELEMENTS_OF_A_THREAD, (window - loop) / ELEMENTS_OF_A_THREAD)
+        made.append(Budget(kernel, *used, *counts, accesses(code)))
+    return tuple(made)
+
+
+def rule_body(kernel: Kernel) -> str:
+    kind, rule = DISTRIBUTIONS[kernel.distribution], kernel.rule.capitalize()
+    return RULE_BODIES[kernel.operation].format(kind, rule)
+
+
+@functools.cache
+def cuda_rules(architecture: str) -> tuple[Budget, ...]:
+    """The kernels of rules with buffers as they are launched. Their instructions are not counted,
+    since types and rounding are branches in them."""
+    kernels = rule_kernels(DISTRIBUTIONS, ("",))
+    compiled = compiled_by_nvcc(architecture, list(map(rule_body, kernels)))
+    return tuple(
+        Budget(kernel, *used, accesses=accesses(code))
+        for kernel, (*used, code) in zip(kernels, compiled, strict=True)
+    )
+
+
+@functools.cache
+def cuda_rules_counted() -> tuple[Budget, ...]:
+    """The same for an H100 and exact directions, by the buffers' type."""
+    launched = {b.kernel: b for b in cuda_rules("sm_90")}
+    kernels = rule_kernels(("exact",), KEPT_TYPES)
+    bodies = [
+        f"Assumed<{rule_body(kernel)}, ElementType::{KEPT_TYPES.get(kernel.kept, 'kFloat32')}>"
+        for kernel in kernels
+    ]
+    made = []
+    for kernel, (*_, code) in zip(kernels, compiled_by_nvcc("sm_90", bodies), strict=True):
+        used = launched[replace(kernel, kept="")]
+        window, group = loop_sizes(code, whole_program=False)
+        count = (window + (GROUPS - 1) * group) / ELEMENTS_OF_A_THREAD
+        made.append(Budget(kernel, used.registers, used.spilled_bytes, 0.0, count))
+    return tuple(made)
+
+
+# Triton ------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "cuda:80": ("cuda", 80, 32),
+    "cuda:90": ("cuda", 90, 32),
+    "hip:gfx942": ("hip", "gfx942", 64),
+}
+# The kernel's arguments; all others are constants.
+SIGNATURE = {
+    "table": "*i64",
+    "words": "*i32",
+    **dict.fromkeys(("segments", "horizon"), "i32"),
+    **dict.fromkeys(("offset", "first_program"), "i64"),
+    **dict.fromkeys(("key_low", "key_high", "scale", "eps"), "i32"),
+}
+
+
+def without_triton() -> str:
+    """Why Triton's kernels cannot be compiled or counted here; empty where they can."""
+    try:
+        triton_backend.kernels()
+    except Exception as error:
+        return f"no Triton ({type(error).__name__}: {error}): `pip install triton`"
+    return "" if cuobjdump() else without_cuda()
+
+
+@functools.cache
+def compiled_by_triton(
+    target: str,
+    operation: str,
+    distribution: str = "exact",
+    type: str = "bfloat16",
+    second: bool = True,
+    stochastic: bool = False,
+    rule: str = "moments",
+    kept: str = "",
+) -> Any:
+    """The kernel, compiled for a target of TARGETS as a call would: Triton's CompiledKernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = GPUTarget(*TARGETS[target])
+    constants = {
+        "OPERATION": operation,
+        "DISTRIBUTION": distribution,
+        "TYPE": type,
+        "SECOND": second and operation in ("update", "moment") and rule == "moments",
+        "STOCHASTIC": stochastic,
+        "RULE": rule,
+        "KEPT": kept,
+        "WINDOW": triton_backend.window_of(operation, rule),
+        "ON": gpu.backend,
+    }
+    source = ASTSource(
+        fn=triton_backend.kernels().run,
+        signature=SIGNATURE | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    return triton.compile(source, target=gpu, options=triton_backend.options(gpu.warp_size))
+
+
+def triton_budget(kernel: Kernel) -> Budget:
+    """The counts of one kernel for an H100."""
+    compiled = compiled_by_triton(
+        *("cuda:90", kernel.operation, kernel.distribution),
+        stochastic=kernel.stochastic,
+        rule=kernel.rule or "moments",
+        kept=kernel.kept,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        usage, sass = (run(cuobjdump(), what, str(binary)) for what in ("-res-usage", "-sass"))
+    program, loop = loop_sizes(list(instructions(sass)), whole_program=True)
+    # The first direction is in front of the loop over the others. Of kernels without one, the
+    # largest loop is the search for the segment, which the usual path goes through once.
+    direction = loop if kernel.what == "update" else 0
+    window = triton_backend.window_of(kernel.operation, kernel.rule or "moments")
+    elements = window // triton_backend.THREADS
+    return Budget(
+        *(kernel, number(r"REG:(\d+)", usage), number(r"STACK:(\d+)", usage)),
+        *(direction / elements, (program - 2 * direction) / elements),
+    )
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"found no {pattern} in the compiler's output: {text[:500]}")
+    return int(found.group(1))
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def budgets(by: str) -> Iterable[Budget]:
+    """Those of one compiler, for an H100."""
+    if by == "CUDA":
+        return (*cuda_sums("sm_90"), *cuda_rules_counted())
+    return map(triton_budget, [*SUMS, *rule_kernels(("exact",), ("bfloat16",))])
+
+
+def compiler(by: str) -> str:
+    """A compiler's name and version."""
+    if by == "Triton":
+        return f"triton {importlib.metadata.version('triton')}"
+    version = re.search(r"V([\d.]+)", run(nvcc(), "--version"))
+    return f"nvcc {version.group(1) if version else '?'}"
+
+
+def main() -> None:
+    options = parser(__doc__, "budget.csv")
+    options.add_argument("by", nargs="*", metavar="COMPILER", help="CUDA, Triton or both")
+    arguments = options.parse_args()
+    lacks = {"CUDA": without_cuda, "Triton": without_triton}
+    made: list[Row] = []
+    for by in arguments.by or lacks:
+        if lack := lacks[by]():
+            print(f"without {by}: {lack}")
+            continue
+        where = conditions(device="sm_90", clock_hz=None, compiler=compiler(by))
+        for b in budgets(by):
+            made += b.rows(by, where)
+            counts = f"{b.per_normal:.2f} a normal, {b.per_weight:.1f} a weight"
+            used = f"{b.registers} registers, {b.spilled_bytes} B spilled"
+            print(f"{by} {b.kernel.what}, {b.kernel.variant}: {used}, {counts}", flush=True)
+    if not made:
+        raise SystemExit("budget: nothing was counted")
+    kinds = {row.settings for row in made}
+    others = [row for row in load(arguments.output) if row.settings not in kinds]
+    write(arguments.output, [*others, *made])
+    print(f"{len(made)} rows: {arguments.output.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tables and plots of all benchmarks, from the committed files alone."""

@@ -1,0 +1,121 @@
+"""Writes the tables of the documents and draws the plots, from the files of results alone.
+
+python -m benchmarks.render                   all of them
+python -m benchmarks.render --check           writes nothing; fails if a table is out of date
+python -m benchmarks.render --plots FOLDER    plots what is in another folder of results, there
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas
+
+from benchmarks.render import kernels, steps, training
+from benchmarks.render.style import conditions, rewrite
+from benchmarks.results import RESULTS, pick, read
+from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
+
+ROOT = Path(__file__).parent.parent.parent
+Block = Callable[[pandas.DataFrame], str]
+BOTH_OPERATIONS = [("perturb", 1), ("update", 10)]
+BASELINES = partial(
+    kernels.speeds,
+    columns=kernels.BASELINES,
+    cases=[*BOTH_OPERATIONS, ("update", 20)],
+    types=["bfloat16"],
+)
+STEP = partial(steps.by_job, metric="time", part="step")
+MEMORY = partial(steps.by_job, metric="peak memory")
+BOTH = ["step", "paper"]
+
+PAGES: dict[str, dict[str, Block]] = {
+    "README.md": {
+        "kernels": BASELINES,
+        "steps": partial(
+            STEP, benchmark="step", reference="torch", variant=["ours", "torch"], horizon=[1, 10]
+        ),
+    },
+    "docs/performance.md": {
+        "conditions": partial(conditions, benchmarks=["kernels", "step", "budget"]),
+        "kernels": partial(kernels.speeds, columns=kernels.ISAS, cases=kernels.ALL),
+        "baselines": BASELINES,
+        "kinds": partial(
+            kernels.speeds, columns=kernels.KINDS, cases=BOTH_OPERATIONS, types=kernels.TYPES[1:]
+        ),
+        "threads": partial(
+            kernels.speeds, columns=kernels.THREADS, cases=BOTH_OPERATIONS, sizes=[1e6, 1e7, 1e8]
+        ),
+        "fits": kernels.fits,
+        "step": partial(steps.parts, benchmark="step"),
+        "memory": partial(MEMORY, benchmark="step", reference=BARE),
+        "budget": kernels.budget,
+    },
+    "docs/paper.md": {
+        "paper_conditions": partial(conditions, benchmarks=BOTH),
+        "paper_time": partial(STEP, benchmark=BOTH, reference=RELEASED[MEZO]),
+        "paper_memory": partial(MEMORY, benchmark=BOTH, reference=RELEASED[MEZO]),
+        "paper_split": partial(steps.parts, benchmark="paper"),
+    },
+    "docs/horizon.md": {
+        "horizon_conditions": partial(conditions, benchmarks=["horizon"]),
+        "horizons": steps.horizons,
+        "horizon_cost": partial(STEP, benchmark="horizon", reference=BY_HORIZON[1]),
+        "horizon_memory": partial(MEMORY, benchmark="horizon", reference=BARE),
+    },
+    "docs/perturbation.md": {
+        "drift-cycles": training.cycles,
+        "drift-update": training.update,
+        "faithful": partial(training.ends, kind="large", second="held-out accuracy"),
+        "small-steps": partial(training.ends, kind="small", second="distance from the start"),
+    },
+    "docs/methods.md": {
+        "methods_conditions": partial(conditions, benchmarks=["methods", "methods costs"]),
+        **{
+            f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
+            for job in training.BUDGETS
+            for mode in training.MODES
+        },
+    },
+    "docs/reliability.md": {"counts": training.attacks},
+}
+PLOTS = {
+    "kernels": kernels.plot,
+    "step": steps.plot_steps,
+    "horizon": steps.plot_horizon,
+    "still": training.plot_sixteen_bit,
+    "methods": training.plot_methods,
+}
+
+
+def page(name: str, rows: pandas.DataFrame) -> tuple[str, str]:
+    """A document as it is, and as it should be."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return text, rewrite(text, {block: make(rows) for block, make in PAGES[name].items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    parser.add_argument("--plots", type=Path, help="a folder of results, and of plots")
+    arguments = parser.parse_args()
+    folder = arguments.plots or RESULTS
+    rows = read(*sorted(folder.glob("*.csv")))
+    for name in PAGES if arguments.plots is None else ():
+        text, new = page(name, rows)
+        if arguments.check and new != text:
+            raise SystemExit(f"{name} is out of date: run `python -m benchmarks.render`")
+        if new != text:
+            (ROOT / name).write_text(new, encoding="utf-8")
+    for benchmark, draw in PLOTS.items() if not arguments.check else ():
+        if len(pick(rows, benchmark=benchmark)):
+            draw(rows, folder)
+
+
+if __name__ == "__main__":
+    main()
