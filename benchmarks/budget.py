@@ -114,7 +114,7 @@ BODIES = {
     "perturb": "Instance<Perturb<{}, {}>, bfloat16>",
     "update": "Instance<Update<{}, true, {}>, bfloat16>",
 }
-RULE_BODIES = {"perturb": "BentPerturb<{}, {}>", "update": "BufferedUpdate<{}, {}>"}
+RULE_BODIES = {"perturb": "ByRule<{}, {}, false>", "update": "ByRule<{}, {}, true>"}
 KEPT_TYPES = {"float32": "kFloat32", "bfloat16": "kBFloat16"}
 ELEMENTS_OF_A_THREAD = 16
 GROUPS = 4  # of a thread's elements, which a rule with buffers takes one after another
@@ -267,17 +267,13 @@ def compiled_by_triton(
     from triton.compiler import ASTSource
 
     gpu = GPUTarget(*TARGETS[target])
-    constants = {
-        "OPERATION": operation,
-        "DISTRIBUTION": distribution,
-        "TYPE": type,
-        "SECOND": second and operation in ("update", "moment") and rule == "moments",
-        "STOCHASTIC": stochastic,
-        "RULE": rule,
-        "KEPT": kept,
-        "WINDOW": triton_backend.window_of(operation, rule),
-        "ON": gpu.backend,
-    }
+    constants = triton_backend.constants(
+        *(operation, distribution, type, kept),
+        second=second and operation in ("update", "moment") and rule == "moments",
+        stochastic=stochastic,
+        rule=rule,
+        on=gpu.backend,
+    )
     source = ASTSource(
         fn=triton_backend.kernels().run,
         signature=SIGNATURE | dict.fromkeys(constants, "constexpr"),

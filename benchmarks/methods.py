@@ -280,7 +280,8 @@ def storages() -> dict[int, int]:
     """Bytes by address of the memory of all tensors in this process, but tables of addresses."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    found = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
+    dense = [t for t in tensors if t.layout == torch.strided and not t.is_nested]
+    found = [tensor.untyped_storage() for tensor in dense if tensor.is_floating_point()]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 

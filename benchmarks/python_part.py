@@ -4,8 +4,8 @@
 
 Whole steps of AdaMeZO on a model of one small weight and of 400, on one thread. Python's part is
 what remains without the calls of the compiled module and without the closure, which returns a
-constant; in one variant after it has called each module, as exact perturbation works there. Writes
-benchmarks/results/python_part.csv.
+constant. In one variant it calls each module before, as out of place a module's call is what
+perturbs weights. Writes benchmarks/results/python_part.csv.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ WARM_UP = 20  # steps, by which the history is full, and what is made once is ma
 PYTHONS_PART = "Python's part (target: 60 us with 1 weight, 1.5 ms with 400)"
 
 
-VARIANTS = {"in place": "inplace", "exact": "exact", "exact, modules called": "exact"}
+VARIANTS = {
+    "in place": "inplace",
+    "out of place": "out_of_place",
+    "out of place, modules called": "out_of_place",
+}
 
 
 class Weight(nn.Module):
