@@ -53,10 +53,10 @@ def choose(
         RuntimeError: the named backend is not available here, or does not support a device or the
             distribution; or none does; or the devices are of more than one type.
     """
-    devices = frozenset(devices)
     name = name or os.environ.get("ADAMEZO_BACKEND") or None
     if name is None:
-        return _best(devices, distribution)
+        return _best(frozenset(devices), distribution)
+    devices = tuple(devices)
     if isinstance(name, str):
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
@@ -110,4 +110,4 @@ def _text(devices: Iterable[torch.device]) -> str:
 
 
 def _supports(backend: Backend, devices: Iterable[torch.device]) -> bool:
-    return all(backend.supports(device) for device in devices)
+    return all([backend.supports(device) for device in devices])

@@ -63,6 +63,7 @@ class Copies:
         whole = unperturbed.with_buffers([weight.buffers for weight in weights])
         self._plan = whole.into(self.tensors, staging=staging)
         self._call: Call | None = None
+        self._direction: Terms | None = None
         self._users = _users(memory)
 
     def filled_by(self, direction: Terms, scale: float, distribution: str) -> Call:
@@ -70,7 +71,9 @@ class Copies:
         if self._call is None:
             self._call = Call("perturb", self._plan, direction, distribution, "nearest", scale)
         else:  # like the last one, but for these
-            self._call = self._call.vary(terms=direction, scale=scale)
+            new = None if direction is self._direction else direction
+            self._call = self._call.vary(terms=new, scale=scale)
+        self._direction = direction
         return self._call
 
     def held_elsewhere(self) -> bool:
