@@ -27,7 +27,7 @@ from adamezo import (
     ScalarAdaMeZO,
     ZOAdam,
     ZOAdaMU,
-    replay,
+    runlog,
 )
 from adamezo_kernels import RULES, PhiloxState, sample_
 from examples import toy_functions, train_on_accuracy
@@ -654,12 +654,12 @@ def test_helenes_sampled_labels_replay(tmp_path):
     model = Model()
     optimizer = make("HELENE", model, curvature="sampled")
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with replay.StepLog.create(tmp_path / "log", optimizer):
+    with runlog.StepLog.create(tmp_path / "log", optimizer):
         for _ in range(7):
             optimizer.step(loss_of(model), lambda: 2 * loss_of(model)())
-    log = replay.read(tmp_path / "log")
-    twin = replay.optimizer_for(log.header, base)
-    assert replay.replay(log, twin) == 7
+    log = runlog.read(tmp_path / "log")
+    twin = runlog.optimizer_for(log.header, base)
+    assert runlog.replay(log, twin) == 7
     for n, p in zip(
         twin.param_groups[0]["param_names"], twin.param_groups[0]["params"], strict=True
     ):
@@ -768,10 +768,10 @@ def test_buffers_put_into_the_state_are_used(name):
 def test_a_log_notices_changed_buffers(name, tmp_path):
     model = Model()
     optimizer = make(name, model)
-    with replay.StepLog.create(tmp_path / "log", optimizer):
+    with runlog.StepLog.create(tmp_path / "log", optimizer):
         optimizer.step(loss_of(model))
         next(iter(optimizer.state[model.body.weight].values())).mul_(2)
-        with pytest.raises(replay.LogError, match=r"body\.weight"):
+        with pytest.raises(runlog.LogError, match=r"body\.weight"):
             optimizer.step(loss_of(model))
 
 
@@ -916,13 +916,13 @@ def test_a_log_replays_bit_for_bit(name, tmp_path):
     for _ in range(begin):
         optimizer.step(loss_of(model))
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with replay.StepLog.create(tmp_path / "log", optimizer):
+    with runlog.StepLog.create(tmp_path / "log", optimizer):
         for _ in range(16):  # over changes of the number of directions
             optimizer.step(loss_of(model))
-    log = replay.read(tmp_path / "log")
-    twin = replay.optimizer_for(log.header, base)
+    log = runlog.read(tmp_path / "log")
+    twin = runlog.optimizer_for(log.header, base)
     assert type(twin) is type(optimizer)
-    assert replay.replay(log, twin) == 16
+    assert runlog.replay(log, twin) == 16
     ends = dict(model.named_parameters())
     for group, original in zip(twin.param_groups, optimizer.param_groups, strict=True):
         for n, p in zip(group["param_names"], group["params"], strict=True):
@@ -932,8 +932,8 @@ def test_a_log_replays_bit_for_bit(name, tmp_path):
     for p, q in zip(twin.state.values(), optimizer.state.values(), strict=True):
         assert same_bits([*p.values()], [*q.values()])
     if begin == 0:
-        with pytest.raises(replay.LogError, match="before the first step"):
-            replay.StepLog.create(tmp_path / "another", optimizer)
+        with pytest.raises(runlog.LogError, match="before the first step"):
+            runlog.StepLog.create(tmp_path / "another", optimizer)
 
 
 @all_methods
