@@ -38,14 +38,14 @@ ROUNDINGS = {name: ("nearest", "stochastic") for name in TYPES} | {"float32": ("
 SEED, ZO_EPS, LR = 2026, 1e-3, 1e-6
 CYCLES = (100, 1000)
 
-IN_PLACE, EXACT = {"perturbation": "inplace"}, {"perturbation": "exact"}
+IN_PLACE, OUT_OF_PLACE = {"perturbation": "inplace"}, {"perturbation": "out_of_place"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", **IN_PLACE},
     "bfloat16 in place, nearest": {"dtype": "bfloat16", "rounding": "nearest", **IN_PLACE},
     "bfloat16 in place, stochastic": {"dtype": "bfloat16", "rounding": "stochastic", **IN_PLACE},
-    "bfloat16 exact": {"dtype": "bfloat16", "rounding": "stochastic", **EXACT},
+    "bfloat16 out of place": {"dtype": "bfloat16", "rounding": "stochastic", **OUT_OF_PLACE},
     # Here nothing but the update can move a weight: of small steps alone.
-    "bfloat16 exact, nearest": {"dtype": "bfloat16", "rounding": "nearest", **EXACT},
+    "bfloat16 out of place, nearest": {"dtype": "bfloat16", "rounding": "nearest", **OUT_OF_PLACE},
 }
 SMALL_LR, EVERY = 2e-5, 500  # of the small steps; a point of their curves every so many steps
 

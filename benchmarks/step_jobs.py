@@ -93,7 +93,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, fast directions": {"distribution": "fast"},
     "ours, Triton": {},
-    "ours, exact perturbation": {"perturbation": "exact"},
+    "ours, out of place": {"perturbation": "out_of_place"},
 }
 
 
@@ -188,7 +188,7 @@ def backpropagation(optimizer: torch.optim.Optimizer, closure: Closure) -> objec
 BARE = Method("forward", "bare")
 MEZO = Method("ours", "MeZO", 1)
 ADAMEZO, ADAMEZO_20 = (Method("ours", "AdaMeZO", horizon) for horizon in (10, 20))
-EXACT = Method("ours, exact perturbation", "AdaMeZO", 10)
+OUT_OF_PLACE = Method("ours, out of place", "AdaMeZO", 10)
 RELEASED = {m: Method("as released", m.method, m.horizon) for m in (MEZO, ADAMEZO, ADAMEZO_20)}
 TORCH = {m: Method("torch", m.method, m.horizon) for m in (MEZO, ADAMEZO)}
 ADAMW = Method("backpropagation", "AdamW", 1)
@@ -219,11 +219,11 @@ GPU_JOBS = [
     for length in GPU_LENGTHS
 ]
 METHODS = [
-    *(BARE, MEZO, ADAMEZO, ADAMEZO_20, *ONLY_GPU, EXACT),
+    *(BARE, MEZO, ADAMEZO, ADAMEZO_20, *ONLY_GPU, OUT_OF_PLACE),
     *(RELEASED[MEZO], RELEASED[ADAMEZO], RELEASED[ADAMEZO_20]),
     *(TORCH[MEZO], TORCH[ADAMEZO], ADAMW),
 ]
-PEAKS = [MEZO, ADAMEZO, EXACT, RELEASED[MEZO], RELEASED[ADAMEZO], ADAMW]
+PEAKS = [MEZO, ADAMEZO, OUT_OF_PLACE, RELEASED[MEZO], RELEASED[ADAMEZO], ADAMW]
 H_JOBS = [replace(job, benchmark="horizon") for job in (SHORT, GPU_JOBS[1])]
 H_PEAKS = [BY_HORIZON[h] for h in (1, 10, 64)]
 PLANS = {

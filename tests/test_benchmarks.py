@@ -642,7 +642,7 @@ def test_small_steps_move_weights_by_little():
         assert found[1][3] == 0
         moved[variant] = found[3][3]
     assert 0 < moved["float32"] < 1e-3
-    assert moved["bfloat16 exact, nearest"] < moved["bfloat16 in place, nearest"]
+    assert moved["bfloat16 out of place, nearest"] < moved["bfloat16 in place, nearest"]
 
 
 # The methods beside each other -------------------------------------------------------------------

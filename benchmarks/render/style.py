@@ -22,8 +22,8 @@ COLOURS = {
     "float32": "#333333",
     "bfloat16 in place, nearest": "#c8553d",
     "bfloat16 in place, stochastic": "#e0a030",
-    "bfloat16 exact": "#1b4f9c",
-    "bfloat16 exact, nearest": "#6a9a3a",
+    "bfloat16 out of place": "#1b4f9c",
+    "bfloat16 out of place, nearest": "#6a9a3a",
 }
 NOT_YET = "Not measured yet."
 
