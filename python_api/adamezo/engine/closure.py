@@ -89,10 +89,14 @@ def _checked_tensor(loss: Tensor) -> Tensor:
 
 def numbers(losses: Sequence[Tensor | float]) -> list[float]:
     """All losses as numbers. Those on a GPU are waited for and copied once, and not one by one."""
-    tensors = [loss for loss in losses if isinstance(loss, Tensor) and not loss.is_cpu]
+    tensors = [loss for loss in losses if isinstance(loss, Tensor) and _costs_a_wait(loss)]
     if len(tensors) == len(losses) and len({t.device for t in tensors}) == 1:
         return torch.stack([t.double().reshape(()) for t in tensors]).tolist()
     return [float(loss) for loss in losses]
+
+
+def _costs_a_wait(tensor: Tensor) -> bool:
+    return not tensor.is_cpu
 
 
 def mean_loss(losses: Sequence[Number], results: Sequence[Tensor | float]) -> Tensor:
