@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import needs_native
@@ -31,6 +34,21 @@ def test_a_rule_that_the_compiled_module_lacks_is_refused():
     for rule in (-1, len(RULES)):
         with pytest.raises(ValueError, match="no such rule: is the compiled module older"):
             native.compiled.Job(rule=rule, **job)
+
+
+def test_a_compiled_module_of_other_sources_is_not_used():
+    """Its numbers of rules would be those of others: a forgotten build must not go on silently."""
+    program = (
+        "import sys, types\n"
+        "old = types.ModuleType('adamezo_kernels._native')\n"
+        "old.rules = lambda: ['moments', 'adam']\n"
+        "sys.modules['adamezo_kernels._native'] = old\n"
+        "from adamezo_kernels.backends import native\n"
+        "print(*native.availability())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("False the compiled module cannot be imported"), done.stderr
+    assert "built with the rules ['moments', 'adam']" in done.stdout
 
 
 def test_there_is_room_for_the_numbers_of_every_rule():

@@ -20,6 +20,10 @@ from ..terms import OPERATIONS, RULES
 try:
     from .. import _native
 
+    # A rule is called by its number, so a module of other sources would run another one, or none.
+    _built: list[str] = getattr(_native, "rules", list)()
+    if _built != list(RULES):
+        raise ImportError(f"it was built with the rules {_built}, and Python has {list(RULES)}")
     _import_error: ImportError | None = None
 except ImportError as error:
     _native = None  # type: ignore[assignment]
