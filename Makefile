@@ -4,6 +4,7 @@
 #   TORCH='torch==2.9.1'  another torch than the tested one
 #   CONSTRAINTS=          the newest versions that fit, for a Python or torch that those tested do not fit
 #   EXTRAS=test           without linters and without Triton, of which an old torch brings an old one
+#   WORKERS=2             processes that share the tests; as many as there are cores, if not given
 #   NVCC=pip              `make nvcc` with CUDA 13.0 from pip, for a machine without a toolkit
 #   PY=python             use this environment as it is: nothing is created or installed
 
@@ -12,9 +13,10 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
+WORKERS ?= auto
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CPP_TESTS = $(wildcard tests/native/*.cpp)
+CPP_TESTS = $(wildcard tests/contract/*.cpp)
 
 ifdef PY
 READY =
@@ -27,7 +29,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test stress lint format docs bench nvcc wheel gpu-check gpu-bench clean
+.PHONY: help setup demo test test-all stress lint format docs bench nvcc wheel gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -63,8 +65,14 @@ $(VENV)/package.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.tx
 demo: $(READY) ## fine-tune SmolLM2-135M-Instruct on movie reviews with forward passes only
 	$(PY) -m examples.demo
 
-test: $(READY) ## every test that this machine can run; TESTS=tests/test_x.py for some
-	$(PY) -m pytest $(TESTS)
+# Workers are given whole files: what a file builds or interprets once is then made once.
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+test: $(READY) ## the tests but for the slow ones; TESTS=tests/folder/test_x.py for some files, whole
+	$(PYTEST) $(or $(TESTS),-m 'not slow')
+
+test-all: $(READY) ## every test that this machine can run
+	$(PYTEST)
 
 # SIGKILLs take half a minute each; the rest has the counts of docs/reliability.md.
 stress: $(READY) ## attacks on runs, logs and states, which `make test` has in small counts; minutes

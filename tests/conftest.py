@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of the kernels."""
+"""Fixtures that tests of several folders share; functions that they share are in helpers/."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from adamezo_kernels.backends import native
-
-INSTRUCTION_SETS = native.instruction_sets()  # none where nothing was compiled
-
-needs_native = pytest.mark.skipif(
-    not INSTRUCTION_SETS, reason="the compiled module is not here: run `pip install -e .`"
-)
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+from helpers.backends import INSTRUCTION_SETS, needs_native
 
 
 @pytest.fixture(params=INSTRUCTION_SETS or [pytest.param("none", marks=needs_native)])
@@ -59,3 +53,30 @@ def guarded():
             assert torch.equal(margin_part.view(bits), pattern.expand(margin_part.shape)), (
                 "a kernel wrote outside its tensor"
             )
+
+
+# Of the job on a tiny model. What imports transformers is imported here, as the tests of kernels
+# run where it is not installed.
+
+
+@pytest.fixture
+def tokenizer():
+    from helpers.jobs import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    from adamezo.integrations import transformers as language_models
+    from helpers.jobs import llama
+
+    language_models.save(llama(), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    from helpers.jobs import write_reviews
+
+    return write_reviews(tmp_path / "data.csv")

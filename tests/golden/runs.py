@@ -7,7 +7,7 @@ There is no other function in it (no exp, no sqrt), no matrix product, and no su
 Python's (`sum` of floats is another one from Python 3.12 on). Weights, targets and coefficients
 come from integers by a division by a power of two, without a random number.
 
-The formats are in README.md. This module is used by make_golden.py and by tests/test_golden.py.
+The formats are in README.md. make_golden.py and test_golden.py use this module.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def test_every_check_of_ci_has_a_job():
         for command in commands(yaml.safe_load(file.read_text()))
         for word in command.split()
     }
-    assert phases - {"setup"} | {"test", "gpu-check", "gpu-bench"} <= called
+    assert phases - {"setup"} | {"test-all", "gpu-check", "gpu-bench"} <= called
 
 
 def test_the_matrix_has_the_oldest_and_the_tested_versions():

@@ -1,0 +1,153 @@
+"""What the CUDA kernels may cost, held wherever nvcc is; benchmarks/budget.py counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pandas
+import pytest
+
+from benchmarks import budget, sass
+from benchmarks.render.kernels import BYTES_PER_S, at_best_ms
+
+needs_nvcc = pytest.mark.skipif(not sass.nvcc(), reason=budget.without_cuda())
+needs_both = pytest.mark.skipif(bool(budget.without_cuda()), reason=budget.without_cuda())
+
+# 80 registers let 24 warps live on a multiprocessor, enough to hide the latency of their chains.
+MOST_REGISTERS = 80
+# Of Philox 8.5, of the sums 3, of the fewest instructions known for a normal 7 or 19; and the loop.
+MOST_SLOTS_PER_NORMAL = {"fast": 19.5, "exact": 35.0, "rademacher": 12.0}
+# Of Philox 8.5, 1.5 to begin it and 1 to have its keys at hand; of the rounding 5 more than of a
+# conversion; and 1.5 to keep and to find where the window is.
+MOST_SLOTS_TO_ROUND = 17.5
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_nothing_is_spilled(architecture):
+    found = budget.cuda_sums(architecture)
+    assert len(found) == 12
+    for kernel in found:
+        assert kernel.spilled_bytes == 0, kernel
+        assert 16 < kernel.registers <= MOST_REGISTERS, kernel
+
+
+@needs_both
+def test_issue_slots_of_a_normal():
+    updates = [b for b in budget.cuda_sums("sm_90") if b.kernel.operation == "update"]
+    assert {b.kernel.distribution for b in updates} == MOST_SLOTS_PER_NORMAL.keys()
+    for counted in updates:
+        most = MOST_SLOTS_PER_NORMAL[counted.kernel.distribution]
+        # No fewer than two thirds either: then the count has lost sight of the loop.
+        assert 2 / 3 * most < counted.per_normal <= most, counted
+
+
+@needs_both
+def test_issue_slots_of_a_stochastic_store():
+    """Only what is done once a weight may grow, by a quarter of a Philox call and the store."""
+    found = {b.kernel: b for b in budget.cuda_sums("sm_90")}
+    for kernel, counted in found.items():
+        if kernel.stochastic:
+            nearest = found[replace(kernel, stochastic=False)]
+            assert counted.per_normal == nearest.per_normal, counted
+            more = counted.per_weight - nearest.per_weight
+            assert 2 / 3 * MOST_SLOTS_TO_ROUND < more <= MOST_SLOTS_TO_ROUND, counted
+
+
+@needs_both
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_sixteen_bytes_at_a_time(architecture):
+    """The way for whole chunks reads and writes a thread's 32 bytes of bfloat16 in two each."""
+    for counted in budget.cuda_sums(architecture):
+        assert (counted.accesses["LDG.E.128"], counted.accesses["STG.E.128"]) == (2, 2), counted
+
+
+# --- rules that keep numbers for each weight -----------------------------------------------------
+
+# Of a direction 8.5 and 24.6; of a quotient or a root 10; of a rounding as above; and 26 of finding
+# out where four elements of each array are, and whether they are one access.
+MOST_SLOTS_OF_A_RULE = {
+    ("perturb hizoo", "float32"): 95,
+    ("perturb hizoo", "bfloat16"): 95,
+    ("perturb adamu", "float32"): 112,
+    ("perturb adamu", "bfloat16"): 112,
+    ("perturb blend", ""): 102,
+    ("update adam", "float32"): 113,
+    ("update adam", "bfloat16"): 150,
+    ("update hizoo", "float32"): 124,
+    ("update hizoo", "bfloat16"): 144,
+    ("update helene", "float32"): 104,
+    ("update helene", "bfloat16"): 141,
+    ("update adamu", "float32"): 141,
+    ("update adamu", "bfloat16"): 161,
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_nothing_of_a_rule_is_spilled(architecture):
+    found = budget.cuda_rules(architecture)
+    # Each for weights of three types.
+    assert len(found) == 3 * sum(rule.bends + rule.updates for rule in budget.RULES.values())
+    for kernel in found:
+        assert kernel.spilled_bytes == 0, kernel
+        assert 16 < kernel.registers <= MOST_REGISTERS, kernel
+
+
+@needs_both
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_four_elements_of_an_array_are_one_access(architecture):
+    """Of 16 bytes or of 8, and each of them in the device's memory for certain (LDG, not LD)."""
+    for kernel in budget.cuda_rules(architecture):
+        arrays = 1 + budget.RULES[kernel.kernel.rule].buffers
+        written = arrays if kernel.kernel.operation == "update" else 1
+        assert kernel.accesses["LDG.E.128"] == arrays, kernel
+        assert kernel.accesses["LDG.E.64"] >= arrays, kernel  # and addresses
+        assert kernel.accesses["STG.E.128"] == kernel.accesses["STG.E.64"] == written, kernel
+        assert not any(re.match(r"(LD|ST)\.", name) for name in kernel.accesses), kernel
+
+
+@needs_both
+def test_issue_slots_of_a_rule():
+    found = {(b.kernel.what, b.kernel.kept): b for b in budget.cuda_rules_counted()}
+    assert found.keys() == MOST_SLOTS_OF_A_RULE.keys()
+    for kind, counted in found.items():
+        most = MOST_SLOTS_OF_A_RULE[kind]
+        assert 2 / 3 * most < counted.per_weight <= most, counted
+
+
+def test_a_prediction_is_bounded_by_memory_and_by_issue():
+    def kernel(per_normal, per_weight):
+        counts = {"instructions a normal": per_normal, "instructions a weight": per_weight}
+        return pandas.Series({**counts, "bytes moved a weight": 4})
+
+    assert at_best_ms(kernel(0, 1), 1) == pytest.approx(1e3 * 4 * 1.3e9 / BYTES_PER_S)
+    # 33 instructions a normal for 32 elements each, 132 * 4 of them a cycle, at 1.7 GHz
+    slots = 1.3e9 * (33 * 10 + 41) / 32
+    assert at_best_ms(kernel(33, 41), 10) == pytest.approx(1e3 * slots / (132 * 4) / 1.7e9)
+
+
+LOOPS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IMAD R2, R2, R3, R4 ;
+        /*0020*/                   FFMA R5, R5, R6, R7 ;
+        /*0030*/                   FFMA R5, R5, R6, R7 ;
+        /*0040*/               @P0 BRA 0x20 ;
+        /*0050*/               @P1 BRA 0x80 ;
+        /*0060*/                   LDG.E.U16 R8, [R2.64] ;
+        /*0070*/                   BRA 0x90 ;
+        /*0080*/                   LDG.E.128 R8, [R2.64] ;
+        /*0090*/              @!P2 BRA 0x10 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_instructions_are_counted_by_loop_and_without_rare_blocks():
+    code = list(sass.instructions(LOOPS))
+    assert [i.address for i in code] == list(range(0, 0xB0, 0x10))
+    assert code[4] == (0x40, "BRA", " 0x20 ", True)
+    # The window's loop is 0x10 to 0x90 without the two instructions for a single element; the
+    # directions' loop in it is 0x20 to 0x40.
+    assert sass.loop_sizes(code, whole_program=False) == (7, 3)
+    assert sass.loop_sizes(code, whole_program=True) == (9, 7)
