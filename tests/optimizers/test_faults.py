@@ -327,7 +327,7 @@ def test_options_that_may_change_come_with_the_state():
         (lambda g: g.update(next_direction=-1), "next_direction is -1"),
         (lambda g: g.update(steps=True), "steps is True"),
         (lambda g: g.update(horizon="10"), "Invalid horizon"),
-        (lambda g: g.update(eps=None), "damaged"),
+        (lambda g: g.update(eps=None), "group 0 of the state: Invalid eps: None"),
         (lambda g: g.pop("seed"), "lacks seed"),
         (lambda g: g.pop("method"), "lacks method"),
         (lambda g: g.update(params=[0]), "doesn't match the size"),

@@ -204,7 +204,7 @@ def test_truth_values_are_no_counts(truth):
     p = [nn.Parameter(torch.ones(3))]
     with pytest.raises(ValueError, match="Invalid seed: (True|False)"):
         AdaMeZO(p, seed=truth)
-    with pytest.raises(ValueError, match="Invalid horizon value: (True|False)"):
+    with pytest.raises(ValueError, match="Invalid horizon: (True|False)"):
         AdaMeZO(p, horizon=truth)
     with pytest.raises(ValueError, match="Invalid max_skipped: (True|False)"):
         AdaMeZO(p, max_skipped=truth)

@@ -28,6 +28,7 @@ from adamezo import (
     ZOAdaMU,
     runlog,
 )
+from adamezo.engine.options import is_of, kinds_of
 from adamezo_kernels import RULES, PhiloxState, sample_
 from examples import toy_functions, train_on_accuracy
 from helpers.backends import needs_native
@@ -285,6 +286,64 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
         torch.equal(x, y) and torch.equal(x.signbit(), y.signbit())
         for x, y in zip(a, b, strict=True)
     )
+
+
+# --- options --------------------------------------------------------------------------------------
+
+OF_ANOTHER_KIND = ("no", "1e-3", None, True, 1.5, (0.5, "x"), [0.5], 3)
+
+
+@all_methods
+def test_options_of_another_kind_are_refused(name):
+    """By name, when they are given and when somebody sets them between two steps: then before
+    anything is perturbed."""
+    model, row = Model(), METHODS[name]
+    optimizer = make(name, model)
+    optimizer.step(loss_of(model))
+    (group, _), before, refused = optimizer.param_groups, tensors(model), 0
+    kinds = kinds_of(type(optimizer))
+    for option in optimizer.defaults.keys() & kinds.keys():
+        for value in OF_ANOTHER_KIND:
+            if is_of(value, kinds[option]):
+                continue
+            refused += 1
+            with pytest.raises(ValueError, match=f"Invalid {option}: .*, expected "):
+                row.method(model.parameters(), **{"lr": row.lr, **row.options, option: value})
+            usual, group[option] = group[option], value
+            if value == usual:  # as True is 1
+                continue
+            with pytest.raises(ValueError, match=rf"Invalid {option}: |must be the same in all"):
+                optimizer.step(loss_of(model))
+            group[option] = usual
+    assert refused > 60
+    assert same_bits(tensors(model), before)
+    optimizer.step(loss_of(model))
+    assert not same_bits(tensors(model), before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("rounding", "stochastc", "Invalid rounding: 'stochastc'"),
+        ("perturbation", "out-of-place", "Invalid perturbation: 'out-of-place'"),
+        ("nonfinite", "ignore", "Invalid nonfinite: 'ignore'"),
+        ("max_skipped", 0, "Invalid max_skipped: 0"),
+        ("weight_decay", -1.0, "Invalid weight_decay value: -1"),
+        ("lr", -1.0, "Invalid learning rate: -1"),
+        ("lr", float("nan"), "Invalid learning rate: nan"),
+    ],
+)
+@all_methods
+def test_options_that_are_set_between_steps_are_checked(name, option, value, message):
+    model = Model()
+    optimizer = make(name, model)
+    optimizer.step(loss_of(model))
+    before = tensors(model)
+    for group in optimizer.param_groups:
+        group[option] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(loss_of(model))
+    assert same_bits(tensors(model), before)
 
 
 # --- the rules ------------------------------------------------------------------------------------
@@ -714,9 +773,25 @@ def test_a_state_that_was_not_saved_whole_is_refused(name):
     optimizer = make(name, model)
     optimizer.step(loss_of(model))
     state = {**optimizer.state_dict(), "state": {}}
-    with pytest.raises(ValueError, match=r"group 0 .* 1 steps and has no .* not saved whole"):
+    with pytest.raises(ValueError, match=r"has taken steps and has no .* not saved whole"):
         optimizer.load_state_dict(state)
     make(name, Model()).load_state_dict(make(name, Model()).state_dict())  # before any step
+
+
+@with_buffers
+def test_a_group_may_have_no_buffers_of_its_own(name):
+    """As where its weights are another group's too, or were frozen until now."""
+    method = METHODS[name].method
+    weight, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+    alias = nn.Parameter(weight.detach())
+    groups = [{"params": [p]} for p in (weight, alias, frozen)]
+    optimizer = method(groups, **METHODS[name].options)
+    optimizer.step(lambda: weight.sum())
+    state = optimizer.state_dict()
+    frozen.requires_grad_(True)
+    again = method([{"params": [p]} for p in (weight, alias, frozen)], **METHODS[name].options)
+    again.load_state_dict(state)
+    assert again.state_dict()["state"].keys() == {0}
 
 
 @with_buffers

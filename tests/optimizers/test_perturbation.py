@@ -1017,6 +1017,45 @@ def test_reads_that_begin_later_are_found(monkeypatch):
             assert torch.equal(seen[i], expected)
 
 
+class KeepsItsTranspose(nn.Linear):
+    kept = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            self.kept = self.weight.t()
+        return x @ self.kept + self.bias
+
+
+def test_a_view_that_is_kept_from_an_evaluation_to_the_next_is_refused():
+    """It would be of the first perturbed copy, for ever: the losses would not differ."""
+    model = nn.Sequential(nn.Linear(8, 8), KeepsItsTranspose(8, 8))
+    optimizer, before = make(model, lr=0.1), copies(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"shares memory with 1\.weight, 1\.bias as an ear"):
+            optimizer.step(loss_of(model))
+    assert same_bits(copies(model), before)
+
+
+class ReturnsAView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.t()
+
+
+def test_a_view_that_is_returned_may_be_used_in_its_evaluation():
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "view": ReturnsAView()})
+    kept = []
+
+    def run(model: nn.Module) -> torch.Tensor:
+        kept.append(model["view"]())  # kept, but not read again
+        return model["linear"](inputs(model["linear"])) @ kept[-1]
+
+    check(model, run, steps=3)
+
+
 # --- ways past the watch ------------------------------------------------------------------------
 
 PENALTY = r"0\.weight is read outside of all modules"

@@ -16,7 +16,7 @@ from adamezo_kernels.backends import BACKENDS, Backend, choose
 from .arithmetic import Number
 from .device import DeviceGroup, DeviceNumbers, Setup
 from .module_buffers import MODULE_BUFFERS
-from .options import check, make_plain, rename_values, shared
+from .options import check, check_kinds, make_plain, rename_values, shared, usual_lr
 from .perturb import Readers
 from .records import StepRecord
 from .state import COUNTERS, check_saved_group
@@ -152,6 +152,18 @@ class OptimizerBase(torch.optim.Optimizer):
         self.measured: tuple[Number, ...] = ()
         self.skipped: Number = 0
         self._device = self._weights = self._readers = None
+        self._checked: dict[int, list[Any]] = {}
+
+    def _check_groups(self) -> None:
+        """Checks the options that somebody has set in a group since they were checked: before a
+        step, as one that fails in it could fail again when weights are restored."""
+        names = [name for name in self.defaults if name != "lr"]
+        for i, group in enumerate(self.param_groups):
+            make_plain(group)
+            now = [group.get(name) for name in names]
+            if now != self._checked.get(i) or not usual_lr(group["lr"]):
+                self.check_options(group)
+                self._checked[i] = now
 
     def _shared_options(self) -> dict[str, Any]:
         """The options that the whole step shares, as they are now in the groups."""
@@ -254,6 +266,7 @@ class OptimizerBase(torch.optim.Optimizer):
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raises ValueError for an option of a group, in torch's own words where torch has some."""
+        check_kinds(options, type(self))
         check(options)
         can_capture = type(self)._device_group is not OptimizerBase._device_group
         if options["capturable"] and not can_capture:

@@ -20,7 +20,7 @@ from .device import DeviceNumbers, is_capturing
 from .evaluation import Point, evaluate
 from .guard import Guard
 from .module_buffers import KeptBuffers
-from .options import make_plain, set_lr
+from .options import set_lr
 from .perturb import InPlace, OutOfPlace, Perturbation, Readers
 from .records import StepRecord, check_record
 from .signals import HeldSignals
@@ -207,8 +207,7 @@ class ZerothOrder(OptimizerBase):
 
     def _next_probes(self) -> tuple[dict[str, Any], PhiloxState, list[Probe]]:
         """The options that the next step shares, its first direction and its probes."""
-        for group in self.param_groups:
-            make_plain(group)  # as users and schedulers have set them
+        self._check_groups()  # as users and schedulers have set them
         options = self._shared_options()
         if not options["capturable"]:
             self._leave_device()

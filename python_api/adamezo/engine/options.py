@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -80,6 +82,71 @@ def shared(
     return {name: first[name] for name in names}
 
 
+class Common(TypedDict):
+    """The options that every method has."""
+
+    lr: float | Tensor
+    weight_decay: float
+    zo_eps: float
+    distribution: str
+    perturbation: str
+    rounding: str
+    nonfinite: str
+    max_skipped: int
+    maximize: bool
+    fused: bool | None
+    capturable: bool
+    seed: int | None
+
+
+@functools.cache
+def kinds_of(method: type) -> dict[str, Any]:
+    """The kind of each option of a method, as its constructors annotate their parameters."""
+    kinds = get_type_hints(Common)
+    for each in reversed(method.__mro__):
+        constructor = vars(each).get("__init__")
+        if isinstance(constructor, types.FunctionType):
+            kinds.update(get_type_hints(constructor))
+    return kinds
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether an option is of a kind. An integer is a number; a truth value is neither."""
+    origin, of = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(is_of(value, each) for each in of)
+    if origin is tuple:  # a list, where it comes from JSON
+        fits = isinstance(value, (tuple, list)) and len(value) == len(of)
+        return fits and all(map(is_of, value, of))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind or (kind not in _PLAIN and isinstance(value, kind))
+
+
+_WORDS = {
+    float: "a number",
+    int: "an integer",
+    bool: "True or False",
+    str: "a string",
+    Tensor: "a tensor",
+}
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} values, each {_in_words(get_args(kind)[0])}"
+    return " or ".join(_WORDS.get(each, "None") for each in get_args(kind) or (kind,))
+
+
+def check_kinds(options: dict[str, Any], method: type) -> None:
+    """Raises ValueError for an option of another kind than its annotation: "no" would be true."""
+    for name, kind in kinds_of(method).items():
+        if name in options and name != "params" and not is_of(options[name], kind):
+            raise ValueError(f"Invalid {name}: {options[name]!r}, expected {_in_words(kind)}")
+
+
 def check(options: dict[str, Any]) -> None:
     """Raises ValueError for an option that every method has, in torch's words where it has some."""
     lr = options["lr"]
@@ -101,16 +168,22 @@ def check(options: dict[str, Any]) -> None:
         if value not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r}, expected one of {choices}")
     limit = options["max_skipped"]
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+    if limit < 1:
         raise ValueError(f"Invalid max_skipped: {limit!r}, expected an integer of at least 1")
     seed = options["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+    if seed is None or not 0 <= seed < 2**64:
         raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
     if options["capturable"] and options["nonfinite"] == "raise":
         raise ValueError(
             "nonfinite='raise' with capturable=True: nothing looks at the losses on the "
             "device. Take 'skip' and look at `skipped`, or leave out capturable"
         )
+
+
+def usual_lr(lr: Any) -> bool:
+    """Whether a learning rate needs no other check, as those that schedulers set. One that is a
+    tensor is not read: it may be on a device that is at work."""
+    return isinstance(lr, Tensor) or (type(lr) in (int, float) and 0.0 <= lr < math.inf)
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:

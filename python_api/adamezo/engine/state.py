@@ -48,8 +48,8 @@ def check_saved_group(
             raise ValueError(f"{where} is damaged: {name} is beyond 64 bits")
     try:
         check_options(saved)
-    except TypeError as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
     for name, limit in _LIMITS.items():
         if type(saved[name]) is not int or not 0 <= saved[name] <= limit:
             raise ValueError(f"{where} is damaged: {name} is {saved[name]!r}")

@@ -15,7 +15,7 @@ from adamezo_kernels import PhiloxState, Terms
 
 from ..engine.arithmetic import Number
 from ..engine.optimizer import ZerothOrder
-from .common import check_betas
+from .common import check_betas, check_count
 from .history import NORMALIZATIONS, DeviceHistory, coefficients
 
 
@@ -200,9 +200,7 @@ class AdaMeZO(ZerothOrder):
         # Not 0: a z that is exactly 0 would give 0 / 0.
         if not 0.0 < options["eps"] < math.inf:
             raise ValueError(f"Invalid epsilon value: {options['eps']}")
-        horizon = options["horizon"]
-        if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
-            raise ValueError(f"Invalid horizon value: {horizon}, expected an integer of at least 1")
+        check_count("horizon", options["horizon"])
         if options["normalization"] not in NORMALIZATIONS:
             raise ValueError(
                 f"Invalid normalization: {options['normalization']!r}, expected one of "

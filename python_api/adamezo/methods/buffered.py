@@ -142,19 +142,22 @@ class Buffered(Method):
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The buffers of each weight that has some, under the names of :attr:`buffers`."""
         saved, groups = state_dict["state"], state_dict["param_groups"]
-        found = []
-        for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=False)):
+        found, stepped = [], False
+        for group, mine in zip(groups, self.param_groups, strict=False):
             pairs = list(zip(group["params"], mine["params"], strict=False))
             for number, p in pairs:
                 if number in saved:
                     _check_buffers(self.buffers, saved[number], p, f"parameter {number}")
                     found.append((p, {name: saved[number][name] for name in self.buffers}))
-            trains = any(p.requires_grad for _, p in pairs)
-            if group.get("steps") and trains and not any(number in saved for number, _ in pairs):
-                raise ValueError(
-                    f"group {i} of the state has taken {group['steps']} steps and has no "
-                    f"{' or '.join(self.buffers)} of any weight: it was not saved whole"
-                )
+            stepped = stepped or (
+                group.get("steps", 0) > 0 and any(p.requires_grad for _, p in pairs)
+            )
+        # A group may have none rightly: of weights that were frozen, or that another group has too.
+        if stepped and not found:
+            raise ValueError(
+                f"the state has taken steps and has no {' or '.join(self.buffers)} of any weight: "
+                "it was not saved whole"
+            )
         return found
 
 

@@ -81,16 +81,14 @@ def directions_from(first: PhiloxState, count: int) -> list[PhiloxState]:
     return [first._replace(counter=first.counter + q) for q in range(count)]
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raises ValueError unless it is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises ValueError unless it is at least ``least``."""
+    if value < least:
         raise ValueError(f"Invalid {name}: {value!r}, expected an integer of at least {least}")
 
 
 def check_betas(betas: Sequence[float]) -> None:
     """Raises ValueError, in torch's words, unless they are two in [0, 1)."""
-    if len(betas) != 2:
-        raise ValueError(f"Invalid betas: expected (beta1, beta2), got {betas}")
     for i, beta in enumerate(betas):
         check_fraction(f"beta parameter at index {i}", beta)
 

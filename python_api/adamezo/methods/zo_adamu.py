@@ -91,14 +91,12 @@ class ZOAdaMU(Buffered):
         return [*directions, beta2, 1 - beta2, p]
 
     def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
         if options["capturable"]:
             raise ValueError(
                 "ZOAdaMU cannot do capturable=True: the direction of its perturbations is "
                 "scheduled on the host"
             )
-        super().check_options(options)
-        if len(options["ends"]) != 3:
-            raise ValueError(f"Invalid ends: expected (alpha, beta1, beta2), got {options['ends']}")
         for name, value in zip(("alpha", "beta1", "beta2"), options["ends"], strict=True):
             check_fraction(f"{name} of ends", value, closed=True)
         check_count("warmup", options["warmup"], least=0)

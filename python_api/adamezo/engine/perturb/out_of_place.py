@@ -148,7 +148,7 @@ class OutOfPlace:
         try:
             for scratch, some in still.items():
                 loan = scratch.lend(some)
-                frame.loans.append((scratch, loan))
+                frame.loans.append((scratch, loan, some))
                 call = loan.copies.filled_by(self._direction, self._scale, self._distribution)
                 run(call, self._backend)
                 for weight, copy in zip(some, loan.copies.tensors, strict=True):
@@ -162,8 +162,8 @@ class OutOfPlace:
         try:
             for weight in frame.weights:
                 weight.point_to(None)
-            for scratch, loan in frame.loans:
-                scratch.take_back(loan)
+            for scratch, loan, weights in frame.loans:
+                self._readers.take_back(scratch, loan, weights)
         finally:
             self._at_work = False
 
@@ -191,11 +191,20 @@ class OutOfPlace:
         if self._at_work:
             return
         for tensor in tree_leaves(arguments):
-            weight = self._readers.weight_under(tensor) if isinstance(tensor, Tensor) else None
+            if not isinstance(tensor, Tensor):
+                continue
+            weight = self._readers.weight_under(tensor)
             if weight is not None and not weight.perturbed:
                 self._found(weight, tensor)
             elif weight is not None:
                 self._refuse(_alias(weight.name))
+            elif (kept := self._readers.outdated(tensor)) is not None:
+                self._refuse(
+                    f"a tensor is read that shares memory with {kept} as an earlier evaluation "
+                    "perturbed it: a module or the closure has kept a view of it, such as its "
+                    "transpose. Make the view anew at every forward, or take "
+                    "perturbation='inplace'"
+                )
         for tensor in written_by(operation, arguments):
             for frame in self._frames:
                 for weight in frame.weights:
@@ -245,4 +254,4 @@ class _Frame:
         self.module = module
         self.watched = False
         self.weights: list[Weight] = []
-        self.loans: list[tuple[Scratch, Loan]] = []
+        self.loans: list[tuple[Scratch, Loan, list[Weight]]] = []

@@ -8,12 +8,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adamezo_kernels import Plan
 from adamezo_kernels.plan import memory_of
 
 from ..memory import has_memory, overlap, storage_of
-from .scratch import Scratch, Weight
+from .scratch import Loan, Scratch, Weight
 
 WATCHED_EVERY = 100
 """How many updates there are from one step whose every operation is watched for reads of
@@ -40,6 +41,9 @@ class Readers:
         self._read: dict[int, list[Weight]] = {}
         self._scratch: dict[torch.device, Scratch] = {}
         self._by_storage: dict[int, list[Weight]] = {}
+        # By the copies' storage: for which evaluation they were made, and of which weights.
+        self._let_out: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        self._evaluation = 0
         names: dict[int, str] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), name)
@@ -95,6 +99,8 @@ class Readers:
         return seen is not None and seen() is module
 
     def begin_evaluation(self) -> None:
+        self._evaluation += 1
+        self._let_out = {k: v for k, v in self._let_out.items() if not v[0].expired()}
         for scratch in self._scratch.values():
             scratch.begin()
 
@@ -119,6 +125,21 @@ class Readers:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def take_back(self, scratch: Scratch, loan: Loan, weights: Sequence[Weight]) -> None:
+        """A module no longer needs the copies of these weights."""
+        if scratch.take_back(loan):
+            storage, names = loan.copies.storage, ", ".join([weight.name for weight in weights])
+            self._let_out[storage.cdata] = storage, self._evaluation, names
+
+    def outdated(self, tensor: Tensor) -> str | None:
+        """The names of the weights whose copies of an earlier evaluation a tensor is over, if any:
+        a module has kept a view of a weight."""
+        if not self._let_out or not has_memory(tensor):
+            return None
+        storage, evaluation, names = self._let_out.get(storage_of(tensor), (None, 0, ""))
+        there = storage is not None and not storage.expired() and evaluation != self._evaluation
+        return names if there else None
 
     def weight_under(self, tensor: Tensor) -> Weight | None:
         """The weight that shares memory with a tensor, if any."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adamezo_kernels import Call, Plan, Segment, Terms
 from adamezo_kernels.staging import Staging
@@ -75,6 +76,11 @@ class Copies:
             self._call = self._call.vary(terms=new, scale=scale)
         self._direction = direction
         return self._call
+
+    @property
+    def storage(self) -> StorageWeakRef:
+        """The memory, without keeping it."""
+        return StorageWeakRef(self._memory)
 
     def held_elsewhere(self) -> bool:
         """Whether somebody holds a tensor over this memory, such as a view."""
@@ -147,13 +153,16 @@ class Scratch:
             self._copies[start, key] = copies
         return Loan(key, start, copies, 0)
 
-    def take_back(self, loan: Loan) -> None:
+    def take_back(self, loan: Loan) -> bool:
+        """Returns whether somebody still holds the copies, whose they are from then on."""
         self._own -= loan.own
         self._top = loan.start
-        if loan.copies.held_elsewhere():
+        held = loan.copies.held_elsewhere()
+        if held:
             self._let_out.add(loan.key)
             if not loan.own:
                 self._forget()
+        return held
 
     def _lend_own(
         self, key: tuple[int, ...], weights: Sequence[Weight], size: int, start: int
