@@ -28,11 +28,11 @@ class Call:
     """One of OPERATIONS."""
     plan: Plan
     terms: Terms
-    """Of a displacement whose rule does not bend directions, the first direction alone is taken."""
+    """A perturbation whose rule has no direction of its own takes the first direction alone."""
     distribution: str = "exact"
     rounding: str = "nearest"
     scale: float = 0.0
-    """Of a displacement; in an update, of the one that is added back first, if it is not 0."""
+    """The scale of a perturbation; in an update, of the one that is added back first, if not 0."""
     eps: float = 0.0
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Call:
         """The same operation on the same plan, along other directions or by another scale.
 
         It costs less than a new call, as what stays is not checked again: a step makes three
-        displacements that differ in nothing else.
+        perturbations that differ in nothing else.
         """
         call = object.__new__(Call)
         fields = vars(call)
@@ -100,7 +100,7 @@ class Call:
         if self.operation == "update":
             if not rule.updates:
                 raise ValueError(
-                    f"the rule {terms.rule!r} only displaces: expected terms of an update"
+                    f"the rule {terms.rule!r} only perturbs: expected terms of an update"
                 )
             if terms.with_second and self.eps <= _FLOAT32_HALF_MIN:
                 raise ValueError(

@@ -60,8 +60,8 @@ def perturb_(
     Args:
         plan: the weights. If it is made by :meth:`Plan.into`, theta is read from one place and
             written to another.
-        state: the direction z; of Terms, the first one. Where their rule bends directions it is
-            what that displaces along, and the plan has the rule's buffers.
+        state: the direction z; of Terms, the first one. Where their rule has a direction of its
+            own, that is z, and the plan has the rule's buffers.
         scale: a finite number; in zeroth-order steps ``zo_eps``, ``-2 zo_eps`` and so on.
         rounding: of the store; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
@@ -103,8 +103,8 @@ def update_(
         lr: step size.
         eps: added to the root, positive where ``second`` is given (a z can be exactly 0).
         weight_decay: decoupled, as in AdamW.
-        restore: the displacement along z_0 that is to be added back: ``zo_eps`` after the weights
-            were left at ``theta - zo_eps z_0``.
+        restore: the scale of the perturbation along z_0 that is added back first: ``zo_eps`` after
+            the weights were left at ``theta - zo_eps z_0``.
         rounding: of the store; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
     """
@@ -137,8 +137,8 @@ def update_terms_(
     """:func:`update_` with its directions, coefficients and step size out of ``terms``.
 
     With a rule other than "moments" its formula (csrc/adamezo/buffered.h) takes the place of S1 and
-    S2: in the same pass the displacement is restored, the plan's buffers are brought up to date
-    and the weights make the rule's step. Buffers of 16 bits are rounded as ``rounding`` says, with
+    S2: in the same pass the weights are restored, the plan's buffers are updated and the weights
+    make the rule's step. Buffers of 16 bits are rounded as ``rounding`` says, with
     words of their own.
 
     What is in ``terms`` is not checked: where it is on a GPU, that would wait for the device.

@@ -23,22 +23,22 @@ from .float32 import add, div, fma, larger, mul, smaller, sqrt
 
 @dataclass(frozen=True)
 class Rule:
-    """What weights are displaced along, and how they and what is kept for them are updated."""
+    """The direction that weights are perturbed along, and the update of weights and buffers."""
 
     directions: int
     buffers: int
     numbers: tuple[str, ...]
     """The step's own numbers, in the order of `Terms.numbers`."""
     direction: Callable[..., Any] | None = None
-    """``(z, kept, n)``: what weights are displaced along, if that is something else than z_0."""
+    """``(z, kept, n)``: the direction that weights are perturbed along; None where it is z_0."""
     bound: Callable[..., float] | None = None
     """``(z, kept, n)``: the largest magnitude that ``direction`` can have, as a float, where no z
-    exceeds the float ``z``. A rule with a direction has one, so that displacements which might
+    exceeds the float ``z``. A rule with a direction has one, so that perturbations which might
     overflow can be refused. ``kept`` is None where buffers are not to be looked at; else it has a
     :class:`Extremes` for each. ``n`` is `Terms.numbers`."""
     step: Callable[..., Any] | None = None
     """``(z, kept, n, eps)``: the step of theta <- theta decay - lr step, and what is kept from then
-    on, as a tuple; None where there is no update, but a displacement only."""
+    on, as a tuple; None where the rule only perturbs."""
     idle: Mapping[int, float] | None = None
     """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
     are; None where there are none such."""
@@ -49,12 +49,12 @@ class Rule:
 
     @property
     def bends(self) -> bool:
-        """Whether weights are displaced along something else than z_0."""
+        """Whether weights are perturbed along another direction than z_0."""
         return self.direction is not None
 
     @property
     def updates(self) -> bool:
-        """Whether it has an update, besides a displacement."""
+        """Whether it has an update, besides a perturbation."""
         return self.step is not None
 
 
@@ -75,7 +75,7 @@ def along_z(z, kept, n):
     return z[0]
 
 
-def displaced(theta, along, scale):
+def perturbed(theta, along, scale):
     return fma(scale, along, theta)
 
 
@@ -106,7 +106,7 @@ def adam_step(z, kept, n, eps):
     return div(mul(n[4], m), add(sqrt(mul(n[5], v)), eps)), m, v
 
 
-# --- HiZOO (arXiv 2402.15173): D is a curvature, and displacements are shorter where it is large --
+# --- HiZOO (arXiv 2402.15173): D is a curvature, and perturbations are shorter where it is large --
 #   d = z / sqrt(D)      D <- D + D (a c z^2 - a), within bounds      step = p z / sqrt(D)
 # where c is the curvature along d. The bounds keep d finite, whatever c was; float16 holds both.
 
@@ -172,7 +172,7 @@ def adamu_step(z, kept, n, eps):
     return div(mul(n[6], both), sqrt(add(v, eps))), both
 
 
-# --- from one direction to the next in one pass, where a step has several: a displacement only ----
+# --- from one direction to the next in one pass, where a step has several: a perturbation only ----
 #   d = n_0 z_0 + n_1 z_1
 
 

@@ -202,7 +202,7 @@ class Terms:
 
 Direction = PhiloxState | Terms
 """z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms
-with a rule that bends: what it displaces along."""
+with a rule that bends: what it perturbs along."""
 
 
 def _length(horizon: int, rule: str) -> int:

@@ -53,7 +53,7 @@ def with_buffers(rule, tensors, layout, dtype, make) -> tuple[Plan, list[list[to
 
 
 def run(rule, dtype, buffer_dtype, kind, backend, make):
-    """All tensors after a displacement and an update that takes another one back."""
+    """All tensors after a perturbation and an update that takes another one back."""
     distribution, rounding = kind
     tensors, layout = zoo(dtype, make)
     plan, buffers = with_buffers(rule, tensors, layout, buffer_dtype, make)
@@ -119,7 +119,7 @@ def test_into_reads_one_place_and_writes_another(rule, backend):
 
 @both_backends
 @pytest.mark.parametrize("rule", ["adam", "helene"])
-def test_a_rule_that_does_not_bend_displaces_along_z(rule, backend):
+def test_a_rule_without_a_direction_perturbs_along_z(rule, backend):
     a, b = torch.ones(1000), torch.ones(1000)
     plan, _ = with_buffers(rule, [a], {}, torch.float32, unguarded)
     perturb_(plan, terms_of(rule), 0.5, backend=backend)
@@ -131,7 +131,7 @@ def test_a_rule_that_does_not_bend_displaces_along_z(rule, backend):
 
 
 def by_the_formula(rule, theta, kept, u):
-    """(what is displaced along, step, what is kept afterwards) in float64, from the papers."""
+    """(the direction, the step, the buffers afterwards) in float64, from the papers."""
     n = NUMBERS[rule]
     if rule == "blend":
         return n[0] * u[0] + n[1] * u[1], None, []
@@ -166,7 +166,7 @@ def test_the_formula(rule, backend):
         theta.double(), start - RESTORE * along, rtol=1e-6, atol=1e-6, check_dtype=False
     )
     if rule == "blend":
-        with pytest.raises(ValueError, match="'blend' only displaces"):
+        with pytest.raises(ValueError, match="'blend' only perturbs"):
             update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend)
         return
     update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend)
@@ -195,7 +195,7 @@ def test_a_curvature_moves_at_the_published_alpha(backend):
 
 @both_backends
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_curvature_stays_where_displacements_are_finite(dtype, backend):
+def test_a_curvature_stays_where_perturbations_are_finite(dtype, backend):
     values = [0.0, 1e-6, 1e-4, 1.0, 1e4, 6e4, math.inf, math.nan]
     theta, curvature = torch.zeros(8), torch.tensor(values).to(dtype)
     plan = Plan([theta]).with_buffers([[curvature]])

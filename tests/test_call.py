@@ -62,7 +62,7 @@ WRONG = {
     "rule": (
         {"terms": Terms.of([STATE, STATE], rule="blend")},
         ValueError,
-        "the rule 'blend' only displaces",
+        "the rule 'blend' only perturbs",
     ),
     "place": (
         {"plan": plan_of(4).into([torch.ones(4)])},
@@ -84,7 +84,7 @@ def test_a_call_does_not_change():
         SOUND.scale = 1.0
 
 
-def test_a_displacement_along_z_takes_the_newest_direction_alone():
+def test_a_perturbation_along_z_takes_the_newest_direction_alone():
     """So backends see a rule only where it is at work."""
     call = Call("perturb", plan_of(4), ADAM, scale=2)
     assert (call.terms.rule, call.terms.horizon) == ("moments", 1)

@@ -61,6 +61,6 @@ def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
 
 
 def test_a_rule_that_bends_says_how_far():
-    """So that a displacement which might overflow is refused; nothing knows such rules by name."""
+    """So that a perturbation which might overflow is refused; nothing knows such rules by name."""
     with pytest.raises(TypeError, match="a rule with a direction needs a bound"):
         Rule(1, 0, (), direction=lambda z, kept, n: z[0])

@@ -269,7 +269,7 @@ RULE_CASES = [
 
 
 def both_steps(plan: Plan, rule: str, kind: tuple[str, str], backend: str) -> None:
-    """A displacement, and an update that takes another one back."""
+    """A perturbation, and an update that takes another one back."""
     options = {"distribution": kind[0], "rounding": kind[1], "backend": backend}
     perturb_(plan, terms_of(rule), -RESTORE, **options)
     if RULES[rule].updates:

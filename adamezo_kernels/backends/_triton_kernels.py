@@ -170,7 +170,7 @@ def traced(**operations):
 _SHARED = {"fma": fma, "mul": mul, "add": add, "larger": larger, "smaller": smaller}
 RULES = traced(**_SHARED, sqrt=sqrt, div=div)
 NVIDIA_RULES = traced(**_SHARED, sqrt=nvidia_sqrt, div=nvidia_div)
-displaced, descended, summed = (RULES[name] for name in ("displaced", "descended", "summed"))
+perturbed, descended, summed = (RULES[name] for name in ("perturbed", "descended", "summed"))
 
 
 # --- directions: csrc/adamezo/normal.h, fast_normal.h, rademacher.h -----------------------------
@@ -406,7 +406,7 @@ def _numbers(words):
 @part
 def _restored(theta, along, scale):
     """A scale of 0 would turn -0 into 0."""
-    return tl.where(scale != 0.0, displaced(theta, along, scale), theta)
+    return tl.where(scale != 0.0, perturbed(theta, along, scale), theta)
 
 
 @part
@@ -558,10 +558,10 @@ def run(
         if BUFFERS > 1:
             m0, m1, m2, m3 = _load(also_kept, low, high, whole, KEPT, WINDOW)
         if OPERATION == "perturb":
-            v0 = displaced(v0, DIRECTION((z0, a0), (k0, m0), n), scale)
-            v1 = displaced(v1, DIRECTION((z1, a1), (k1, m1), n), scale)
-            v2 = displaced(v2, DIRECTION((z2, a2), (k2, m2), n), scale)
-            v3 = displaced(v3, DIRECTION((z3, a3), (k3, m3), n), scale)
+            v0 = perturbed(v0, DIRECTION((z0, a0), (k0, m0), n), scale)
+            v1 = perturbed(v1, DIRECTION((z1, a1), (k1, m1), n), scale)
+            v2 = perturbed(v2, DIRECTION((z2, a2), (k2, m2), n), scale)
+            v3 = perturbed(v3, DIRECTION((z3, a3), (k3, m3), n), scale)
         else:
             minus_lr = _float(tl.load(words + 3 * horizon))
             decay = _float(tl.load(words + 3 * horizon + 1))
@@ -571,10 +571,10 @@ def run(
             v2, k2, m2 = _rule_update(v2, (z2, a2), (k2, m2), n, scalars, DIRECTION, STEP, BUFFERS)
             v3, k3, m3 = _rule_update(v3, (z3, a3), (k3, m3), n, scalars, DIRECTION, STEP, BUFFERS)
     elif OPERATION == "perturb":
-        v0 = displaced(v0, z0, scale)
-        v1 = displaced(v1, z1, scale)
-        v2 = displaced(v2, z2, scale)
-        v3 = displaced(v3, z3, scale)
+        v0 = perturbed(v0, z0, scale)
+        v1 = perturbed(v1, z1, scale)
+        v2 = perturbed(v2, z2, scale)
+        v3 = perturbed(v3, z3, scale)
     else:
         if OPERATION == "update":
             v0 = _restored(v0, z0, scale)

@@ -367,7 +367,7 @@ def sum_moments(
 
 def apply_perturbation(theta: Tensor, z: Tensor, scale: float) -> Tensor:
     """``theta + scale * z`` in float32, before it is rounded to the type of ``theta``."""
-    return rules.displaced(theta.float(), z, to_float32(scale))
+    return rules.perturbed(theta.float(), z, to_float32(scale))
 
 
 def apply_update(
@@ -394,7 +394,7 @@ def apply_update(
     newest = next(directions)
     t = theta.float()
     if to_float32(restore) != 0:
-        t = rules.displaced(t, newest, to_float32(restore))
+        t = rules.perturbed(t, newest, to_float32(restore))
 
     def all_directions() -> Iterator[Tensor]:
         yield newest
@@ -405,8 +405,8 @@ def apply_update(
     return rules.descended(t, step, -to_float32(lr), to_float32(decay))
 
 
-def displaced_along(rule: str, z: Values, kept: Values, n: Sequence[float]) -> Tensor:
-    """What a rule displaces along: z_0, where it does not bend it."""
+def rule_direction(rule: str, z: Values, kept: Values, n: Sequence[float]) -> Tensor:
+    """The direction that a rule perturbs along: z_0, where it has none of its own."""
     return (RULES[rule].direction or rules.along_z)(z, kept, n)
 
 
@@ -428,7 +428,7 @@ def _perturb(call: Call, segment: Segment) -> Iterator[Piece]:
     terms, source = call.terms, _source(segment)
     for chunk in _chunks(segment):
         z = [_direction(segment, state, chunk, call.distribution) for state in terms.states()]
-        along = displaced_along(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
+        along = rule_direction(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
         yield chunk, (apply_perturbation(source[chunk], along, call.scale),)
 
 
@@ -448,7 +448,7 @@ def _update(call: Call, segment: Segment) -> Iterator[Piece]:
         theta, z, kept = weights[chunk].float(), list(directions), _kept(segment, chunk)
         n, scale = terms.numbers.tolist(), to_float32(call.scale)
         if scale != 0:
-            theta = rules.displaced(theta, displaced_along(terms.rule, z, kept, n), scale)
+            theta = rules.perturbed(theta, rule_direction(terms.rule, z, kept, n), scale)
         step, *after = step_of(z, kept, n, to_float32(call.eps))
         yield chunk, (rules.descended(theta, step, minus_lr, decay), *after)
 

@@ -2,9 +2,9 @@
 // weight. A rule R has
 //   kName                   its name in adamezo_kernels/rules.py, which has the same in Python
 //   kDirections, kBuffers   how many directions it draws and how many numbers it keeps, at most 2
-//   kBends                  whether what the weights are displaced along is other than z
-//   kUpdates                whether it has a step, besides a displacement
-//   direction(z, kept, n)   what they are displaced along, from the directions and what is kept
+//   kBends                  whether the weights are perturbed along another direction than z
+//   kUpdates                whether it has a step, besides a perturbation
+//   direction(z, kept, n)   the direction that they are perturbed along, from z and what is kept
 //   step(z, kept, n, eps)   the step of theta <- theta decay - lr step; changes what is kept
 // where z[k] belongs to direction k, kept[i] to buffer i, and n are the step's own numbers, which
 // the host has worked out (rules.py names them). Operations are in the order that the formulas
@@ -36,7 +36,7 @@ struct Adam {
   }
 };
 
-// HiZOO (arXiv 2402.15173): D is a curvature, and displacements are shorter where it is large.
+// HiZOO (arXiv 2402.15173): D is a curvature, and perturbations are shorter where it is large.
 //   d = z / sqrt(D)      D <- D + D (a c z^2 - a), within bounds      step = p z / sqrt(D)
 // where c is the curvature along d. The bounds keep d finite, whatever c was; float16 holds both.
 constexpr float kLeastCurvature = 1e-4f, kMostCurvature = 1e4f;
@@ -114,7 +114,7 @@ struct Adamu {
   }
 };
 
-// From one direction to the next in one pass, where a step has several: a displacement only.
+// From one direction to the next in one pass, where a step has several: a perturbation only.
 //   d = n_0 z_0 + n_1 z_1
 struct Blend {
   static constexpr const char* kName = "blend";
@@ -150,10 +150,10 @@ bool with_rule(int rule, Use use) {
 template <class R>
 constexpr int kBuffersRoom = R::kBuffers > 0 ? R::kBuffers : 1;
 
-// What the weights are displaced along.
+// The direction that the weights are perturbed along.
 template <class R, class L>
-ADAMEZO_HD typename L::F displaced_along(const typename L::F* z, const typename L::F* kept,
-                                         const float* n) {
+ADAMEZO_HD typename L::F rule_direction(const typename L::F* z, const typename L::F* kept,
+                                        const float* n) {
   if constexpr (R::kBends)
     return R::template direction<L>(z, kept, n);
   else

@@ -182,9 +182,9 @@ struct Kept {
   }
 };
 
-// By rule R: theta = theta + scale d, where d is what it displaces along; and in an update, where
-// that restores if scale is not 0, its step in the same pass, so that weights and buffers are read
-// once and written once.
+// By rule R: theta = theta + scale d, where d is the rule's direction; and in an update, where that
+// restores if scale is not 0, its step in the same pass, so that weights and buffers are read once
+// and written once.
 template <class L, class D, class R, bool kUpdate>
 struct ByRule {
   template <class T>
@@ -205,7 +205,7 @@ struct ByRule {
             buffers.get(t, kept);
             moved[t] = L::load(theta.from + t * L::kWidth);
             if (!kUpdate || job.scale != 0.0f)
-              moved[t] = L::fma(L::f(job.scale), displaced_along<R, L>(at, kept, n), moved[t]);
+              moved[t] = L::fma(L::f(job.scale), rule_direction<R, L>(at, kept, n), moved[t]);
             if constexpr (kUpdate) {
               const F step = R::template step<L>(at, kept, n, job.eps);
               buffers.set(t, kept);

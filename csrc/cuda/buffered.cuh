@@ -210,7 +210,7 @@ ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t work
   });
 }
 
-// By rule R: theta = theta + scale d, read where the source is, where d is what it displaces along;
+// By rule R: theta = theta + scale d, read where the source is, where d is the rule's direction;
 // and in an update, where that restores if scale is not 0, its step in the same pass, so that
 // weights and buffers are read once and written once.
 template <class D, class R, bool kUpdate>
@@ -228,7 +228,7 @@ struct ByRule {
         quad.get(i, z, kept);
         float& value = quad.theta[i];
         if (!kUpdate || job.scale != 0.0f)
-          value = ScalarLanes::fma(job.scale, displaced_along<R, ScalarLanes>(z, kept, n), value);
+          value = ScalarLanes::fma(job.scale, rule_direction<R, ScalarLanes>(z, kept, n), value);
         if constexpr (kUpdate) {
           const float step = R::template step<ScalarLanes>(z, kept, n, job.eps);
           quad.set(i, kept);

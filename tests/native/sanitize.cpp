@@ -82,7 +82,7 @@ const std::vector<Call> kCalls = {
     {Operation::kMoment, Rounding::kNearest, true, false, 3},
 };
 
-// Those of all rules: each displaces somewhere else and makes two updates, with buffers of each
+// Those of all rules: each perturbs somewhere else and makes two updates, with buffers of each
 // type in turn.
 std::vector<Call> with_rules(std::vector<Call> calls) {
   int rule = kMoments + 1, type = 0;
