@@ -39,9 +39,9 @@ class Rule:
     step: Callable[..., Any] | None = None
     """``(z, kept, n, eps)``: the step of theta <- theta decay - lr step, and what is kept from then
     on, as a tuple; None where the rule only perturbs."""
-    idle: Mapping[int, float] | None = None
-    """Numbers, by their place, with which an update at lr = 0 leaves weights and buffers as they
-    are; None where there are none such."""
+    noop: Mapping[int, float] | None = None
+    """Scalars, by index, that make an lr = 0 update a no-op: weights and buffers stay as they are.
+    None where no scalars do that."""
 
     def __post_init__(self) -> None:
         if self.bends and self.bound is None:
@@ -191,7 +191,7 @@ RULES = {
         2,
         ("beta1", "(1 - beta1) p", "beta2", "(1 - beta2) p^2", "correction1", "correction2"),
         step=adam_step,
-        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
+        noop={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
     ),
     "hizoo": Rule(
         1,
@@ -200,14 +200,14 @@ RULES = {
         direction=hizoo_direction,
         bound=hizoo_bound,
         step=hizoo_step,
-        idle={0: 0.0, 1: 0.0, 2: 0.0},
+        noop={0: 0.0, 1: 0.0, 2: 0.0},
     ),
     "helene": Rule(
         1,
         2,
         ("beta1", "alpha p", "beta2", "(1 - beta2) batch p_hat^2", "gamma", "clip"),
         step=helene_step,
-        idle={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
+        noop={0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0},
     ),
     "adamu": Rule(
         2,
