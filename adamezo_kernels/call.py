@@ -89,7 +89,7 @@ class Call:
                     f"the terms are on {where} and weights on {', '.join(elsewhere)}: expected "
                     "terms on the host, or on the device of all weights"
                 )
-        if self.operation == "perturb" and not RULES[terms.rule].bends:
+        if self.operation == "perturb" and not RULES[terms.rule].has_direction:
             terms = terms.newest
         rule = RULES[terms.rule]
         if plan.buffers < rule.buffers and len(plan):

@@ -44,11 +44,11 @@ class Rule:
     None where no scalars do that."""
 
     def __post_init__(self) -> None:
-        if self.bends and self.bound is None:
+        if self.has_direction and self.bound is None:
             raise TypeError("a rule with a direction needs a bound on what that can be")
 
     @property
-    def bends(self) -> bool:
+    def has_direction(self) -> bool:
         """Whether weights are perturbed along another direction than z_0."""
         return self.direction is not None
 

@@ -180,7 +180,7 @@ class Terms:
 
     @classmethod
     def blend(cls, a: Direction, of_a: float, b: Direction, of_b: float) -> Terms | None:
-        """``of_a z_a + of_b z_b`` as a direction; None where one of them is bent already."""
+        """``of_a z_a + of_b z_b`` as a direction; None where one has a rule already."""
         if isinstance(a, PhiloxState) and isinstance(b, PhiloxState):
             return cls.of([a, b], rule="blend", numbers=[of_a, of_b])
         if not isinstance(a, Terms) or not isinstance(b, Terms) or {a.rule, b.rule} != {"moments"}:
@@ -201,8 +201,8 @@ class Terms:
 
 
 Direction = PhiloxState | Terms
-"""z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms
-with a rule that bends: what it perturbs along."""
+"""A direction z: its place in the stream, or the first of some terms, read when a kernel runs.
+Terms whose rule has a direction of its own stand for that one."""
 
 
 def _length(horizon: int, rule: str) -> int:

@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_threads(rule):
 
 
 @both_backends
-@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].has_direction])
 def test_into_reads_one_place_and_writes_another(rule, backend):
     tensors, layout = zoo(torch.float32, unguarded)
     plan, buffers = with_buffers(rule, tensors, layout, torch.float32, unguarded)

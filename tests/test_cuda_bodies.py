@@ -298,7 +298,7 @@ def test_rules_along_fast_directions(on_host, with_fast, guarded, rule, rounding
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].has_direction])
 def test_bent_directions_out_of_place(on_host, guarded, rule, dtype):
     """To addresses aligned in other ways than those that are read; nothing else is written."""
     results = []

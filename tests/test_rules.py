@@ -48,7 +48,7 @@ def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
 
     rule = Rule(1, 1, ("number",), direction=doubled, step=step, bound=lambda z, kept, n: 2 * z)
     monkeypatch.setitem(RULES, "doubled", rule)
-    assert rule.bends
+    assert rule.has_direction
     assert rule.updates
     w, kept, z = torch.zeros(100), torch.full((100,), 3.0), sample_(torch.empty(100), STATE)
     plan = Plan([w]).with_buffers([[kept]])
@@ -60,7 +60,7 @@ def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
     assert (kept == 4).all()
 
 
-def test_a_rule_that_bends_says_how_far():
+def test_a_rule_with_a_direction_has_a_bound():
     """So that a perturbation which might overflow is refused; nothing knows such rules by name."""
     with pytest.raises(TypeError, match="a rule with a direction needs a bound"):
         Rule(1, 0, (), direction=lambda z, kept, n: z[0])

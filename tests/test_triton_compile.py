@@ -65,7 +65,7 @@ def code(kernel) -> str:
 
 # (operation, rule): those that a call can ask for.
 RULE_CASES = [("update", rule) for rule in NUMBERS if RULES[rule].updates]
-RULE_CASES += [("perturb", rule) for rule in NUMBERS if RULES[rule].bends]
+RULE_CASES += [("perturb", rule) for rule in NUMBERS if RULES[rule].has_direction]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

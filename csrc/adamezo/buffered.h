@@ -2,7 +2,7 @@
 // weight. A rule R has
 //   kName                   its name in adamezo_kernels/rules.py, which has the same in Python
 //   kDirections, kBuffers   how many directions it draws and how many numbers it keeps, at most 2
-//   kBends                  whether the weights are perturbed along another direction than z
+//   kHasDirection           whether the weights are perturbed along another direction than z
 //   kUpdates                whether it has a step, besides a perturbation
 //   direction(z, kept, n)   the direction that they are perturbed along, from z and what is kept
 //   step(z, kept, n, eps)   the step of theta <- theta decay - lr step; changes what is kept
@@ -24,7 +24,7 @@ constexpr int kRuleNumbers = 8;
 struct Adam {
   static constexpr const char* kName = "adam";
   static constexpr int kDirections = 1, kBuffers = 2;
-  static constexpr bool kBends = false, kUpdates = true;
+  static constexpr bool kHasDirection = false, kUpdates = true;
 
   template <class L>
   static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[2],
@@ -44,7 +44,7 @@ constexpr float kLeastCurvature = 1e-4f, kMostCurvature = 1e4f;
 struct Hizoo {
   static constexpr const char* kName = "hizoo";
   static constexpr int kDirections = 1, kBuffers = 1;
-  static constexpr bool kBends = true, kUpdates = true;
+  static constexpr bool kHasDirection = true, kUpdates = true;
 
   template <class L>
   static ADAMEZO_HD typename L::F direction(const typename L::F z[1], const typename L::F kept[1],
@@ -67,7 +67,7 @@ struct Hizoo {
 struct Helene {
   static constexpr const char* kName = "helene";
   static constexpr int kDirections = 1, kBuffers = 2;
-  static constexpr bool kBends = false, kUpdates = true;
+  static constexpr bool kHasDirection = false, kUpdates = true;
 
   template <class L>
   static ADAMEZO_HD typename L::F step(const typename L::F z[1], typename L::F kept[2],
@@ -85,7 +85,7 @@ struct Helene {
 struct Adamu {
   static constexpr const char* kName = "adamu";
   static constexpr int kDirections = 2, kBuffers = 1;
-  static constexpr bool kBends = true, kUpdates = true;
+  static constexpr bool kHasDirection = true, kUpdates = true;
 
   template <class L>
   struct Parts {
@@ -119,7 +119,7 @@ struct Adamu {
 struct Blend {
   static constexpr const char* kName = "blend";
   static constexpr int kDirections = 2, kBuffers = 0;
-  static constexpr bool kBends = true, kUpdates = false;
+  static constexpr bool kHasDirection = true, kUpdates = false;
 
   template <class L>
   static ADAMEZO_HD typename L::F direction(const typename L::F z[2], const typename L::F*,
@@ -154,7 +154,7 @@ constexpr int kBuffersRoom = R::kBuffers > 0 ? R::kBuffers : 1;
 template <class R, class L>
 ADAMEZO_HD typename L::F rule_direction(const typename L::F* z, const typename L::F* kept,
                                         const float* n) {
-  if constexpr (R::kBends)
+  if constexpr (R::kHasDirection)
     return R::template direction<L>(z, kept, n);
   else
     return z[0];

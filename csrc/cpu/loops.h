@@ -239,7 +239,7 @@ void perturb(const Job& job, const Room& room, int64_t worker, int64_t workers) 
   auto kernel = stochastic ? by_type<Perturb<L, D, true>> : by_type<Perturb<L, D, false>>;
   with_rule(job.rule, [&](auto rule) {
     using R = decltype(rule);
-    if constexpr (R::kBends) kernel = by_type<ByRule<L, D, R, false>>;
+    if constexpr (R::kHasDirection) kernel = by_type<ByRule<L, D, R, false>>;
   });
   kernel(job, room, worker, workers);
 }

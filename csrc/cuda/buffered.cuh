@@ -249,7 +249,7 @@ bool select_rule(const Job& job, Use use) {
     using R = decltype(rule);
     if constexpr (R::kUpdates)
       if (job.operation == Operation::kUpdate) found = true, use(ByRule<D, R, true>());
-    if constexpr (R::kBends)
+    if constexpr (R::kHasDirection)
       if (job.operation == Operation::kPerturb) found = true, use(ByRule<D, R, false>());
   });
   return found;

@@ -92,7 +92,7 @@ std::vector<Call> with_rules(std::vector<Call> calls) {
       calls.push_back({operation, rounding, false, elsewhere, R::kDirections, rule,
                        ElementType(R::kBuffers ? type++ % 3 : 0)});
     };
-    if (R::kBends) call(Operation::kPerturb, Rounding::kStochastic, true);
+    if (R::kHasDirection) call(Operation::kPerturb, Rounding::kStochastic, true);
     if (R::kUpdates) call(Operation::kUpdate, Rounding::kNearest, false);
     if (R::kUpdates) call(Operation::kUpdate, Rounding::kStochastic, false);
   };

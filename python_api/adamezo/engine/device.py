@@ -266,7 +266,7 @@ class DeviceNumbers:
         self.skipped = count(skipped)
         self._skipped_in_a_row = count(skipped_in_a_row)
         self._next = count(first.counter)
-        rule = rule if RULES[rule].bends else "moments"
+        rule = rule if RULES[rule].has_direction else "moments"
         self._directions = [
             Terms(first.key, rule=rule, device=setup.device) for _ in range(setup.directions)
         ]
