@@ -18,8 +18,8 @@ ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights. Their place here is their number in csrc/adamezo/rounding.h."""
 
 MAX_PARAMETERS = 2**24
-MOST_BUFFERS = 2
-"""Of a weight: kMostBuffers of csrc/adamezo/buffered.h."""
+MAX_BUFFERS = 2
+"""Of a weight: kMaxBuffers of csrc/adamezo/buffered.h."""
 
 _MAX_INDEX = 2**63
 
@@ -115,8 +115,8 @@ class Launch:
     @cached_property
     def buffer_dtype(self) -> torch.dtype:
         """Of all buffers; float32 where there are none."""
-        kept = [buffer.dtype for segment in self.segments for buffer in segment.buffers]
-        return kept[0] if kept else torch.float32
+        dtypes = [buffer.dtype for segment in self.segments for buffer in segment.buffers]
+        return dtypes[0] if dtypes else torch.float32
 
     @cached_property
     def last_index(self) -> int:
@@ -137,10 +137,10 @@ class Launch:
             layout = (s.rows, s.row_length, s.row_stride, s.source_stride)
             index = (s.index_offset, s.index_stride, s.parameter)
             buffers = [buffer.data_ptr() for buffer in s.buffers]
-            buffers += [0] * (MOST_BUFFERS - len(buffers))
+            buffers += [0] * (MAX_BUFFERS - len(buffers))
             rows.append((*addresses, *layout, *index, *buffers, first))
             first += s.elements
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 10 + MOST_BUFFERS)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 10 + MAX_BUFFERS)
 
 
 class Plan:
@@ -248,15 +248,15 @@ class Plan:
         if len(buffers) != len(self.segments):
             raise ValueError(f"got buffers for {len(buffers)} of {len(self.segments)} tensors")
         pairs = list(zip(self.segments, self.names, buffers, strict=True))
-        dtypes = {buffer.dtype for kept in buffers for buffer in kept}
-        counts = {len(kept) for kept in buffers}
-        if len(dtypes) > 1 or len(counts) > 1 or max(counts, default=0) > MOST_BUFFERS:
+        dtypes = {buffer.dtype for own in buffers for buffer in own}
+        counts = {len(own) for own in buffers}
+        if len(dtypes) > 1 or len(counts) > 1 or max(counts, default=0) > MAX_BUFFERS:
             raise ValueError(
-                f"expected the same number of buffers for each tensor, {MOST_BUFFERS} at most, and "
+                f"expected the same number of buffers for each tensor, {MAX_BUFFERS} at most, and "
                 f"of one type; got {sorted(counts)} of {', '.join(sorted(map(str, dtypes)))}"
             )
-        for segment, name, kept in pairs:
-            for i, buffer in enumerate(kept):
+        for segment, name, own in pairs:
+            for i, buffer in enumerate(own):
                 expected = segment.tensor.shape, segment.tensor.device, True
                 got = buffer.shape, buffer.device, buffer.is_contiguous()
                 if got != expected:
@@ -265,11 +265,11 @@ class Plan:
                         f"{'' if got[2] else ', not contiguous'}; expected a contiguous one of "
                         f"shape {tuple(expected[0])} on {expected[1]}"
                     )
-        flat = [buffer for kept in buffers for buffer in kept]
-        names = [f"buffer {i} of {name}" for _, name, kept in pairs for i in range(len(kept))]
-        kept_segments = Plan(flat, parameters=[0] * len(flat), names=names).segments
-        _check_disjoint((*self.segments, *kept_segments), [*self.names, *names])
-        return self._of([replace(s, buffers=tuple(kept)) for s, _, kept in pairs])
+        flat = [buffer for own in buffers for buffer in own]
+        names = [f"buffer {i} of {name}" for _, name, own in pairs for i in range(len(own))]
+        buffer_segments = Plan(flat, parameters=[0] * len(flat), names=names).segments
+        _check_disjoint((*self.segments, *buffer_segments), [*self.names, *names])
+        return self._of([replace(s, buffers=tuple(own)) for s, _, own in pairs])
 
     def _of(self, segments: Iterable[Segment]) -> Plan:
         """The same with other segments."""

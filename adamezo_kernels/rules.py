@@ -1,4 +1,4 @@
-"""Rules: what an update makes of directions and of what is kept for each weight.
+"""Rules: the formulas of an update, over directions and the optimizer buffers of each weight.
 
 Each is written once in Python, over the operations of float32.py. Called as they are, its functions
 are the definition, on torch's tensors. Triton compiles the same text over operations of its own
@@ -6,7 +6,7 @@ are the definition, on torch's tensors. Triton compiles the same text over opera
 annotations. csrc/adamezo/buffered.h and rule.h have each once more for CPU and CUDA, so that two
 texts check each other: operations are in the same order in both.
 
-``z`` holds a value for each direction, ``kept`` one for each buffer, ``n`` the step's own numbers.
+``z`` holds a value for each direction, ``b`` one for each buffer, ``n`` the step's own numbers.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -30,15 +30,15 @@ class Rule:
     numbers: tuple[str, ...]
     """The step's own numbers, in the order of `Terms.numbers`."""
     direction: Callable[..., Any] | None = None
-    """``(z, kept, n)``: the direction that weights are perturbed along; None where it is z_0."""
+    """``(z, b, n)``: the direction that weights are perturbed along; None where it is z_0."""
     bound: Callable[..., float] | None = None
-    """``(z, kept, n)``: the largest magnitude that ``direction`` can have, as a float, where no z
+    """``(z, b, n)``: the largest magnitude that ``direction`` can have, as a float, where no z
     exceeds the float ``z``. A rule with a direction has one, so that perturbations which might
-    overflow can be refused. ``kept`` is None where buffers are not to be looked at; else it has a
+    overflow can be refused. ``b`` is None where buffers are not to be read; else it has an
     :class:`Extremes` for each. ``n`` is `Terms.numbers`."""
     step: Callable[..., Any] | None = None
-    """``(z, kept, n, eps)``: the step of theta <- theta decay - lr step, and what is kept from then
-    on, as a tuple; None where the rule only perturbs."""
+    """``(z, b, n, eps)``: the step of theta <- theta decay - lr step, and the new values of the
+    buffers, as a tuple; None where the rule only perturbs."""
     noop: Mapping[int, float] | None = None
     """Scalars, by index, that make an lr = 0 update a no-op: weights and buffers stay as they are.
     None where no scalars do that."""
@@ -71,7 +71,7 @@ class Extremes(Protocol):
 # --- what all have in common --------------------------------------------------------------------
 
 
-def along_z(z, kept, n):
+def default_direction(z, b, n):
     return z[0]
 
 
@@ -100,9 +100,9 @@ def preconditioned(s1, s2, eps):
 #   step = c1 m / (sqrt(c2 v) + eps)      with c = 1 / (1 - beta^t)
 
 
-def adam_step(z, kept, n, eps):
-    m = fma(n[1], z[0], mul(n[0], kept[0]))
-    v = fma(n[3], mul(z[0], z[0]), mul(n[2], kept[1]))
+def adam_step(z, b, n, eps):
+    m = fma(n[1], z[0], mul(n[0], b[0]))
+    v = fma(n[3], mul(z[0], z[0]), mul(n[2], b[1]))
     return div(mul(n[4], m), add(sqrt(mul(n[5], v)), eps)), m, v
 
 
@@ -111,19 +111,19 @@ def adam_step(z, kept, n, eps):
 # where c is the curvature along d. The bounds keep d finite, whatever c was; float16 holds both.
 
 
-def hizoo_direction(z, kept, n):
-    return div(z[0], sqrt(kept[0]))
+def hizoo_direction(z, b, n):
+    return div(z[0], sqrt(b[0]))
 
 
-def hizoo_bound(z, kept, n):
+def hizoo_bound(z, b, n):
     # The step's lower end, as bfloat16 may round it.
-    least = 1e-4 * (1 - 2.0**-7) if kept is None else kept[0].least()
+    least = 1e-4 * (1 - 2.0**-7) if b is None else b[0].least()
     return z / math.sqrt(least) if least > 0 else math.inf if least <= 0 else math.nan
 
 
-def hizoo_step(z, kept, n, eps):
+def hizoo_step(z, b, n, eps):
     change = fma(n[1], mul(z[0], z[0]), n[0])
-    moved = fma(kept[0], change, kept[0])
+    moved = fma(b[0], change, b[0])
     curvature = smaller(larger(moved, 1e-4), 1e4)
     return div(mul(n[2], z[0]), sqrt(curvature)), curvature
 
@@ -133,9 +133,9 @@ def hizoo_step(z, kept, n, eps):
 #   step = m / (gamma max(h, lambda) + eps)
 
 
-def helene_step(z, kept, n, eps):
-    m = fma(n[1], z[0], mul(n[0], kept[0]))
-    h = fma(n[3], mul(z[0], z[0]), mul(n[2], kept[1]))
+def helene_step(z, b, n, eps):
+    m = fma(n[1], z[0], mul(n[0], b[0]))
+    h = fma(n[3], mul(z[0], z[0]), mul(n[2], b[1]))
     return div(m, add(mul(n[4], larger(h, n[5])), eps)), m, h
 
 
@@ -144,30 +144,30 @@ def helene_step(z, kept, n, eps):
 #   step = p d / sqrt(beta2 z'^2 + (1 - beta2) z''^2 + eps)      m <- d
 
 
-def adamu_parts(z, kept, n):
+def adamu_parts(z, b, n):
     fresh = mul(n[0], z[0])
-    moving = fma(n[1], z[1], kept[0])
+    moving = fma(n[1], z[1], b[0])
     return fresh, moving, fma(n[2], fresh, mul(n[3], moving))
 
 
-def adamu_direction(z, kept, n):
-    return adamu_parts(z, kept, n)[2]
+def adamu_direction(z, b, n):
+    return adamu_parts(z, b, n)[2]
 
 
-def adamu_bound(z, kept, n):
+def adamu_bound(z, b, n):
     fresh, moving, beta, rest = n[:4].tolist()
-    if kept is None:
+    if b is None:
         # m <- beta1 z' + (1 - beta1) z'', and beta1 has never been less than it is: |m| is at most
         # |z| + (1 - beta1) |m|, rounded to bfloat16.
         grows = 1 + 2.0**-7
         largest = grows * z / (1 - grows * rest) if grows * rest < 1 else math.inf
     else:
-        largest = kept[0].largest()
+        largest = b[0].largest()
     return beta * fresh * z + rest * (largest + moving * z)
 
 
-def adamu_step(z, kept, n, eps):
-    fresh, moving, both = adamu_parts(z, kept, n)
+def adamu_step(z, b, n, eps):
+    fresh, moving, both = adamu_parts(z, b, n)
     v = fma(n[4], mul(fresh, fresh), mul(n[5], mul(moving, moving)))
     return div(mul(n[6], both), sqrt(add(v, eps))), both
 
@@ -176,11 +176,11 @@ def adamu_step(z, kept, n, eps):
 #   d = n_0 z_0 + n_1 z_1
 
 
-def blend_direction(z, kept, n):
+def blend_direction(z, b, n):
     return fma(n[1], z[1], mul(n[0], z[0]))
 
 
-def blend_bound(z, kept, n):
+def blend_bound(z, b, n):
     return z * sum(map(abs, n[:2].tolist()))
 
 

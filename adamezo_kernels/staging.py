@@ -42,12 +42,12 @@ class Staging:
     def bytes(self) -> int:
         return sum(memory.nbytes for memory in self._memory.values())
 
-    def memory(self, device: torch.device, dtype: torch.dtype, room: int) -> Tensor:
+    def memory(self, device: torch.device, dtype: torch.dtype, capacity: int) -> Tensor:
         key = device, dtype, _stream(device)
-        if key not in self._memory or self._memory[key].numel() < room:
+        if key not in self._memory or self._memory[key].numel() < capacity:
             # The first plan may have small tensors, others larger ones: no more than two sizes.
-            room = BLOCK if key in self._memory else room
-            self._memory[key] = torch.empty(room, dtype=dtype, device=device)
+            capacity = BLOCK if key in self._memory else capacity
+            self._memory[key] = torch.empty(capacity, dtype=dtype, device=device)
         return self._memory[key]
 
 
@@ -119,9 +119,9 @@ def _make(plan: Plan) -> Iterator[Batch]:
 
     for _, group in groupby(sorted(plan.staged, key=kind), key=kind):
         members = list(group)
-        room = min(BLOCK, sum(_aligned(segment.elements) for segment in members))
+        capacity = min(BLOCK, sum(_aligned(segment.elements) for segment in members))
         first = members[0].tensor
-        memory = plan.staging.memory(first.device, first.dtype, room)
+        memory = plan.staging.memory(first.device, first.dtype, capacity)
         blocks: list[_Block] = []
         segments: list[Segment] = []
         used = 0
@@ -130,7 +130,7 @@ def _make(plan: Plan) -> Iterator[Batch]:
             tensors, sources = _pieces(segment.tensor), _pieces(segment.source)
             for (shape, tensor), (_, source) in zip(tensors, sources, strict=True):
                 size = shape.numel()
-                if used + size > room:
+                if used + size > capacity:
                     yield Batch(plan._of(segments), blocks)
                     blocks, segments, used = [], [], 0
                 copy = memory[used : used + size]

@@ -19,7 +19,7 @@ OPERATIONS = ("sample", "perturb", "update", "moment")
 
 
 RULE_NUMBERS = 8
-"""Room for them: kRuleNumbers."""
+"""The capacity for a rule's numbers: kRuleNumbers of csrc/adamezo/buffered.h."""
 
 _LEAST_NORMAL = 2.0**-126
 

@@ -384,8 +384,8 @@ def _store(
 
 # --- the operations: csrc/cpu/loops.h -----------------------------------------------------------
 
-# Of every fourth element: z, a tensor for each of two directions; kept, one for each of two
-# buffers; n, the step's own numbers. A rule with fewer has another tensor in the place.
+# At every fourth element: z, a tensor for each of two directions; b, one for each of two buffers;
+# n, the step's own numbers. A rule with fewer has another tensor in the place.
 
 
 @part
@@ -411,12 +411,12 @@ def _restored(theta, along, scale):
 
 @part
 def _rule_update(
-    theta, z, kept, n, scalars, DIRECTION: tl.constexpr, STEP: tl.constexpr, BUFFERS: tl.constexpr
+    theta, z, b, n, scalars, DIRECTION: tl.constexpr, STEP: tl.constexpr, BUFFERS: tl.constexpr
 ):
-    """The weights after it, and what is kept."""
+    """The new weights and the new values of both buffers."""
     scale, minus_lr, eps, decay = scalars
-    theta = _restored(theta, DIRECTION(z, kept, n), scale)
-    made = STEP(z, kept, n, eps)
+    theta = _restored(theta, DIRECTION(z, b, n), scale)
+    made = STEP(z, b, n, eps)
     return descended(theta, made[0], minus_lr, decay), made[1], made[BUFFERS]
 
 
@@ -454,7 +454,7 @@ def run(
     BUFFERS: tl.constexpr,
     DIRECTION: tl.constexpr,
     STEP: tl.constexpr,
-    KEPT: tl.constexpr,
+    BUFFER_TYPE: tl.constexpr,
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
 ):
@@ -471,7 +471,7 @@ def run(
         DIRECTIONS, BUFFERS: how many a rule has; 0 directions stand for sums of them, or for a
             perturbation along z.
         DIRECTION, STEP: its functions, traced.
-        KEPT: the type of its buffers; "" where it has none.
+        BUFFER_TYPE: the type of its buffers; "" where it has none.
     """
     key_low = key_low.to(tl.uint32, bitcast=True)
     key_high = key_high.to(tl.uint32, bitcast=True)
@@ -492,13 +492,13 @@ def run(
     index = tl.load(table + 6) + offset
     parameter = tl.load(table + 8).to(tl.uint32)
     if BUFFERS > 0:
-        kept = tl.load(table + 9)
-        also_kept = tl.load(table + 10) if BUFFERS > 1 else kept
+        buffer = tl.load(table + 9)
+        second_buffer = tl.load(table + 10) if BUFFERS > 1 else buffer
     window = program - tl.load(table + 11)
 
     # Every row has as many windows as its length could take at the worst alignment.
     SIZE: tl.constexpr = 4 if TYPE == "float32" else 2
-    KEPT_SIZE: tl.constexpr = 4 if KEPT == "float32" else 2
+    BUFFER_SIZE: tl.constexpr = 4 if BUFFER_TYPE == "float32" else 2
     if tl.load(table + 2) > 1:
         windows = (row_length + (2 * WINDOW - 2)) // WINDOW
         row = window // windows
@@ -507,8 +507,8 @@ def run(
         source += row * tl.load(table + 5) * SIZE
         index += row * tl.load(table + 7)
         if BUFFERS > 0:
-            kept += row * row_length * KEPT_SIZE
-            also_kept += row * row_length * KEPT_SIZE
+            buffer += row * row_length * BUFFER_SIZE
+            second_buffer += row * row_length * BUFFER_SIZE
     before = index & (WINDOW - 1)  # elements of the row's first window that lie before the row
     distance = window * WINDOW - before
     low = tl.maximum(-distance, 0).to(tl.int32)
@@ -520,9 +520,9 @@ def run(
     source += distance * SIZE
     whole = (low == 0) & (high == WINDOW) & (((address | source) & (4 * SIZE - 1)) == 0)
     if BUFFERS > 0:
-        kept += distance * KEPT_SIZE
-        also_kept += distance * KEPT_SIZE
-        whole = whole & (((kept | also_kept) & (4 * KEPT_SIZE - 1)) == 0)
+        buffer += distance * BUFFER_SIZE
+        second_buffer += distance * BUFFER_SIZE
+        whole = whole & (((buffer | second_buffer) & (4 * BUFFER_SIZE - 1)) == 0)
 
     four = tl.arange(0, WINDOW // 4)
     if DISTRIBUTION == "rademacher":
@@ -551,12 +551,12 @@ def run(
             a0, a1, a2, a3 = _direction(
                 key_low, key_high, y0, y1, y2, block_high, direction, DISTRIBUTION, WINDOW, ON
             )
-        k0, k1, k2, k3 = z0, z1, z2, z3  # where nothing is kept, nothing looks at it
+        k0, k1, k2, k3 = z0, z1, z2, z3  # a rule without buffers ignores them
         if BUFFERS > 0:
-            k0, k1, k2, k3 = _load(kept, low, high, whole, KEPT, WINDOW)
+            k0, k1, k2, k3 = _load(buffer, low, high, whole, BUFFER_TYPE, WINDOW)
         m0, m1, m2, m3 = k0, k1, k2, k3
         if BUFFERS > 1:
-            m0, m1, m2, m3 = _load(also_kept, low, high, whole, KEPT, WINDOW)
+            m0, m1, m2, m3 = _load(second_buffer, low, high, whole, BUFFER_TYPE, WINDOW)
         if OPERATION == "perturb":
             v0 = perturbed(v0, DIRECTION((z0, a0), (k0, m0), n), scale)
             v1 = perturbed(v1, DIRECTION((z1, a1), (k1, m1), n), scale)
@@ -633,9 +633,11 @@ def run(
             v0, v1, v2, v3 = s0, s1, s2, s3
     _store((v0, v1, v2, v3), address, call, span, 1, TYPE, STOCHASTIC, WINDOW, ON)
     if BUFFERS > 0 and OPERATION == "update":
-        _store((k0, k1, k2, k3), kept, call, span, 2, KEPT, STOCHASTIC, WINDOW, ON)
+        _store((k0, k1, k2, k3), buffer, call, span, 2, BUFFER_TYPE, STOCHASTIC, WINDOW, ON)
         if BUFFERS > 1:
-            _store((m0, m1, m2, m3), also_kept, call, span, 3, KEPT, STOCHASTIC, WINDOW, ON)
+            _store(
+                (m0, m1, m2, m3), second_buffer, call, span, 3, BUFFER_TYPE, STOCHASTIC, WINDOW, ON
+            )
 
 
 @triton.jit

@@ -405,16 +405,16 @@ def apply_update(
     return rules.descended(t, step, -to_float32(lr), to_float32(decay))
 
 
-def rule_direction(rule: str, z: Values, kept: Values, n: Sequence[float]) -> Tensor:
+def rule_direction(rule: str, z: Values, b: Values, n: Sequence[float]) -> Tensor:
     """The direction that a rule perturbs along: z_0, where it has none of its own."""
-    return (RULES[rule].direction or rules.along_z)(z, kept, n)
+    return (RULES[rule].direction or rules.default_direction)(z, b, n)
 
 
 def _buffers(segment: Segment) -> list[Tensor]:
     return [buffer.detach().view(segment.rows, segment.row_length) for buffer in segment.buffers]
 
 
-def _kept(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
+def _buffer_values(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
     return [buffer[chunk].float() for buffer in _buffers(segment)]
 
 
@@ -428,7 +428,8 @@ def _perturb(call: Call, segment: Segment) -> Iterator[Piece]:
     terms, source = call.terms, _source(segment)
     for chunk in _chunks(segment):
         z = [_direction(segment, state, chunk, call.distribution) for state in terms.states()]
-        along = rule_direction(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
+        b = _buffer_values(segment, chunk)
+        along = rule_direction(terms.rule, z, b, terms.numbers.tolist())
         yield chunk, (apply_perturbation(source[chunk], along, call.scale),)
 
 
@@ -445,11 +446,12 @@ def _update(call: Call, segment: Segment) -> Iterator[Piece]:
         if terms.rule == "moments":
             yield chunk, (apply_update(weights[chunk], directions, first, second, **numbers),)
             continue
-        theta, z, kept = weights[chunk].float(), list(directions), _kept(segment, chunk)
+        theta, z = weights[chunk].float(), list(directions)
+        b = _buffer_values(segment, chunk)
         n, scale = terms.numbers.tolist(), to_float32(call.scale)
         if scale != 0:
-            theta = rules.perturbed(theta, rule_direction(terms.rule, z, kept, n), scale)
-        step, *after = step_of(z, kept, n, to_float32(call.eps))
+            theta = rules.perturbed(theta, rule_direction(terms.rule, z, b, n), scale)
+        step, *after = step_of(z, b, n, to_float32(call.eps))
         yield chunk, (rules.descended(theta, step, minus_lr, decay), *after)
 
 

@@ -207,7 +207,7 @@ def constants(
     """What the kernel is compiled for. ``on``: "cuda", "hip" or "interpreter"."""
     of = RULES[rule]
     traced = kernels().NVIDIA_RULES if on == "cuda" else kernels().RULES
-    direction = of.direction or rules.along_z
+    direction = of.direction or rules.default_direction
     return {
         "OPERATION": operation,
         "DISTRIBUTION": distribution,
@@ -218,7 +218,7 @@ def constants(
         "BUFFERS": of.buffers,
         "DIRECTION": traced[direction.__name__],
         "STEP": of.step and traced[of.step.__name__],
-        "KEPT": buffer_dtype if of.buffers else "",
+        "BUFFER_TYPE": buffer_dtype if of.buffers else "",
         "WINDOW": window_of(operation, rule),
         "ON": on,
     }

@@ -47,14 +47,14 @@ ADAMEZO_HD Run run_at(const Segment* segments, int64_t s, int64_t position, int6
   const Segment& segment = segments[s];
   const int64_t row = segment.rows == 1 ? 0 : position / segment.row_length;
   const int64_t column = position - row * segment.row_length;
-  const int64_t room = segment.row_length - column, left = stop - position;
+  const int64_t in_row = segment.row_length - column, left = stop - position;
   return {s,
           position,
           row * segment.row_stride + column,
           row * segment.source_stride + column,
           uint64_t(segment.index_offset) + uint64_t(row) * uint64_t(segment.index_stride) +
               uint64_t(column),
-          room < left ? room : left};
+          in_row < left ? in_row : left};
 }
 
 // Calls visit(run) for the elements [begin, end) of the concatenated segments.

@@ -59,11 +59,11 @@ ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   }
 }
 
-// A worker's share as spans: calls visit(span). The room's streams are then right for the span's
+// A worker's share as spans: calls visit(span). The scratch's streams are then right for the span's
 // high block word; D is a kind of directions, see below.
 template <class D, class T, class Visit>
-ADAMEZO_HD void for_each_span(const Job& job, const Room& room, int64_t worker, int64_t workers,
-                              Visit visit) {
+ADAMEZO_HD void for_each_span(const Job& job, const Scratch& scratch, int64_t worker,
+                              int64_t workers, Visit visit) {
   const int64_t share = job.elements / workers, rest = job.elements % workers;
   const int64_t begin = share * worker + (worker < rest ? worker : rest);
   const int64_t end = begin + share + (worker < rest ? 1 : 0);
@@ -81,8 +81,8 @@ ADAMEZO_HD void for_each_span(const Job& job, const Room& room, int64_t worker, 
       if (index / kElementsPerHigh != high) {
         high = index / kElementsPerHigh;
         for (int64_t k = 0; k <= job.horizon; ++k)
-          room.streams[k] = philox_stream(job.key, job.directions[k % job.horizon],
-                                          uint32_t(index >> (32 + D::kLogElements)));
+          scratch.streams[k] = philox_stream(job.key, job.directions[k % job.horizon],
+                                             uint32_t(index >> (32 + D::kLogElements)));
         rounding = philox_stream(job.key, job.directions[0], uint32_t(high));
       }
       const uint64_t space = kElementsPerHigh - index % kElementsPerHigh;
@@ -153,11 +153,11 @@ struct Exact {
   // The words of the next direction, or of the next group's first one, go through their rounds
   // beside each direction's normals.
   template <class T, int kCount, class Use>
-  static ADAMEZO_HD void along_each(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_each(const Job& job, const Scratch& scratch, int64_t worker,
                                     int64_t workers, Use use) {
-    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
+    for_each_span<Exact, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
       PhiloxStream streams[kCount];
-      for (int k = 0; k < kCount; ++k) streams[k] = room.streams[k];
+      for (int k = 0; k < kCount; ++k) streams[k] = scratch.streams[k];
       const uint32_t parameter = span.parameter;
       const auto begin = [&](uint64_t block, int k) ADAMEZO_INLINE_LAMBDA {
         return philox_begin<L>(group_for<L>(Purpose::kDirection, job, block, parameter),
@@ -181,19 +181,19 @@ struct Exact {
   }
 
   template <class T, bool kSecond, class Newest, class All>
-  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_directions(const Job& job, const Scratch& scratch, int64_t worker,
                                           int64_t workers, Newest newest, All all) {
-    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
+    for_each_span<Exact, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
       for_each_group<L, T>(span, [&](const Group<T>& group) {
         const auto blocks = group_for<L>(Purpose::kDirection, job, group.block, span.parameter);
         auto moments = zero_moments<L>();
-        auto call = philox_begin<L>(blocks, room.streams[0]);
+        auto call = philox_begin<L>(blocks, scratch.streams[0]);
         philox_finish<L>(call, job.key);
         typename L::F z[4];
         const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
           typename L::I x[4];
           call_words<L>(call, x);
-          call = philox_begin<L>(blocks, room.streams[k + 1]);  // after the last: unused
+          call = philox_begin<L>(blocks, scratch.streams[k + 1]);  // after the last: unused
           normals_beside(call, job.key, x, z);
           accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
         };
@@ -214,19 +214,19 @@ struct Rademacher {
   static_assert(1 << kLogElements == kSignsPerCall, "");
   static constexpr uint64_t kPageBlocks = kSignsPerCall / 4 * L::kWidth;
   static constexpr int kPageWords = 4 * L::kWidth;
-  static_assert(kPageWords <= kSignWords, "the room that run() makes");
+  static_assert(kPageWords <= kSignWords, "the scratch that run() allocates");
 
   static ADAMEZO_HD void natural(typename L::F[4]) {}
 
   // Writes the words of a page, in the order of its elements, for `count` directions.
-  static ADAMEZO_HD void fill(const Job& job, const Room& room, uint64_t page, uint32_t parameter,
-                              int64_t count) {
+  static ADAMEZO_HD void fill(const Job& job, const Scratch& scratch, uint64_t page,
+                              uint32_t parameter, int64_t count) {
     const auto blocks = group_for<L>(Purpose::kDirection, job, page * L::kWidth, parameter);
     for (int64_t k = 0; k < count; ++k) {
       typename L::I words[4];
-      words_in_order<L>(philox_begin<L>(blocks, room.streams[k]), job.key, words);
+      words_in_order<L>(philox_begin<L>(blocks, scratch.streams[k]), job.key, words);
       for (int t = 0; t < 4; ++t)
-        L::store_words(words[t], room.signs + k * kPageWords + t * L::kWidth);
+        L::store_words(words[t], scratch.signs + k * kPageWords + t * L::kWidth);
     }
   }
 
@@ -239,16 +239,17 @@ struct Rademacher {
   }
 
   // Calls visit(span, group) for the groups of a worker's share, with the words of the first
-  // `count` directions in the room.
+  // `count` directions in the scratch.
   template <class T, class Visit>
-  static ADAMEZO_HD void for_each_signed_group(const Job& job, const Room& room, int64_t worker,
-                                               int64_t workers, int64_t count, Visit visit) {
-    for_each_span<Rademacher, T>(job, room, worker, workers, [&](const Span<T>& span) {
+  static ADAMEZO_HD void for_each_signed_group(const Job& job, const Scratch& scratch,
+                                               int64_t worker, int64_t workers, int64_t count,
+                                               Visit visit) {
+    for_each_span<Rademacher, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
       uint64_t filled = ~uint64_t(0);
       for_each_group<L, T>(span, [&](const Group<T>& group) {
         const uint64_t page = group.block / kPageBlocks;
         if (page != filled) {
-          fill(job, room, page, span.parameter, count);
+          fill(job, scratch, page, span.parameter, count);
           filled = page;
         }
         visit(span, group);
@@ -257,29 +258,29 @@ struct Rademacher {
   }
 
   template <class T, int kCount, class Use>
-  static ADAMEZO_HD void along_each(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_each(const Job& job, const Scratch& scratch, int64_t worker,
                                     int64_t workers, Use use) {
-    for_each_signed_group<T>(job, room, worker, workers, kCount,
+    for_each_signed_group<T>(job, scratch, worker, workers, kCount,
                              [&](const Span<T>& span, const Group<T>& group) {
                                typename L::F z[kCount][4];
                                for (int k = 0; k < kCount; ++k)
-                                 signs(room.signs + k * kPageWords, group.block, z[k]);
+                                 signs(scratch.signs + k * kPageWords, group.block, z[k]);
                                use(span, group, z);
                              });
   }
 
   template <class T, bool kSecond, class Newest, class All>
-  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_directions(const Job& job, const Scratch& scratch, int64_t worker,
                                           int64_t workers, Newest newest, All all) {
     // All z^2 are 1, so that S2 is the same for every element.
     float s2 = 0.0f;
     for (int64_t k = 0; kSecond && k < job.horizon; ++k) s2 += job.second[k];
-    for_each_signed_group<T>(job, room, worker, workers, job.horizon,
+    for_each_signed_group<T>(job, scratch, worker, workers, job.horizon,
                              [&](const Span<T>& span, const Group<T>& group) {
                                auto moments = zero_moments<L>();
                                typename L::F z[4];
                                const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
-                                 signs(room.signs + k * kPageWords, group.block, z);
+                                 signs(scratch.signs + k * kPageWords, group.block, z);
                                  accumulate<L, false>(moments, z, job.first[k], 0.0f);
                                };
                                add_direction(0);

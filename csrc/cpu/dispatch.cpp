@@ -62,10 +62,10 @@ void run(const Job& job, const std::string& instruction_set, int threads) {
   {
     const DefaultFloatingPoint guard;
     const size_t thread = size_t(omp_get_thread_num());
-    const Room room{streams.data() + thread * (horizon + 1),
-                    signs.get() + thread * horizon * kSignWords};
+    const Scratch scratch{streams.data() + thread * (horizon + 1),
+                          signs.get() + thread * horizon * kSignWords};
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t worker = 0; worker < workers; ++worker) kernel(job, room, worker, workers);
+    for (int64_t worker = 0; worker < workers; ++worker) kernel(job, scratch, worker, workers);
   }
 }
 

@@ -21,15 +21,15 @@ struct DeviceJob : Job {
   uint32_t high;
 };
 
-// What the threads of a block share, and room of a thread's own in steps of `stride`, for what the
-// loop over directions, which needs all registers, is not to carry along.
+// The table that the threads of a block share, and per-thread scratch with elements `stride` apart,
+// to relieve register pressure in the loop over directions.
 struct Workspace {
-  const Direction* table;   // [horizon]
-  float* newest;            // kThreadElements of them: z_0
-  volatile uint32_t* kept;  // kKeptWords of them, volatile as a register would not do
+  const Direction* table;      // [horizon]
+  float* newest;               // kThreadElements of them: z_0
+  volatile uint32_t* scratch;  // kScratchWords; volatile, so that no register holds them
   int stride;
 };
-constexpr int kKeptWords = 2;
+constexpr int kScratchWords = 2;
 
 // The part of filling a block's table that falls to one of its threads.
 template <class D>
@@ -291,8 +291,8 @@ struct Update {
         job, worker, workers,
         [&](const Elements<T>& theta, const typename D::template Place<T>& place) {
           if constexpr (kRounding == Rounding::kStochastic) {
-            space.kept[0] = uint32_t(theta.index / kWindow);
-            space.kept[space.stride] = theta.parameter;
+            space.scratch[0] = uint32_t(theta.index / kWindow);
+            space.scratch[space.stride] = theta.parameter;
           }
           ThreadMoments moments;
           sum_directions<D, T, kSecond>(job, space, place, moments);
@@ -309,8 +309,8 @@ struct Update {
             values[i] = descend<ScalarLanes>(values[i], step, minus_lr, decay);
           }
           if constexpr (kRounding == Rounding::kStochastic)
-            store_stochastic(job, theta, uint64_t(space.kept[0]) * kWindow,
-                             space.kept[space.stride], values);
+            store_stochastic(job, theta, uint64_t(space.scratch[0]) * kWindow,
+                             space.scratch[space.stride], values);
           else
             store_nearest(theta, values);
         });

@@ -105,26 +105,26 @@ ADAMEZO_HD void narrow(const float values[kQuad], const uint32_t random[kQuad],
   std::memcpy(words, elements, sizeof elements);
 }
 
-// Four elements of a window, with all that rule R takes and keeps for them.
+// Four elements of a window: their weights, directions and the buffers of rule R.
 template <class R>
 struct Quad {
   const DeviceJob& job;
   const Window& window;
   int first;  // of its elements in the window
-  float theta[kQuad], z[R::kDirections][kQuad], kept[kBuffersRoom<R>][kQuad];
+  float theta[kQuad], z[R::kDirections][kQuad], buffers[kBufferCapacity<R>][kQuad];
 
   template <class D>
   ADAMEZO_HD void load(D, const Direction* table, const Array& from) {
-    uint32_t weights[kQuad], numbers[kBuffersRoom<R>][kQuad];
+    uint32_t weights[kQuad], words[kBufferCapacity<R>][kQuad];
     from.load(weights);
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(numbers[i]);
+    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(words[i]);
     ADAMEZO_UNROLL
     for (int k = 0; k < R::kDirections; ++k)
       D::quad(job.round_keys, index(), parameter_for(Purpose::kDirection), table[k], z[k]);
     widen(job.type, weights, theta);
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, numbers[i], kept[i]);
+    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, words[i], buffers[i]);
   }
 
   ADAMEZO_HD Array source() const {
@@ -134,22 +134,23 @@ struct Quad {
     return array(window.segment.address, window.run.memory, job.type);
   }
   ADAMEZO_HD void store_theta() const { store(weights(), Purpose::kRounding, theta); }
-  ADAMEZO_HD void store_kept() const {
+  ADAMEZO_HD void store_buffers() const {
     ADAMEZO_UNROLL
     for (int i = 0; i < R::kBuffers; ++i)
-      store(buffer(i), Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i)), kept[i]);
+      store(buffer(i), Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i)), buffers[i]);
   }
 
   // All of one element.
-  ADAMEZO_HD void get(int at, float of_z[R::kDirections], float of_kept[kBuffersRoom<R>]) const {
+  ADAMEZO_HD void get(int at, float of_z[R::kDirections],
+                      float of_buffers[kBufferCapacity<R>]) const {
     ADAMEZO_UNROLL
     for (int k = 0; k < R::kDirections; ++k) of_z[k] = z[k][at];
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) of_kept[i] = kept[i][at];
+    for (int i = 0; i < R::kBuffers; ++i) of_buffers[i] = buffers[i][at];
   }
-  ADAMEZO_HD void set(int at, const float of_kept[kBuffersRoom<R>]) {
+  ADAMEZO_HD void set(int at, const float of_buffers[kBufferCapacity<R>]) {
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) kept[i][at] = of_kept[i];
+    for (int i = 0; i < R::kBuffers; ++i) buffers[i][at] = of_buffers[i];
   }
 
  private:
@@ -192,8 +193,8 @@ struct Quad {
 };
 
 // The quads of a worker's share that hold elements of a run: calls use(quad, n) for each, with the
-// numbers of the step in registers. These are read for each quad, out of the nearest cache: kept
-// from one to the next they would be registers too many.
+// numbers of the step in registers. These are read for each quad, out of the nearest cache: held
+// from one to the next they would take too many registers.
 template <class R, class Use>
 ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t workers, Use use) {
   walk_windows(job, worker, workers, [&](const Window& window) {
@@ -224,18 +225,18 @@ struct ByRule {
       quad.load(D(), space.table, kUpdate ? quad.weights() : quad.source());
       ADAMEZO_UNROLL
       for (int i = 0; i < kQuad; ++i) {
-        float z[R::kDirections], kept[kBuffersRoom<R>];
-        quad.get(i, z, kept);
+        float z[R::kDirections], b[kBufferCapacity<R>];
+        quad.get(i, z, b);
         float& value = quad.theta[i];
         if (!kUpdate || job.scale != 0.0f)
-          value = ScalarLanes::fma(job.scale, rule_direction<R, ScalarLanes>(z, kept, n), value);
+          value = ScalarLanes::fma(job.scale, rule_direction<R, ScalarLanes>(z, b, n), value);
         if constexpr (kUpdate) {
-          const float step = R::template step<ScalarLanes>(z, kept, n, job.eps);
-          quad.set(i, kept);
+          const float step = R::template step<ScalarLanes>(z, b, n, job.eps);
+          quad.set(i, b);
           value = descend<ScalarLanes>(value, step, minus_lr, decay);
         }
       }
-      if constexpr (kUpdate) quad.store_kept();
+      if constexpr (kUpdate) quad.store_buffers();
       quad.store_theta();
     });
   }

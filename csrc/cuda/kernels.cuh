@@ -22,11 +22,11 @@ template <class Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     kernel(const __grid_constant__ DeviceJob job) {
   __shared__ float newest[kThreadElements][kThreads];
-  __shared__ uint32_t kept[kKeptWords][kThreads];
+  __shared__ uint32_t scratch[kScratchWords][kThreads];
   extern __shared__ Direction table[];
   fill_table<typename Body::Directions>(job, table, int(threadIdx.x), kThreads);
   __syncthreads();
-  Body::run(job, {table, &newest[0][threadIdx.x], &kept[0][threadIdx.x], kThreads},
+  Body::run(job, {table, &newest[0][threadIdx.x], &scratch[0][threadIdx.x], kThreads},
             int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads);
 }
 
@@ -62,7 +62,7 @@ void launch_body(Body, const Job& job, const HighWords& highs, int device, uint6
   const size_t table = size_t(job.horizon) * sizeof(Direction);
   const auto function = kernel<Body>;
   constexpr size_t kWithoutAsking = 48 << 10,
-                   kStatic = (kThreadElements + kKeptWords) * kThreads * 4;
+                   kStatic = (kThreadElements + kScratchWords) * kThreads * 4;
   if (kStatic + table > kWithoutAsking)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(table)),

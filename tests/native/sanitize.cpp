@@ -127,7 +127,7 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
                     parameter,
                     {0, 0},
                     elements};
-    for (int i = 0; i < kMostBuffers && call.rule != kMoments; ++i) {
+    for (int i = 0; i < kMaxBuffers && call.rule != kMoments; ++i) {
       // Row after row; numbers as curvatures are, above 0.
       const Shape kept{1, shape.rows * shape.row_length, 0, (shape.misaligned + 3 * i) % 8};
       const int size = kSizes[int(call.buffers)];
