@@ -1,4 +1,4 @@
-"""float32 arithmetic on torch's tensors, each operation rounded once and right on every device.
+"""float32 arithmetic on torch's tensors, each operation rounded once, correctly on every device.
 
 An operand is a float32 tensor or a Python float that float32 can hold; one of them is a tensor.
 """
@@ -24,7 +24,7 @@ def add(a: Value, b: Value) -> Tensor:
 
 
 def larger(a: Tensor, b: Value) -> Tensor:
-    """``a`` where it is above ``b``, else ``b``: so of a NaN and a number the number."""
+    """``a`` where it is above ``b``, else ``b``: so ``b`` where either is a NaN."""
     b = b if isinstance(b, Tensor) else torch.full_like(a, b)
     return torch.where(a > b, a, b)
 

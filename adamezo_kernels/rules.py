@@ -1,10 +1,10 @@
 """Rules: the formulas of an update, over directions and the optimizer buffers of each weight.
 
-Each is written once in Python, over the operations of float32.py. Called as they are, its functions
-are the definition, on torch's tensors. Triton compiles the same text over operations of its own
-(backends/_triton_kernels.py); so it has only calls of those, indices that are numbers, and no
-annotations. csrc/adamezo/buffered.h and rule.h have each once more for CPU and CUDA, so that two
-texts check each other: operations are in the same order in both.
+Each rule is written once in Python, over the operations of float32.py. Called as they are, its
+functions are the definition, on torch tensors. Triton compiles the same source over operations of
+its own (backends/_triton_kernels.py), so a function has only calls of those operations, constant
+indices, and no annotations. csrc/adamezo/buffered.h and rule.h have each rule again for CPU and
+CUDA, with the operations in the same order, so that the two sources check each other.
 
 ``z`` holds a value for each direction, ``b`` one for each buffer, ``n`` the step's own numbers.
 """
@@ -45,7 +45,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.has_direction and self.bound is None:
-            raise TypeError("a rule with a direction needs a bound on what that can be")
+            raise TypeError("a rule with a direction needs a bound on its magnitude")
 
     @property
     def has_direction(self) -> bool:
@@ -59,16 +59,16 @@ class Rule:
 
 
 class Extremes(Protocol):
-    """What a bound may ask of a buffer. It is looked up when it is asked for."""
+    """Statistics of a buffer that a bound may read. Each is computed when it is asked for."""
 
     def least(self) -> float:
-        """The least element; NaN if there is one."""
+        """The smallest element; NaN if any element is NaN."""
 
     def largest(self) -> float:
         """The largest magnitude of a finite element."""
 
 
-# --- what all have in common --------------------------------------------------------------------
+# --- shared by all rules ------------------------------------------------------------------------
 
 
 def default_direction(z, b, n):
@@ -83,7 +83,7 @@ def descended(theta, step, minus_lr, decay):
     return fma(minus_lr, step, mul(theta, decay))
 
 
-# --- sums of directions, as AdaMeZO and every method without buffers has them ---------------------
+# --- sums of directions, for AdaMeZO and every method without buffers ----------------------------
 #   S1 = sum_k first_k z_k      S2 = sum_k second_k z_k^2      step = S1 / (sqrt(S2) + eps), or S1
 
 
@@ -116,7 +116,7 @@ def hizoo_direction(z, b, n):
 
 
 def hizoo_bound(z, b, n):
-    # The step's lower end, as bfloat16 may round it.
+    # The lower clip of hizoo_step, which bfloat16 may round down.
     least = 1e-4 * (1 - 2.0**-7) if b is None else b[0].least()
     return z / math.sqrt(least) if least > 0 else math.inf if least <= 0 else math.nan
 
@@ -157,7 +157,7 @@ def adamu_direction(z, b, n):
 def adamu_bound(z, b, n):
     fresh, moving, beta, rest = n[:4].tolist()
     if b is None:
-        # m <- beta1 z' + (1 - beta1) z'', and beta1 has never been less than it is: |m| is at most
+        # m <- beta1 z' + (1 - beta1) z'', and beta1 has never been smaller than now: |m| is at most
         # |z| + (1 - beta1) |m|, rounded to bfloat16.
         grows = 1 + 2.0**-7
         largest = grows * z / (1 - grows * rest) if grows * rest < 1 else math.inf
@@ -172,7 +172,7 @@ def adamu_step(z, b, n, eps):
     return div(mul(n[6], both), sqrt(add(v, eps))), both
 
 
-# --- from one direction to the next in one pass, where a step has several: a perturbation only ----
+# --- blend: perturbs from one direction to the next in one pass; it has no update ----------------
 #   d = n_0 z_0 + n_1 z_1
 
 
@@ -219,5 +219,5 @@ RULES = {
     ),
     "blend": Rule(2, 0, ("of z_0", "of z_1"), direction=blend_direction, bound=blend_bound),
 }
-"""By name, in the order of csrc/adamezo/buffered.h. "moments" is the sums of `update_`: it has as
-many directions as one likes, and its step is of their sums."""
+"""The rules by name, in the order of csrc/adamezo/buffered.h. "moments" is the rule of `update_`:
+it takes any number of directions, and its step is a function of their sums."""

@@ -262,9 +262,9 @@ def test_terms_that_do_not_fit():
     with pytest.raises(ValueError, match="4 numbers for the rule 'hizoo', which has 3"):
         Terms.of(states[:1], rule="hizoo", numbers=[1.0] * 4)
     plan = Plan([torch.zeros(3)])
-    with pytest.raises(ValueError, match=r"keeps 2 number\(s\) for each weight, the plan has 0"):
+    with pytest.raises(ValueError, match=r"needs 2 buffer\(s\) for each weight, the plan has 0"):
         update_terms_(plan, Terms.of(states[:1], rule="adam"))
-    with pytest.raises(ValueError, match="keeps 1"):
+    with pytest.raises(ValueError, match="needs 1"):
         perturb_(plan, Terms.of(states[:1], rule="hizoo"), 1.0)
 
 

@@ -1,14 +1,14 @@
-// Rules for what cannot be written as sums of directions: most keep one or two numbers for each
-// weight. A rule R has
-//   kName                   its name in adamezo_kernels/rules.py, which has the same in Python
-//   kDirections, kBuffers   how many directions it draws and how many numbers it keeps, at most 2
+// Rules: updates that are not sums of directions. Most have one or two buffers, each with one
+// number for each weight. A rule R has
+//   kName                   its name in adamezo_kernels/rules.py, which has the same rule in Python
+//   kDirections, kBuffers   the numbers of its directions and buffers, at most kMaxBuffers
 //   kHasDirection           whether the weights are perturbed along another direction than z
 //   kUpdates                whether it has a step, besides a perturbation
 //   direction(z, b, n)      the direction that they are perturbed along, from z and the buffers
 //   step(z, b, n, eps)      the step of theta <- theta decay - lr step; writes new values of b
 // where z[k] belongs to direction k, b[i] to buffer i, and n are the step's own numbers, which
-// the host has worked out (rules.py names them). Operations are in the order that the formulas
-// show; fma(a, b, c) is a b + c, rounded once. At the end of this file is the list of all rules.
+// the host computes (rules.py names them). Operations are in the order of the formulas;
+// fma(a, b, c) is a b + c, rounded once. The list of all rules is at the end of this file.
 #pragma once
 
 #include "adamezo/config.h"
@@ -113,7 +113,7 @@ struct Adamu {
   }
 };
 
-// From one direction to the next in one pass, where a step has several: a perturbation only.
+// Blend: perturbs from one direction to the next in one pass; it has no update.
 //   d = n_0 z_0 + n_1 z_1
 struct Blend {
   static constexpr const char* kName = "blend";
@@ -127,14 +127,14 @@ struct Blend {
   }
 };
 
-// All rules, in the order of RULES in rules.py. A job's rule is its place here, counted from 1.
+// All rules, in the order of RULES in rules.py. A job's rule is its index here, counted from 1.
 template <class... R>
 struct RuleList {};
 using Rules = RuleList<Adam, Hizoo, Helene, Adamu, Blend>;
 
-constexpr int kMoments = 0;  // no rule of these, but sums of directions (rule.h)
+constexpr int kMoments = 0;  // sums of directions (rule.h) instead of one of these rules
 
-// Calls use(R()) with the rule at a place. Gives whether there is one.
+// Calls use(R()) with the rule of that index. Returns whether there is one.
 template <class Use, class... R>
 bool with_rule(int rule, Use use, RuleList<R...>) {
   int place = kMoments;

@@ -1,5 +1,5 @@
-// A segment is one tensor (or one shard of it) as rows of consecutive elements. A table of them
-// goes to a kernel in one call, so that hundreds of small tensors cost one launch.
+// A segment is one tensor (or one shard of it) as rows of consecutive elements. A kernel gets a
+// table of segments in one call, so that hundreds of small tensors cost one launch.
 #pragma once
 
 #include "adamezo/config.h"
@@ -24,7 +24,7 @@ static_assert(sizeof(Segment) == 96, "the Python side writes twelve int64 column
 
 // Consecutive elements of one segment: consecutive in memory and in the parameter.
 struct Run {
-  int64_t segment;   // which one
+  int64_t segment;   // its index in the table
   int64_t position;  // of the first element, counted in the segment row by row
   int64_t memory;    // its distance from the segment's address, in elements
   int64_t source;    // its distance from the segment's source

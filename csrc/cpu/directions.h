@@ -1,6 +1,6 @@
-// A worker's share of the weights in groups of lanes, with their directions: what every loop is
-// made of. All here and in loops.h has internal linkage: each instruction set compiles a copy of
-// its own, which no other file can be linked to by accident.
+// A worker's share of the weights in groups of lanes, with their directions: the parts of every
+// loop. Everything here and in loops.h has internal linkage: each instruction set compiles a copy
+// of its own, which no other file can link to by accident.
 #pragma once
 
 #include "adamezo/normal.h"
@@ -18,7 +18,7 @@ constexpr int kGroup = 4 * L::kWidth;  // elements that a set of lanes works on 
 // Consecutive elements, all under the same high block words.
 template <class T>
 struct Span {
-  const T* from;  // where they are read; `to` where in place
+  const T* from;  // read from here; equal to `to` in place
   T* to;
   uint64_t index;
   int64_t count;
@@ -33,13 +33,13 @@ template <class T>
 struct Group {
   const T* from;
   T* to;
-  uint64_t block;  // the first one, where a block is four elements
-  int64_t first;   // where the group begins, counted from the span's first element
+  uint64_t block;  // the index of its first block, of four elements
+  int64_t first;   // where the group begins, relative to the span's first element
 };
 
 // A span's elements as groups: calls visit(group). Groups are aligned in the parameter, not in
 // memory, so that none straddles two high block words. A group that is only partly in the span is
-// staged: its elements see the same arithmetic as all others.
+// staged in a copy, so that its elements go through the same arithmetic as all others.
 template <class L, class T, class Visit>
 ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   constexpr int kSize = kGroup<L>;
@@ -59,15 +59,15 @@ ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   }
 }
 
-// A worker's share as spans: calls visit(span). The scratch's streams are then right for the span's
-// high block word; D is a kind of directions, see below.
+// A worker's share as spans: calls visit(span). The streams in `scratch` are then those of the
+// span's high block word; D is a kind of directions, see below.
 template <class D, class T, class Visit>
 ADAMEZO_HD void for_each_span(const Job& job, const Scratch& scratch, int64_t worker,
                               int64_t workers, Visit visit) {
   const int64_t share = job.elements / workers, rest = job.elements % workers;
   const int64_t begin = share * worker + (worker < rest ? worker : rest);
   const int64_t end = begin + share + (worker < rest ? 1 : 0);
-  // 2^32 blocks of rounding words; the high word of a direction's blocks changes no more often.
+  // The elements of 2^32 blocks of rounding words; a direction's high word changes no more often.
   constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;
   uint64_t high = ~uint64_t(0);
   PhiloxStream rounding{};
@@ -101,7 +101,7 @@ ADAMEZO_HD PhiloxGroup<L> group_for(Purpose purpose, const Job& job, uint64_t fi
                          parameter | uint32_t(purpose) << 24);
 }
 
-// A call's words, of every block, in the order of the blocks and of a block's four.
+// The words of a call of every block, in the order of the blocks and of the words in a block.
 template <class L>
 ADAMEZO_HD void words_in_order(PhiloxCall<L> call, PhiloxKey key, typename L::I words[4]) {
   philox_finish<L>(call, key);
@@ -127,11 +127,11 @@ ADAMEZO_HD void store_group(const Job& job, const Span<T>& span, const Group<T>&
 
 // A kind of directions D has
 //   kLogElements       2^kLogElements elements share a Philox call
-//   along_each         the first kCount directions over a worker's share: calls use(span, group, z)
-//                      with z[k] in memory order
-//   along_directions   all of them, the newest first: for each group calls newest(group, z) with
-//                      z_0 in memory order, then all(span, group, moments)
-//   natural            from the order of those moments to the order in memory
+//   along_each         walks a worker's share with the first kCount directions: calls
+//                      use(span, group, z) with z[k] in memory order
+//   along_directions   walks it with all directions, the newest first: for each group calls
+//                      newest(group, z) with z_0 in memory order, then all(span, group, moments)
+//   natural            reorders those moments to the order in memory
 
 template <class L>
 struct Exact {
@@ -139,7 +139,7 @@ struct Exact {
 
   static ADAMEZO_HD void natural(typename L::F values[4]) { L::natural(values); }
 
-  // From the words of a finished call to its normals, output j of every block in z[j], while `call`
+  // Turns the words of a finished call into normals, output j of every block in z[j], while `call`
   // (the next one) goes through its rounds: the two are independent, and either alone is a chain of
   // dependent operations that keeps few units busy.
   static ADAMEZO_HD void normals_beside(PhiloxCall<L>& call, PhiloxKey key,
@@ -239,7 +239,7 @@ struct Rademacher {
   }
 
   // Calls visit(span, group) for the groups of a worker's share, with the words of the first
-  // `count` directions in the scratch.
+  // `count` directions in scratch.signs.
   template <class T, class Visit>
   static ADAMEZO_HD void for_each_signed_group(const Job& job, const Scratch& scratch,
                                                int64_t worker, int64_t workers, int64_t count,

@@ -1,4 +1,4 @@
-// What a CPU kernel is given and how it is called.
+// The interface of a CPU kernel.
 #pragma once
 
 #include "adamezo/job.h"
@@ -12,7 +12,7 @@ struct Scratch {
 };
 constexpr int64_t kSignWords = 64;  // four words of each of the sixteen blocks of the widest lanes
 
-// Does `worker`'s share of `job`. The result does not depend on the number of workers.
+// Runs `worker`'s share of `job`. The result does not depend on the number of workers.
 using Kernel = void (*)(const Job& job, const Scratch& scratch, int64_t worker, int64_t workers);
 
 struct InstructionSet {

@@ -42,7 +42,7 @@ struct Update {
   static void run(const Job& job, const Scratch& scratch, int64_t worker, int64_t workers) {
     using F = typename L::F;
     const float minus_lr = job.step[0], decay = job.step[1];
-    float restored[kGroup<L>];  // in memory: the loop over directions wants the registers
+    float restored[kGroup<L>];  // in memory, to relieve register pressure in the loop
     D::template along_directions<T, kSecond>(
         job, scratch, worker, workers,
         [&](const Group<T>& theta, const F z[4]) {
@@ -66,8 +66,8 @@ struct Update {
   }
 };
 
-// The same along one direction, as most methods have: the next group's words go through their
-// rounds beside this one's normals, where the loop over directions would throw a call away.
+// The same along one direction, as in most methods: the next group's words go through their rounds
+// beside this one's normals, where the loop over directions would discard a call.
 template <class L, class D, bool kSecond, bool kStochastic>
 struct UpdateAlongOne {
   template <class T>
@@ -91,7 +91,7 @@ struct UpdateAlongOne {
   }
 };
 
-// out = S2 where the job has second coefficients, else S1: a look inside an update.
+// out = S2 where the job has second coefficients, otherwise S1: the sums inside an update.
 template <class L, class D, bool kSecond>
 struct Moment {
   template <class T>
@@ -113,7 +113,7 @@ template <class L, class R, class T>
 struct Buffers {
   const Job& job;
   const Span<T>& span;
-  int64_t first, low, high;  // the group's elements are [low, high) of it, behind `first`
+  int64_t first, low, high;  // the span has the group's elements [low, high), from `first` on
   typename L::F values[kBufferCapacity<R>][4];
 
   ADAMEZO_HD Buffers(const Job& job, const Span<T>& span, const Group<T>& group)
@@ -168,7 +168,7 @@ struct Buffers {
   ADAMEZO_HD B* at(int i) const {
     return reinterpret_cast<B*>(span.segment->buffers[i]) + span.position + first;
   }
-  // A branch for each group, and not a kernel for each type: these loops wait for memory.
+  // A branch in each group instead of a kernel for each type, as these loops are bound by memory.
   template <class Use>
   ADAMEZO_HD void by_buffer_type(Use use) const {
     switch (job.buffer_type) {

@@ -1,9 +1,9 @@
-// The bodies of the rules of adamezo/buffered.h, as bodies.cuh has those of all others, with the
-// arithmetic of csrc/cpu/loops.h.
+// The bodies of the rules of adamezo/buffered.h, with the arithmetic of csrc/cpu/loops.h. All other
+// bodies are in bodies.cuh.
 //
-// Most keep numbers for each weight and are bound by memory, or nearly so. So the types of weights
-// and buffers and the rounding of stores are branches, which a whole launch takes the same way, and
-// not instances; and a thread takes its elements four at a time, in as many registers as the other
+// Most rules have buffers and are bound by memory, or nearly so. So the types of weights and
+// buffers and the rounding of stores are branches, which a whole launch takes the same way, and not
+// instances; and a thread takes its elements four at a time, in as many registers as the other
 // kernels have. Four elements share a Philox call, and are one access of every array: 16 or 8
 // bytes, which lane by lane are one stretch of memory. (Eight of a 16-bit array would be 32 bytes
 // of a float32 buffer, and so two accesses of half of each sector.)
@@ -19,12 +19,12 @@ static_assert(kChunk<float> == kQuad, "a window's quads are the chunks of float3
 
 // Four elements of one array, of which the run holds [low, high).
 struct Array {
-  unsigned char* address;  // of the first one, or where it would be
+  unsigned char* address;  // of the first one, even if outside the run
   ElementType type;
   int low, high;
 
-  // As they are in memory and not converted yet: nothing waits for them before there is need to.
-  // Two 16-bit elements are in a word. Those outside the run are 0.
+  // The raw bits, not converted yet, so that nothing waits for them before they are needed. A word
+  // holds two 16-bit elements. Elements outside the run are 0.
   ADAMEZO_HD void load(uint32_t words[kQuad]) const {
     type == ElementType::kFloat32 ? load_bits<uint32_t>(words) : load_bits<uint16_t>(words);
   }
@@ -38,7 +38,7 @@ struct Array {
     Bits elements[kQuad];
   };
 
-  // Whether they can be one access.
+  // Whether the four elements can be one access.
   template <class Bits>
   ADAMEZO_HD bool whole() const {
     return low <= 0 && high >= kQuad &&
@@ -110,7 +110,7 @@ template <class R>
 struct Quad {
   const DeviceJob& job;
   const Window& window;
-  int first;  // of its elements in the window
+  int first;  // the place of its first element in the window
   float theta[kQuad], z[R::kDirections][kQuad], buffers[kBufferCapacity<R>][kQuad];
 
   template <class D>
@@ -140,7 +140,7 @@ struct Quad {
       store(buffer(i), Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i)), buffers[i]);
   }
 
-  // All of one element.
+  // All values of one element.
   ADAMEZO_HD void get(int at, float of_z[R::kDirections],
                       float of_buffers[kBufferCapacity<R>]) const {
     ADAMEZO_UNROLL
@@ -158,7 +158,7 @@ struct Quad {
   ADAMEZO_HD uint32_t parameter_for(Purpose purpose) const {
     return uint32_t(window.segment.parameter) | uint32_t(purpose) << 24;
   }
-  // `run` is where the run begins, counted from the segment's address.
+  // `run` is where the run begins, in elements from the segment's address.
   ADAMEZO_HD Array array(uint64_t segment, int64_t run, ElementType type) const {
     const int64_t size = type == ElementType::kFloat32 ? 4 : 2;
     auto* const address =
@@ -242,7 +242,7 @@ struct ByRule {
   }
 };
 
-// Calls use(body) with the one that does the job. Gives whether it is one for a body of this file.
+// Calls use(body) with the body that runs the job. Returns whether this file has one.
 template <class D, class Use>
 bool select_rule(const Job& job, Use use) {
   bool found = false;
