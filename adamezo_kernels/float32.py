@@ -98,13 +98,3 @@ def _add_to_odd(p: Tensor, q: Tensor) -> Tensor:
     step = torch.where((error > 0) == (total > 0), 1, -1)
     wrong = ((error > 0) | (error < 0)) & ((bits & 1) == 0)
     return torch.where(wrong, bits + step, bits).view(torch.float64)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    # sqrt, / and + of float32 computed in float64 and rounded again are correctly rounded, as
-    # 53 >= 2 * 24 + 2 (Figueroa, 1995), on any device and whatever its float32 mode is.
-    return x.double().sqrt().float()
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() / b.double()).float()
