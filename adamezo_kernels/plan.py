@@ -323,8 +323,8 @@ class Plan:
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        """The segments that kernels walk in place, by device and element type: all but the staged
-        ones."""
+        """The segments that kernels walk in their own memory, by device and element type: all but
+        the staged ones."""
         walked = [segment for segment in self.segments if not segment.staged]
 
         def kind(segment: Segment) -> tuple[str, int]:

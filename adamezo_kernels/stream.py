@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 STREAM_VERSION = 1
-"""Version of the mapping from (seed, direction, parameter, element) to bits. A change of
-one bit of any direction must change this number: saved runs name it."""
+"""Version of the mapping from (seed, direction, parameter, element) to bits. A change of one
+bit of any direction must change this number: saved runs name it."""
 
 DISTRIBUTIONS = ("exact", "fast", "rademacher")
 """The distributions of directions, each a stream of its own: a run uses one for all its steps.

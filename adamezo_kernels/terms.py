@@ -111,7 +111,8 @@ class Terms:
         rule: str = "moments",
         numbers: Sequence[float] = (),
     ) -> Terms:
-        """Terms on the host of the directions with these indices, rounded once to float32, here.
+        """Terms on the host of the directions with these indices. Numbers are rounded to float32
+        once, here.
 
         ``numbers`` may be only the first few of the rule's: the others are zeros.
 

@@ -3,7 +3,7 @@
 triton.py imports it where Triton is installed. The arithmetic is that of csrc/adamezo, in the order
 of csrc/cpu/loops.h. A window is aligned in the parameter, not in memory, so that all elements of a
 Philox call are in one program and no window straddles two high words of the block index. Values
-by call are held as four tensors, one for each of a call's elements; only weights on their way from
+of calls are held as four tensors, one for each of a call's elements; only weights on their way from
 and to memory are one tensor, in the order of memory.
 """
 
@@ -155,7 +155,7 @@ def nvidia_div(a, b):
 def traced(**operations):
     """The functions of rules.py over these operations instead of those on torch tensors.
 
-    A function looks the operations that it names up in its globals. So the same code with other
+    A function looks up the operations that it names in its globals. So the same code with other
     globals is the same formula over other operations, and Triton, which reads a function's source
     and looks names up there too, compiles it as if it stood here. Triton's cache of compiled
     kernels is keyed by the source of all functions called, so it sees a change of any of them.
