@@ -70,7 +70,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """The one in use: that of :func:`use_isa`, else of ``ADAMEZO_ISA``, else the fastest.
+    """The one that is used: of :func:`use_isa`, else of ``ADAMEZO_ISA``, else the fastest.
 
     Raises:
         RuntimeError: a name that this machine cannot run.

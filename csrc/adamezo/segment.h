@@ -9,8 +9,8 @@ namespace adamezo {
 // Twelve 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
 struct Segment {
   uint64_t address;       // of the first element
-  uint64_t source;        // of the first element that is read: `address` where in place
-  int64_t rows;           //
+  uint64_t source;        // of the first element that is read: equal to `address` in place
+  int64_t rows;           // number of rows
   int64_t row_length;     // elements of a row, consecutive in memory
   int64_t row_stride;     // elements in memory from one row to the next
   int64_t source_stride;  // the same where they are read

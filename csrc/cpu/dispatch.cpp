@@ -11,7 +11,7 @@ namespace {
 
 // Fewer elements than this are not worth waking a thread for (some ten microseconds of work).
 constexpr int64_t kElementsPerWorker = 16384;
-// More shares than threads, so that a thread that is held up leaves less behind.
+// More shares than threads, so that a delayed thread leaves less work behind.
 constexpr int64_t kWorkersPerThread = 8;
 
 std::vector<const InstructionSet*> available() {
