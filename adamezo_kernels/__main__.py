@@ -1,4 +1,4 @@
-"""``python -m adamezo_kernels``: what can run here, what cannot, why, and what would change it."""
+"""``python -m adamezo_kernels``: what can run here, and for the rest why not and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of the compiled module, csrc/bindings.cpp. Absent where nothing was compiled."""
+"""Type stubs of the compiled module, csrc/bindings.cpp, which is absent if nothing was compiled."""
 
 from collections.abc import Sequence
 

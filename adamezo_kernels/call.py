@@ -1,4 +1,4 @@
-"""One operation on the tensors of a plan, with all that a backend is given for it."""
+"""One operation on the tensors of a plan, with all the arguments of a backend."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
 
 @dataclass(frozen=True)
 class Call:
-    """What goes from an optimizer to a kernel. It checks itself when it is made, so that every
-    backend is given clean input and all give the same messages.
+    """The arguments of one operation, from an optimizer to a kernel. The constructor checks them,
+    so that every backend gets valid input and all give the same messages.
 
-    What is in ``terms`` is not checked: where it is on a GPU, that would wait for the device.
+    The values in ``terms`` are not checked: on a GPU that would wait for the device.
 
     Raises:
         TypeError, ValueError: the message says what was got and what was expected.
@@ -28,11 +28,11 @@ class Call:
     """One of OPERATIONS."""
     plan: Plan
     terms: Terms
-    """Of a displacement whose rule does not bend directions, the first direction alone is taken."""
+    """A perturbation whose rule has no direction of its own takes the first direction alone."""
     distribution: str = "exact"
     rounding: str = "nearest"
     scale: float = 0.0
-    """Of a displacement; in an update, of the one that is added back first, if it is not 0."""
+    """The scale of a perturbation; in an update, of the one that is added back first, if not 0."""
     eps: float = 0.0
 
     def __post_init__(self) -> None:
@@ -50,10 +50,10 @@ class Call:
         fields["terms"] = self._checked_terms(self.terms)
 
     def vary(self, *, terms: Terms | None = None, scale: float | None = None) -> Call:
-        """The same operation on the same plan, along other directions or by another scale.
+        """A copy of this call with other directions or another scale.
 
-        It costs less than a new call, as what stays is not checked again: a step makes three
-        displacements that differ in nothing else.
+        It costs less than a new call, as unchanged fields are not checked again: a step makes three
+        perturbations that differ in nothing else.
         """
         call = object.__new__(Call)
         fields = vars(call)
@@ -65,7 +65,7 @@ class Call:
         return call
 
     def on(self, plan: Plan) -> Call:
-        """The same call on copies of a part of its plan. It is not checked again."""
+        """A copy of this call on ``plan``: copies of a part of its own. It is not checked again."""
         call = object.__new__(Call)
         vars(call).update(vars(self), plan=plan)
         return call
@@ -74,12 +74,12 @@ class Call:
         return checked_number("restore" if self.operation == "update" else "scale", scale)
 
     def _checked_terms(self, terms: Terms) -> Terms:
-        """The terms that a backend is given, after all checks of them against the other fields."""
+        """The terms for the backend, checked against all other fields."""
         plan = self.plan
         if terms.offset + plan.last_index >= 2**63:
             raise ValueError(
                 f"PhiloxState.offset {terms.offset} leads to element indices beyond 2**63, as the "
-                f"plan's own reach {plan.last_index}"
+                f"plan's element indices reach {plan.last_index}"
             )
         if not terms.words.is_cpu and plan.devices != {terms.words.device}:
             where = terms.words.device
@@ -89,18 +89,18 @@ class Call:
                     f"the terms are on {where} and weights on {', '.join(elsewhere)}: expected "
                     "terms on the host, or on the device of all weights"
                 )
-        if self.operation == "perturb" and not RULES[terms.rule].bends:
+        if self.operation == "perturb" and not RULES[terms.rule].has_direction:
             terms = terms.newest
         rule = RULES[terms.rule]
         if plan.buffers < rule.buffers and len(plan):
             raise ValueError(
-                f"the rule {terms.rule!r} keeps {rule.buffers} number(s) for each weight, the plan "
+                f"the rule {terms.rule!r} needs {rule.buffers} buffer(s) for each weight, the plan "
                 f"has {plan.buffers}: pass `plan.with_buffers(...)`"
             )
         if self.operation == "update":
             if not rule.updates:
                 raise ValueError(
-                    f"the rule {terms.rule!r} only displaces: expected terms of an update"
+                    f"the rule {terms.rule!r} only perturbs: expected terms of an update"
                 )
             if terms.with_second and self.eps <= _FLOAT32_HALF_MIN:
                 raise ValueError(
@@ -125,15 +125,15 @@ def check_in_place(plan: Plan) -> None:
 def checked_number(name: str, value: float) -> float:
     """``value`` as a float that float32 can hold."""
     value = float(value)
-    if not abs(value) <= FLOAT32_MAX:  # nor is that of a NaN
+    if not abs(value) <= FLOAT32_MAX:  # the comparison is false for a NaN
         raise ValueError(f"{name} must be finite and within float32, got {value}")
     return value
 
 
 def checked_numbers(name: str, values: Sequence[float]) -> list[float]:
-    """Each as a float that float32 can hold."""
+    """``values`` as floats that float32 can hold."""
     numbers = list(map(float, values))
-    if not sum(map(abs, numbers)) <= FLOAT32_MAX:  # else each of them is at most that
+    if not sum(map(abs, numbers)) <= FLOAT32_MAX:  # otherwise none exceeds it
         for number in numbers:
             checked_number(name, number)
     return numbers

@@ -1,4 +1,4 @@
-"""float32 arithmetic on torch's tensors, each operation rounded once and right on every device.
+"""float32 arithmetic on torch's tensors, each operation rounded once, correctly on every device.
 
 An operand is a float32 tensor or a Python float that float32 can hold; one of them is a tensor.
 """
@@ -24,7 +24,7 @@ def add(a: Value, b: Value) -> Tensor:
 
 
 def larger(a: Tensor, b: Value) -> Tensor:
-    """``a`` where it is above ``b``, else ``b``: so of a NaN and a number the number."""
+    """``a`` where it is above ``b``, else ``b``: so ``b`` where either is a NaN."""
     b = b if isinstance(b, Tensor) else torch.full_like(a, b)
     return torch.where(a > b, a, b)
 
@@ -98,13 +98,3 @@ def _add_to_odd(p: Tensor, q: Tensor) -> Tensor:
     step = torch.where((error > 0) == (total > 0), 1, -1)
     wrong = ((error > 0) | (error < 0)) & ((bits & 1) == 0)
     return torch.where(wrong, bits + step, bits).view(torch.float64)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    # sqrt, / and + of float32 computed in float64 and rounded again are correctly rounded, as
-    # 53 >= 2 * 24 + 2 (Figueroa, 1995), on any device and whatever its float32 mode is.
-    return x.double().sqrt().float()
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() / b.double()).float()

@@ -1,4 +1,4 @@
-"""The operations: each makes a Call, which checks itself, and a backend runs it.
+"""The public operations: each makes a Call, which checks its arguments, and a backend runs it.
 
 All arithmetic is in float32, in the order that the formulas show, with scalars computed in float64
 and rounded to float32 once; ``fma`` rounds once. Results are stored to the weights' type: rounded
@@ -33,10 +33,10 @@ def sample_(
     Args:
         out: a tensor that a :class:`Plan` takes.
         state: the direction.
-        parameter: 24-bit index of the parameter whose elements these are.
+        parameter: 24-bit index of the parameter that the elements belong to.
         distribution: one of DISTRIBUTIONS.
-        backend: None takes the best available; a name never falls back. One that
-            :func:`adamezo_kernels.backends.choose` gave is taken without choosing again.
+        backend: None takes the best available; a name never falls back. A backend returned by
+            :func:`adamezo_kernels.backends.choose` is used without choosing again.
 
     Returns:
         ``out``.
@@ -58,12 +58,12 @@ def perturb_(
     """``theta = fma(scale, z, theta)`` for every weight of the plan.
 
     Args:
-        plan: the weights. If it is made by :meth:`Plan.into`, theta is read from one place and
+        plan: the weights. In a plan of :meth:`Plan.into`, theta is read from one tensor and
             written to another.
-        state: the direction z; of Terms, the first one. Where their rule bends directions it is
-            what that displaces along, and the plan has the rule's buffers.
+        state: the direction z; of Terms, the first one. Where their rule has a direction of its
+            own, that is z, and the plan has the rule's buffers.
         scale: a finite number; in zeroth-order steps ``zo_eps``, ``-2 zo_eps`` and so on.
-        rounding: of the store; one of ROUNDINGS.
+        rounding: how the store rounds; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
     """
     terms = state if isinstance(state, Terms) else Terms.of([state])
@@ -84,7 +84,7 @@ def update_(
     rounding: str = "nearest",
     backend: str | Backend | None = None,
 ) -> None:
-    """Restores perturbed weights, forms the truncated moments and steps, in one pass.
+    """Restores perturbed weights, sums the truncated moments and steps, in one pass.
 
     For every weight, with z_k the direction of ``states[k]``::
 
@@ -98,14 +98,14 @@ def update_(
 
     Args:
         plan: the weights.
-        states: the directions kept, the newest first; they share key and offset.
+        states: the directions, the newest first; they share key and offset.
         first, second: a finite coefficient for each direction; ``second`` not negative.
         lr: step size.
         eps: added to the root, positive where ``second`` is given (a z can be exactly 0).
         weight_decay: decoupled, as in AdamW.
-        restore: the displacement along z_0 that is to be added back: ``zo_eps`` after the weights
-            were left at ``theta - zo_eps z_0``.
-        rounding: of the store; one of ROUNDINGS.
+        restore: the scale of the perturbation along z_0 that is added back first: ``zo_eps`` after
+            the weights were left at ``theta - zo_eps z_0``.
+        rounding: how the store rounds; one of ROUNDINGS.
         distribution, backend: as in :func:`sample_`.
     """
     first, second = _check_sums(states, first, second)
@@ -134,14 +134,14 @@ def update_terms_(
     rounding: str = "nearest",
     backend: str | Backend | None = None,
 ) -> None:
-    """:func:`update_` with its directions, coefficients and step size out of ``terms``.
+    """:func:`update_` with its directions, coefficients and step size from ``terms``.
 
-    With a rule other than "moments" its formula (csrc/adamezo/buffered.h) takes the place of S1 and
-    S2: in the same pass the displacement is restored, the plan's buffers are brought up to date
-    and the weights make the rule's step. Buffers of 16 bits are rounded as ``rounding`` says, with
+    With a rule other than "moments" the rule's formula (csrc/adamezo/buffered.h) takes the place of
+    S1 and S2: in the same pass the weights are restored, the plan's buffers are updated and the
+    weights make the rule's step. Buffers of 16 bits are rounded as ``rounding`` says, with random
     words of their own.
 
-    What is in ``terms`` is not checked: where it is on a GPU, that would wait for the device.
+    The values in ``terms`` are not checked: on a GPU that would wait for the device.
     """
     run(Call("update", plan, terms, distribution, rounding, restore, eps), backend)
 
@@ -155,7 +155,7 @@ def moments(
     distribution: str = "exact",
     backend: str | Backend | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The sums S1 and S2 of :func:`update_`, to look at: float32 tensors shaped like the weights.
+    """The sums S1 and S2 of :func:`update_`, for inspection: float32, shaped like the weights.
 
     The weights are neither read nor written. Where ``second`` is None, S2 is all ones.
 
@@ -182,13 +182,13 @@ def moments(
 
 
 def run(call: Call, backend: str | Backend | None = None) -> None:
-    """Every call comes through here: a backend is chosen, if none was, and is given the call.
+    """Runs a call of any operation, on the backend given or on the best one.
 
-    This is the one place where staged tensors are copied (staging.py). A backend is given them as
-    another call, on the plan of their copies.
+    This is the only place that copies staged tensors (staging.py): the backend gets them as another
+    call, on the plan of their copies.
     """
     chosen = choose(call.plan.devices, backend, call.distribution)
-    staged = batches(call.plan)  # before anything is written: they may find no memory
+    staged = batches(call.plan)  # before any write, as this may run out of memory
     chosen.run(call)
     for batch in staged:
         if call.operation != "sample":

@@ -15,29 +15,29 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .staging import Batch, Staging
 
 ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of weights. Their place here is their number in csrc/adamezo/rounding.h."""
+"""The element types of weights. The index of a type is its number in csrc/adamezo/rounding.h."""
 
 MAX_PARAMETERS = 2**24
-MOST_BUFFERS = 2
-"""Of a weight: kMostBuffers of csrc/adamezo/buffered.h."""
+MAX_BUFFERS = 2
+"""The largest number of buffers of a weight: kMaxBuffers of csrc/adamezo/buffered.h."""
 
 _MAX_INDEX = 2**63
 
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
-    """What a plan depends on: equal for two tensors that are the same elements in memory, and
-    different once a tensor was resized, moved or cast."""
+    """The properties that a plan depends on: equal for two tensors that are the same elements in
+    memory, and different once a tensor was resized, moved or cast."""
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def memories_of(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
-    """The same for many tensors in less time, as a step asks three times for all weights: without
-    the device, since a tensor that is moved to another gets another address."""
+    """The same for many tensors in less time, as a step calls it three times for all weights. The
+    device is left out, since a tensor that moves to another gets another address."""
     return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
 
 
 class Shard(NamedTuple):
-    """Where a local tensor's elements are in the whole, unsharded, row-major parameter.
+    """The place of a local tensor's elements in the whole, unsharded, row-major parameter.
 
     The local tensor, taken in row-major order, is ``rows`` rows of equal length. The first begins
     at element ``offset`` of the whole parameter, and each next one ``stride`` elements later. A
@@ -66,14 +66,14 @@ class Segment:
     index_stride: int
     """Index distance from one row to the next."""
     source: Tensor
-    """Where the elements are read: the tensor itself, or another one (:meth:`Plan.into`)."""
+    """The tensor that is read: the one written, or another one (:meth:`Plan.into`)."""
     source_stride: int
     """Elements in memory from one row of the source to the next."""
     buffers: tuple[Tensor, ...] = ()
-    """What a rule keeps for each element (:meth:`Plan.with_buffers`)."""
+    """The buffers of a rule, an element for each weight (:meth:`Plan.with_buffers`)."""
     staged: bool = False
-    """Whether its elements, or those of its source, are other than such rows in memory: the strides
-    are then those of a contiguous copy, on which the work is done (staging.py)."""
+    """Whether its elements, or those of its source, are not such rows in memory: the strides are
+    then those of a contiguous copy, which the kernels walk (staging.py)."""
 
     @property
     def elements(self) -> int:
@@ -81,7 +81,7 @@ class Segment:
 
     @property
     def last_index(self) -> int:
-        """Index of the last element in the whole parameter; -1 where there is none."""
+        """Index of the last element in the whole parameter; -1 without elements."""
         if not self.elements:
             return -1
         return self.index_offset + (self.rows - 1) * self.index_stride + self.row_length - 1
@@ -89,7 +89,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Launch:
-    """The segments of one device and one element type, which one kernel call can take."""
+    """The segments of one device and one element type, which one kernel call takes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -101,31 +101,31 @@ class Launch:
 
     @cached_property
     def kind(self) -> tuple[int, int, int, int]:
-        """What the compiled module is told of it besides the table: the number of segments and of
+        """The arguments for the compiled module besides the table: the number of segments and of
         elements, and the numbers of the element types of weights and buffers."""
         types = ELEMENT_TYPES.index(self.dtype), ELEMENT_TYPES.index(self.buffer_dtype)
         return len(self.segments), self.elements, *types
 
     @cached_property
     def counted(self) -> list[Tensor]:
-        """Weights and buffers whose versions autograd counts: not what inference mode made."""
+        """Weights and buffers whose versions autograd counts: all but inference tensors."""
         tensors = (t for s in self.segments for t in (s.tensor, *s.buffers))
         return [t for t in tensors if not t.is_inference()]
 
     @cached_property
     def buffer_dtype(self) -> torch.dtype:
-        """Of all buffers; float32 where there are none."""
-        kept = [buffer.dtype for segment in self.segments for buffer in segment.buffers]
-        return kept[0] if kept else torch.float32
+        """The element type of all buffers; float32 where there are none."""
+        dtypes = [buffer.dtype for segment in self.segments for buffer in segment.buffers]
+        return dtypes[0] if dtypes else torch.float32
 
     @cached_property
     def last_index(self) -> int:
-        """The largest index of an element in its whole parameter; -1 where there is none."""
+        """The largest index of an element in its whole parameter; -1 without elements."""
         return max(segment.last_index for segment in self.segments)
 
     @cached_property
     def copies(self) -> dict[int, Tensor]:
-        """The table on a GPU, by the handle of the stream that it was copied on and is used on."""
+        """Copies of the table on a GPU, by the handle of the stream that made and uses each."""
         return {}
 
     @cached_property
@@ -137,31 +137,31 @@ class Launch:
             layout = (s.rows, s.row_length, s.row_stride, s.source_stride)
             index = (s.index_offset, s.index_stride, s.parameter)
             buffers = [buffer.data_ptr() for buffer in s.buffers]
-            buffers += [0] * (MOST_BUFFERS - len(buffers))
+            buffers += [0] * (MAX_BUFFERS - len(buffers))
             rows.append((*addresses, *layout, *index, *buffers, first))
             first += s.elements
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 10 + MOST_BUFFERS)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 10 + MAX_BUFFERS)
 
 
 class Plan:
-    """Tensors that operations walk together.
+    """A table of tensors that an operation walks together.
 
     Args:
         tensors: float32, bfloat16 or float16 tensors of any shape, strides and alignment (also
-            empty), on any devices, whose elements do not overlap in memory. An element's number is
+            empty), on any devices, whose elements do not overlap in memory. An element's index is
             its place in row-major order, whatever the strides: a tensor has the bits of its
             contiguous copy. Kernels walk contiguous tensors where they are, and those that are
             rows of consecutive elements with one stride between rows, such as ``weight[:, 8:24]``.
             Others, such as ``weight.t()`` or one in ``torch.channels_last``, are *staged*: copied
             out, worked on and copied back, in blocks of at most 2**20 elements. That costs two
             copies, and memory for one block of each type, which the plan keeps.
-        parameters: the index in [0, 2**24) by which each tensor's random stream is known;
+        parameters: the index in [0, 2**24) that selects each tensor's random stream;
             ``range(len(tensors))`` if not given.
         shards: for each tensor that is a piece of a parameter, which piece; ``None`` for whole
             ones.
-        names: used in messages.
+        names: the names of the tensors in messages.
 
-    The plan keeps the tensors and their addresses. It is of no use after one of them was resized
+    The plan keeps the tensors and their addresses. It is invalid after one of them was resized
     or moved: make a new one, which is cheap.
 
     Raises:
@@ -199,7 +199,7 @@ class Plan:
         self.staging = Staging()
 
     def like(self, tensors: Sequence[Tensor]) -> Plan:
-        """The same elements of the same parameters, held in other tensors."""
+        """A plan of the same elements of the same parameters, held in other tensors."""
         return Plan(
             tensors,
             parameters=[s.parameter for s in self.segments],
@@ -208,13 +208,14 @@ class Plan:
         )
 
     def into(self, tensors: Sequence[Tensor], *, staging: Staging | None = None) -> Plan:
-        """For :func:`adamezo_kernels.perturb_` alone: reads this plan's weights and writes others.
+        """A plan for :func:`adamezo_kernels.perturb_` alone, which reads these weights and writes
+        other tensors.
 
         Args:
             tensors: one for each of the plan, of its shape, type and device, and with memory of
                 its own.
-            staging: memory for copies of staged tensors, where plans that are never at work at the
-                same time are to share it.
+            staging: memory for copies of staged tensors, to share it among plans that never run at
+                the same time.
         """
         plan = self.like(tensors)
         if staging is not None:
@@ -231,7 +232,7 @@ class Plan:
                 source_stride=source.row_stride,
                 buffers=source.buffers,
             )
-            # One kernel walks both by the same rows.
+            # One kernel walks source and target by the same rows.
             if source.staged or source.rows != target.rows:
                 moved = _staged(moved)
             segments.append(moved)
@@ -239,7 +240,7 @@ class Plan:
         return plan._of(segments)
 
     def with_buffers(self, buffers: Sequence[Sequence[Tensor]]) -> Plan:
-        """The same weights with what a rule of :data:`adamezo_kernels.RULES` keeps for each.
+        """A plan of the same weights with the buffers of a rule of :data:`adamezo_kernels.RULES`.
 
         Args:
             buffers: for each tensor of the plan as many as the rule has, contiguous and of its
@@ -248,15 +249,15 @@ class Plan:
         if len(buffers) != len(self.segments):
             raise ValueError(f"got buffers for {len(buffers)} of {len(self.segments)} tensors")
         pairs = list(zip(self.segments, self.names, buffers, strict=True))
-        dtypes = {buffer.dtype for kept in buffers for buffer in kept}
-        counts = {len(kept) for kept in buffers}
-        if len(dtypes) > 1 or len(counts) > 1 or max(counts, default=0) > MOST_BUFFERS:
+        dtypes = {buffer.dtype for own in buffers for buffer in own}
+        counts = {len(own) for own in buffers}
+        if len(dtypes) > 1 or len(counts) > 1 or max(counts, default=0) > MAX_BUFFERS:
             raise ValueError(
-                f"expected the same number of buffers for each tensor, {MOST_BUFFERS} at most, and "
+                f"expected the same number of buffers for each tensor, {MAX_BUFFERS} at most, and "
                 f"of one type; got {sorted(counts)} of {', '.join(sorted(map(str, dtypes)))}"
             )
-        for segment, name, kept in pairs:
-            for i, buffer in enumerate(kept):
+        for segment, name, own in pairs:
+            for i, buffer in enumerate(own):
                 expected = segment.tensor.shape, segment.tensor.device, True
                 got = buffer.shape, buffer.device, buffer.is_contiguous()
                 if got != expected:
@@ -265,26 +266,26 @@ class Plan:
                         f"{'' if got[2] else ', not contiguous'}; expected a contiguous one of "
                         f"shape {tuple(expected[0])} on {expected[1]}"
                     )
-        flat = [buffer for kept in buffers for buffer in kept]
-        names = [f"buffer {i} of {name}" for _, name, kept in pairs for i in range(len(kept))]
-        kept_segments = Plan(flat, parameters=[0] * len(flat), names=names).segments
-        _check_disjoint((*self.segments, *kept_segments), [*self.names, *names])
-        return self._of([replace(s, buffers=tuple(kept)) for s, _, kept in pairs])
+        flat = [buffer for own in buffers for buffer in own]
+        names = [f"buffer {i} of {name}" for _, name, own in pairs for i in range(len(own))]
+        buffer_segments = Plan(flat, parameters=[0] * len(flat), names=names).segments
+        _check_disjoint((*self.segments, *buffer_segments), [*self.names, *names])
+        return self._of([replace(s, buffers=tuple(own)) for s, _, own in pairs])
 
     def _of(self, segments: Iterable[Segment]) -> Plan:
-        """The same with other segments."""
-        plan = object.__new__(Plan)  # and not a copy, which would have what is cached here
+        """A plan with the same names and staging memory, and other segments."""
+        plan = object.__new__(Plan)  # a copy would keep the cached properties
         plan.names, plan.staging, plan.segments = self.names, self.staging, tuple(segments)
         return plan
 
     @property
     def buffers(self) -> int:
-        """How many each weight has."""
+        """The number of buffers of each weight."""
         return len(self.segments[0].buffers) if self.segments else 0
 
     @cached_property
     def in_place(self) -> bool:
-        """Whether what is read is what is written: all but the plans of :meth:`into`."""
+        """Whether each tensor is read and written in place: all but the plans of :meth:`into`."""
         return all(segment.source is segment.tensor for segment in self.segments)
 
     def __iter__(self) -> Iterator[Segment]:
@@ -312,18 +313,18 @@ class Plan:
 
     @cached_property
     def staged(self) -> tuple[Segment, ...]:
-        """The segments whose copies kernels walk (staging.py)."""
+        """The segments that kernels walk as copies (staging.py)."""
         return tuple(segment for segment in self.segments if segment.staged)
 
     @cached_property
     def batches(self) -> dict[object, list[Batch]]:
-        """Of the staged segments (staging.py), by the streams that they are worked on."""
+        """The batches of staged segments (staging.py), by the streams that they run on."""
         return {}
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        """The segments that kernels walk where they are, by device and element type: all but the
-        staged ones."""
+        """The segments that kernels walk in their own memory, by device and element type: all but
+        the staged ones."""
         walked = [segment for segment in self.segments if not segment.staged]
 
         def kind(segment: Segment) -> tuple[str, int]:
@@ -345,7 +346,7 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
     if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
         raise ValueError(f"{name}: {elements} elements cannot be laid out as {shard}")
     if elements == 0:
-        shard = Shard()  # nothing is anywhere, and the numbers may be beyond all limits
+        shard = Shard()  # an empty shard's numbers may be beyond all limits
     found = _rows_in_memory(tensor.shape, tensor.stride())
     if found is None and _overlaps(tensor):
         raise ValueError(
@@ -427,7 +428,7 @@ def _rows_in_memory(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, 
     in another. None where the elements, in row-major order, are not laid out so."""
     if 0 in shape:
         return 1, 0
-    # Dimensions from the innermost, those of size 1 left out; each joins the row while it
+    # Dimensions are taken from the innermost, without those of size 1. Each joins the row while it
     # continues it, then the rows while it continues those.
     row_length, rows, stride = 1, 1, 0
     for size, step in reversed(list(zip(shape, strides, strict=True))):
@@ -447,18 +448,18 @@ def _rows_in_memory(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, 
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements are in the same place."""
+    """Whether two elements have the same address."""
     steps = sorted((step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     steps = [(step, size) for step, size in steps if size > 1]
     reach, nested = 0, True
     for step, size in steps:
         nested = nested and step > reach
         reach += (size - 1) * step
-    if nested:  # each dimension steps over all that is inside of it
+    if nested:  # each dimension steps over all inner ones
         return False
     if tensor.numel() > reach + 1:  # more elements than places
         return True
-    # Dimensions may still interleave, as with sizes (3, 2) and strides (2, 3): look at each place.
+    # Dimensions may still interleave, as with sizes (3, 2) and strides (2, 3): list every place.
     places = torch.zeros((), dtype=torch.int64)
     for step, size in steps:
         places = places[..., None] + step * torch.arange(size)
@@ -466,7 +467,8 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _check_disjoint(segments: Sequence[Segment], names: Sequence[str]) -> None:
-    """Two writers of one element would race, and a tied weight would be perturbed twice."""
+    """Refuses shared memory: two writers of one element would race, and a tied weight would be
+    perturbed twice."""
     places = [
         (_Place.of(segment.tensor), name)
         for segment, name in zip(segments, names, strict=True)
@@ -489,14 +491,14 @@ def _check_disjoint(segments: Sequence[Segment], names: Sequence[str]) -> None:
 
 
 class _Place(NamedTuple):
-    """Where in memory a tensor's elements are, in whatever order."""
+    """The memory of a tensor's elements, in any order."""
 
     device: str
     begin: int
     end: int
     element_size: int
     rows: int
-    """0 where they are not rows, in any order."""
+    """0 where the elements are not rows, in any order."""
     row_length: int
     row_stride: int
 

@@ -1,12 +1,12 @@
-"""Staged tensors: those whose elements are no rows in memory, as those of ``weight.t()`` are not.
+"""Staged tensors: tensors whose elements are not rows in memory, such as ``weight.t()``.
 
-Kernels walk rows. An operation on a staged tensor is done on a contiguous copy of a block of it, in
-which elements have the numbers that they have in the tensor, and the block is then copied back. So
-every backend gives the bits that a contiguous tensor would have, and no kernel knows of it.
+Kernels walk rows. An operation on a staged tensor runs on a contiguous copy of a block of it, in
+which elements keep their indices in the tensor, and the block is then copied back. So every backend
+gives the bits that a contiguous tensor would have, and kernels need no code for staged tensors.
 
-The memory for copies, and the kernels' tables of what is in it, stay with the plan. So a step that
-was captured in a CUDA graph finds both where they were. Each stream has its own, as what torch
-allocates belongs to one.
+The plan holds the memory for copies and the kernels' tables of it, so that a step captured in a
+CUDA graph finds both where they were. Each stream has memory of its own, as memory that torch
+allocates belongs to one stream.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from .plan import Plan, Segment
 
 BLOCK = 2**20
-"""Elements that are copied at a time, at most: enough to keep a GPU at work between two launches,
+"""The largest number of elements copied at a time: enough to keep a GPU busy between two launches,
 and few enough to stay in the caches of a CPU."""
 
-_ALIGNMENT = 32  # elements, so that kernels find copies as well aligned as torch's own tensors
+_ALIGNMENT = 32  # elements, so that copies are as well aligned as torch's own tensors
 
 
 class Staging:
     """Memory for copies: up to BLOCK elements of each type, on each device and stream.
 
-    Plans may share it that are never at work at the same time.
+    Plans that never run at the same time may share it.
     """
 
     def __init__(self) -> None:
@@ -42,20 +42,20 @@ class Staging:
     def bytes(self) -> int:
         return sum(memory.nbytes for memory in self._memory.values())
 
-    def memory(self, device: torch.device, dtype: torch.dtype, room: int) -> Tensor:
+    def memory(self, device: torch.device, dtype: torch.dtype, capacity: int) -> Tensor:
         key = device, dtype, _stream(device)
-        if key not in self._memory or self._memory[key].numel() < room:
-            # The first plan may have small tensors, others larger ones: no more than two sizes.
-            room = BLOCK if key in self._memory else room
-            self._memory[key] = torch.empty(room, dtype=dtype, device=device)
+        if key not in self._memory or self._memory[key].numel() < capacity:
+            # The first plan may have small tensors, others larger ones: at most two sizes.
+            capacity = BLOCK if key in self._memory else capacity
+            self._memory[key] = torch.empty(capacity, dtype=dtype, device=device)
         return self._memory[key]
 
 
 class Batch:
-    """Blocks that are worked on together.
+    """Blocks that one call works on.
 
     Attributes:
-        plan: of their copies.
+        plan: the plan of their copies.
     """
 
     def __init__(self, plan: Plan, blocks: Sequence[_Block]) -> None:
@@ -70,16 +70,16 @@ class Batch:
     def copy_back(self) -> None:
         for block in self._blocks:
             tensor = block.tensor()
-            # One that was made in inference mode can be written to in that mode alone.
+            # An inference tensor can be written in inference mode alone.
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.copy_(block.copy)
 
 
 class _Block(NamedTuple):
-    """A piece of a tensor, where it is read, and the memory for its copy.
+    """A piece of a tensor, the piece that is read for it, and the memory for its copy.
 
-    The first two are made when asked for: a view that was kept would count as a user of memory that
-    others watch (exact perturbation).
+    The first two are views made on demand: a stored view would count as a user of memory whose
+    users exact perturbation watches.
     """
 
     tensor: Callable[[], Tensor]
@@ -88,17 +88,17 @@ class _Block(NamedTuple):
 
 
 def batches(plan: Plan) -> list[Batch]:
-    """Those of a plan's staged segments, for the current streams."""
+    """The batches of a plan's staged segments for the current streams."""
     if not plan.staged:
         return []
     devices = sorted({segment.tensor.device for segment in plan.staged}, key=str)
     streams = tuple(map(_stream, devices))
     made = plan.batches.get(streams)
     if made is None and any(map(capturing, devices)):
-        # As with the tables (backends/cuda.py), what was made on another stream will do.
+        # As with the tables (backends/cuda.py), batches made on another stream will do.
         made = next(iter(plan.batches.values()), None)
     if made is None:
-        # What is made here is used in every mode, whatever this one is.
+        # These tensors are used in every mode, whatever the current one is.
         with torch.inference_mode(False), torch.no_grad():
             made = plan.batches[streams] = list(_make(plan))
     return made
@@ -109,7 +109,7 @@ def _stream(device: torch.device) -> int:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is done there is put into a CUDA graph, and done later."""
+    """Whether operations there are captured into a CUDA graph, to run later."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -119,9 +119,9 @@ def _make(plan: Plan) -> Iterator[Batch]:
 
     for _, group in groupby(sorted(plan.staged, key=kind), key=kind):
         members = list(group)
-        room = min(BLOCK, sum(_aligned(segment.elements) for segment in members))
+        capacity = min(BLOCK, sum(_aligned(segment.elements) for segment in members))
         first = members[0].tensor
-        memory = plan.staging.memory(first.device, first.dtype, room)
+        memory = plan.staging.memory(first.device, first.dtype, capacity)
         blocks: list[_Block] = []
         segments: list[Segment] = []
         used = 0
@@ -130,7 +130,7 @@ def _make(plan: Plan) -> Iterator[Batch]:
             tensors, sources = _pieces(segment.tensor), _pieces(segment.source)
             for (shape, tensor), (_, source) in zip(tensors, sources, strict=True):
                 size = shape.numel()
-                if used + size > room:
+                if used + size > capacity:
                     yield Batch(plan._of(segments), blocks)
                     blocks, segments, used = [], [], 0
                 copy = memory[used : used + size]
@@ -146,7 +146,7 @@ def _aligned(elements: int) -> int:
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[torch.Size, Callable[[], Tensor]]]:
-    """For each of its blocks: the shape, and what makes the view of it."""
+    """For each block of a tensor: its shape, and a function that makes the view of it."""
     start = int(tensor.storage_offset())
     for block in blocks_of(tensor.detach()):
         shape, strides, offset = block.shape, block.stride(), int(block.storage_offset()) - start

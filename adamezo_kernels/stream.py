@@ -1,15 +1,15 @@
-"""Where a random direction comes from: a place in a Philox stream, never a stored tensor."""
+"""Random directions: each is a place in a Philox stream, never a stored tensor."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 STREAM_VERSION = 1
-"""Version of the mapping from (seed, direction, parameter, element) to bits. To change one bit of
-any direction is to change this number: saved runs name it."""
+"""Version of the mapping from (seed, direction, parameter, element) to bits. A change of one
+bit of any direction must change this number: saved runs name it."""
 
 DISTRIBUTIONS = ("exact", "fast", "rademacher")
-"""Kinds of directions, each a stream of its own: a run uses one from its first step to its last.
+"""The distributions of directions, each a stream of its own: a run uses one for all its steps.
 
 ``exact``: standard normals with the same bits on every device. ``fast``: nearly the same normals
 in fewer instructions, on CUDA devices only, with bits that are a device's own. ``rademacher``:
@@ -17,19 +17,19 @@ signs, +1 or -1, with the same bits on every device.
 """
 
 ROUNDINGS = ("nearest", "stochastic")
-"""Of a store to 16 bits. ``stochastic`` goes up with the probability of the fraction that is cut
-off, so that its mean is the value: a step far below a weight's last place moves it now and then
-instead of never. Its random bits belong to the direction (docs/directions.md): the same on every
-device. Their place here is their number in csrc/adamezo/rounding.h."""
+"""How a store to 16 bits rounds. ``stochastic`` rounds up with the probability of the fraction that
+is cut off, so that its mean is the value: a step far below a weight's last place moves it now and
+then instead of never. Its random bits belong to the direction (docs/directions.md): the same on
+every device. The index of a name is its number in csrc/adamezo/rounding.h."""
 
 
 class PhiloxState(NamedTuple):
-    """One direction z of a run. Three integers stand for a value per weight.
+    """One direction z of a run: three integers that determine a value for each weight.
 
     Element ``i`` of the parameter numbered ``parameter`` is one of the four outputs of
     Philox4x32-10 (Salmon et al., SC 2011) under the key ``key`` for the counter
-    ``((i + offset) // 4, counter, parameter)``; so it depends on where the element is, and not
-    on the device, the number of threads or the way tensors are split.
+    ``((i + offset) // 4, counter, parameter)``; so its value depends on the element's index, and
+    not on the device, the number of threads or the way tensors are split.
     """
 
     key: int

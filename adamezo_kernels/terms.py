@@ -15,11 +15,10 @@ from .rules import RULES
 from .stream import PhiloxState, check_state
 
 OPERATIONS = ("sample", "perturb", "update", "moment")
-"""What a backend does with terms. Their place here is their number in csrc/adamezo/job.h."""
-
+"""The operations of a backend. The index of a name is its number in csrc/adamezo/job.h."""
 
 RULE_NUMBERS = 8
-"""Room for them: kRuleNumbers."""
+"""The capacity for a rule's numbers: kRuleNumbers of csrc/adamezo/buffered.h."""
 
 _LEAST_NORMAL = 2.0**-126
 
@@ -31,20 +30,20 @@ class Terms:
 
         words = [counter of z_k] * H, [first_k] * H, [second_k] * H, -lr, 1 - lr * weight_decay
 
-    and with a rule other than "moments" its numbers behind, RULE_NUMBERS of them.
+    followed by RULE_NUMBERS numbers of the rule, if that is not "moments".
 
-    Counters are the 32 bits of an unsigned integer, all others those of a float32. The tensor is on
-    the host, and is copied for each call that runs elsewhere; or on the weights' device, where a
-    kernel reads it when it runs and not when it is queued. So a step that was captured in a CUDA
-    graph sees what was written there since, through the views below.
+    A counter is the 32 bits of an unsigned integer, every other word those of a float32. The tensor
+    is on the host, and is copied for each call that runs on another device; or on the weights'
+    device, where a kernel reads it when it runs and not when it is queued. So a step captured in a
+    CUDA graph sees the values that were written since through the views below.
 
     Args:
         key, offset: see :class:`PhiloxState`; the same for all directions.
-        horizon: how many directions.
-        with_second: whether there are coefficients for S2; else v = 1.
-        rule: one of RULES; it decides the horizon if it is not "moments".
-        device: where the words are; zeros at first.
-        words: those that are there already, of directions that were checked.
+        horizon: the number of directions.
+        with_second: whether there are coefficients for S2; otherwise v = 1.
+        rule: one of RULES; it determines the horizon unless it is "moments".
+        device: the device of new words, which are zeros.
+        words: existing words, whose directions were checked before.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Terms:
         """Terms of some directions on the host; ``more`` is as for :meth:`of_counters`.
 
         Raises:
-            ValueError: there are none, or they do not share key and offset.
+            ValueError: ``states`` is empty, or its members do not share key and offset.
         """
         if not states:
             raise ValueError("got no states, expected at least one direction")
@@ -112,12 +111,13 @@ class Terms:
         rule: str = "moments",
         numbers: Sequence[float] = (),
     ) -> Terms:
-        """Terms of the directions with these indices on the host, rounded to float32 here and once.
+        """Terms on the host of the directions with these indices. Numbers are rounded to float32
+        once, here.
 
-        Of the rule's ``numbers`` the first few may be given: the rest are zeros.
+        ``numbers`` may be only the first few of the rule's: the others are zeros.
 
         Raises:
-            ValueError: an index is none of 32 bits, or a number is not finite or beyond float32.
+            ValueError: an index does not fit 32 bits, or a number is not finite or beyond float32.
         """
         horizon = len(counters)
         if rule in RULES and len(numbers) > len(RULES[rule].numbers):
@@ -128,7 +128,7 @@ class Terms:
         zeros = [0.0] * horizon
         own = [*numbers, *[0.0] * (_length(horizon, rule) - 3 * horizon - 2 - len(numbers))]
         numbers = [*(first or zeros), *(second or zeros), minus_lr, decay, *own]
-        if not sum(map(abs, numbers)) <= FLOAT32_MAX:  # else each of them is at most that
+        if not sum(map(abs, numbers)) <= FLOAT32_MAX:  # otherwise none exceeds it
             wrong = [number for number in numbers if not abs(number) <= FLOAT32_MAX]
             if wrong:
                 raise ValueError(f"got a number that is not finite or beyond float32: {wrong[0]}")
@@ -168,19 +168,19 @@ class Terms:
 
     @cached_property
     def numbers(self) -> Tensor:
-        """float32 of shape (RULE_NUMBERS,): the rule's own; none with "moments"."""
+        """float32 of shape (RULE_NUMBERS,): the rule's numbers; empty with "moments"."""
         return self.words[3 * self.horizon + 2 :].view(torch.float32)
 
     @cached_property
     def newest(self) -> Terms:
-        """The first direction alone, from the same words."""
+        """Terms of the first direction alone, over the same words."""
         if self.horizon == 1 and not self.with_second and self.rule == "moments":
             return self
         return Terms(self.key, self.offset, words=self.words)
 
     @classmethod
     def blend(cls, a: Direction, of_a: float, b: Direction, of_b: float) -> Terms | None:
-        """``of_a z_a + of_b z_b`` as a direction; None where one of them is bent already."""
+        """``of_a z_a + of_b z_b`` as a direction; None where one has a rule already."""
         if isinstance(a, PhiloxState) and isinstance(b, PhiloxState):
             return cls.of([a, b], rule="blend", numbers=[of_a, of_b])
         if not isinstance(a, Terms) or not isinstance(b, Terms) or {a.rule, b.rule} != {"moments"}:
@@ -201,12 +201,12 @@ class Terms:
 
 
 Direction = PhiloxState | Terms
-"""z: by its place in the stream, or as the first of some terms, read when a kernel runs. Of terms
-with a rule that bends: what it displaces along."""
+"""A direction z: its place in the stream, or the first of some terms, read when a kernel runs.
+Terms whose rule has a direction of its own stand for that one."""
 
 
 def _length(horizon: int, rule: str) -> int:
-    """Of the words."""
+    """The number of words."""
     return 3 * horizon + 2 + (0 if rule == "moments" else RULE_NUMBERS)
 
 

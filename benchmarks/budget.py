@@ -66,7 +66,7 @@ def rule_kernels(distributions: Iterable[str], types: Iterable[str]) -> list[Ker
         Kernel(operation, distribution, True, name, kept)
         for operation in ("perturb", "update")
         for name, rule in RULES.items()
-        if (rule.bends if operation == "perturb" else rule.updates)
+        if (rule.has_direction if operation == "perturb" else rule.updates)
         for distribution in distributions
         for kept in (types if rule.buffers else ("",))
     ]

@@ -1,5 +1,5 @@
-// adamezo_kernels._native: addresses and sizes in, exceptions out. It knows no tensors; whoever
-// calls it has checked them. Every kernel call releases the interpreter lock.
+// The module adamezo_kernels._native. It takes addresses and sizes instead of tensors, which its
+// callers have checked, and throws exceptions. Every kernel call releases the interpreter lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,7 +21,7 @@ namespace {
 PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 
 // The table (rows of twelve int64, as in adamezo/segment.h) and the words of
-// adamezo_kernels/terms.py are where the kernels run: in the host's memory, or in a device's.
+// adamezo_kernels/terms.py are in the memory of the host or device that runs the kernel.
 Job make_job(int operation, int distribution, uint64_t table, int64_t segments, int64_t elements,
              int type, uint64_t seed, uint64_t offset, uint64_t words, int64_t horizon,
              bool with_second, int rule, int buffer_type, double scale, double eps, int rounding) {

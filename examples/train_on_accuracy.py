@@ -7,7 +7,7 @@ The closure returns the share of training reviews that it gets right, and the op
 (``maximize=True``). The reference is the same head trained on the logistic loss by backpropagation.
 
 With 2,008 training reviews accuracy moves in steps of 0.0005, and ``zo_eps`` has to be large enough
-for a displacement to turn some predictions over; 1e-3, right for a smooth loss, would turn none.
+for a perturbation to turn some predictions over; 1e-3, right for a smooth loss, would turn none.
 """
 
 from __future__ import annotations

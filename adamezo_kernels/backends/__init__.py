@@ -1,4 +1,4 @@
-"""What can run the operations, and which of them does."""
+"""The backends that run operations, and the choice among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import cuda, native, reference, triton
 
 
 class Backend(Protocol):
-    """A module with these."""
+    """The interface of a backend, which is a module."""
 
     NAME: str
     DISTRIBUTIONS: tuple[str, ...]
@@ -22,10 +22,10 @@ class Backend(Protocol):
         """Whether it can run in this process, and one line on why (not)."""
 
     def supports(self, device: torch.device) -> bool:
-        """Whether it works on tensors there."""
+        """Whether it runs on tensors of that device."""
 
     def run(self, call: Call) -> None:
-        """Does it on the tensors of the plan's launches, which it supports."""
+        """Runs the call on the plan's launches, whose devices it supports."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -34,7 +34,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": triton,
     "reference": reference,
 }
-"""By name, the preferred first."""
+"""All backends by name, the preferred first."""
 
 
 def choose(
@@ -42,11 +42,11 @@ def choose(
     name: str | Backend | None = None,
     distribution: str = "exact",
 ) -> Backend:
-    """The backend for tensors on ``devices`` and this kind of directions.
+    """The backend for tensors on ``devices`` and directions of this distribution.
 
     A backend that was named, in the call or by ``ADAMEZO_BACKEND``, is taken or refused, never
-    replaced. Otherwise it is the first of BACKENDS that is available and supports both. One that
-    was chosen already is not asked again whether it is available.
+    replaced. Otherwise it is the first of BACKENDS that is available and supports both. The
+    availability of a backend passed as a module is not checked again.
 
     Raises:
         ValueError: an unknown name.
@@ -68,8 +68,8 @@ def choose(
         backend = name
     if not _supports(backend, devices):
         raise RuntimeError(
-            f"backend {backend.NAME!r} does not support tensors on {_text(devices)}; name none, "
-            "and the best one that does is taken"
+            f"backend {backend.NAME!r} does not support tensors on {_text(devices)}; pass no "
+            "name to use the best backend that does"
         )
     if distribution not in backend.DISTRIBUTIONS:
         raise RuntimeError(
@@ -100,7 +100,7 @@ def _best(devices: frozenset[torch.device], distribution: str) -> Backend:
             f"no backend supports tensors on {found}: move them to a CPU or a CUDA device"
         )
     raise RuntimeError(
-        f"no backend does distribution {distribution!r} for tensors on {found}: "
+        f"no backend has distribution {distribution!r} for tensors on {found}: "
         + "; ".join(reasons)
     )
 

@@ -1,14 +1,14 @@
 """The Triton kernel: a program does one window, consecutive elements of one segment.
 
-Imported by triton.py, where there is a Triton. The arithmetic is that of csrc/adamezo, in the order
+triton.py imports it where Triton is installed. The arithmetic is that of csrc/adamezo, in the order
 of csrc/cpu/loops.h. A window is aligned in the parameter, not in memory, so that all elements of a
-Philox call are in one program and no window straddles two high words of the block index. Whatever
-belongs to calls is held as four tensors, one for each of a call's elements; only weights on their
-way from and to memory are one tensor, in the order of memory.
+Philox call are in one program and no window straddles two high words of the block index. Values
+of calls are held as four tensors, one for each of a call's elements; only weights on their way from
+and to memory are one tensor, in the order of memory.
 """
 
 # mypy: ignore-errors
-# (Triton takes annotations for the types of a kernel's arguments.)
+# (Triton reads annotations as the types of a kernel's arguments.)
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .triton import INTERPRETED
 
 
 def part(function):
-    """Of a kernel. Interpreted, it is an ordinary function: Triton's interpreter sets itself up
-    anew at each call of a jitted one, which would be most of its work."""
+    """A function of a kernel. Interpreted, it stays an ordinary one: Triton's interpreter sets
+    itself up at each call of a jitted function, which would be most of its work."""
     return function if INTERPRETED else triton.jit(function)
 
 
@@ -38,7 +38,7 @@ W1 = tl.constexpr(0xBB67AE85)
 
 @part
 def _product(a, multiplier: tl.constexpr):
-    """The high and the low word. By a wide product: tl.umulhi and `*` are two multiplications."""
+    """The high and the low word of one wide product: tl.umulhi and `*` are two multiplications."""
     product = a.to(tl.uint64) * multiplier
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
@@ -55,7 +55,7 @@ def _high_key(high, round: tl.constexpr):
 
 @part
 def _group(key_low, key_high, block, parameter):
-    """What all directions share at these blocks; `parameter` includes the purpose."""
+    """The words that all directions share at these blocks; `parameter` includes the purpose."""
     high, low = _product(block, M0)
     y0, y1 = _product(high ^ (parameter ^ key_high), M1)
     return y0, y1 ^ _low_key(key_low, 2), low
@@ -125,7 +125,7 @@ def smaller(a, b):
 
 @part
 def sqrt(a):
-    """Correctly rounded, as is the next."""
+    """The correctly rounded root; div is correctly rounded too."""
     return tl.sqrt_rn(a)
 
 
@@ -136,7 +136,7 @@ def div(a, b):
 
 @part
 def nvidia_sqrt(a):
-    """By name, as tl.sqrt_rn and tl.div_rn flush subnormals in Triton 3.4."""
+    """The PTX instruction by name, as tl.sqrt_rn and tl.div_rn flush subnormals in Triton 3.4."""
     return tl.inline_asm_elementwise(
         "sqrt.rn.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -153,12 +153,12 @@ def nvidia_div(a, b):
 
 
 def traced(**operations):
-    """The functions of rules.py over these operations instead of those for torch's tensors.
+    """The functions of rules.py over these operations instead of those on torch tensors.
 
-    A function finds the operations that it names in its globals. So the same code with other
-    globals is the same formula over other operations, and Triton, which reads a function's text
-    and looks names up there too, compiles it as if it stood here. A change of any of them is seen
-    by its cache of compiled kernels, which goes by the texts of all functions that are called.
+    A function looks up the operations that it names in its globals. So the same code with other
+    globals is the same formula over other operations, and Triton, which reads a function's source
+    and looks names up there too, compiles it as if it stood here. Triton's cache of compiled
+    kernels is keyed by the source of all functions called, so it sees a change of any of them.
     """
     names = {"__name__": rules.__name__, **operations}
     for name, function in vars(rules).items():
@@ -170,7 +170,7 @@ def traced(**operations):
 _SHARED = {"fma": fma, "mul": mul, "add": add, "larger": larger, "smaller": smaller}
 RULES = traced(**_SHARED, sqrt=sqrt, div=div)
 NVIDIA_RULES = traced(**_SHARED, sqrt=nvidia_sqrt, div=nvidia_div)
-displaced, descended, summed = (RULES[name] for name in ("displaced", "descended", "summed"))
+perturbed, descended, summed = (RULES[name] for name in ("perturbed", "descended", "summed"))
 
 
 # --- directions: csrc/adamezo/normal.h, fast_normal.h, rademacher.h -----------------------------
@@ -188,7 +188,7 @@ def _exact(x0, x1, ON: tl.constexpr):
     p = tl.fma(p, g, 0.250077486038208)
     p = tl.fma(p, g, -0.33333200216293335)
     p = tl.fma(p, g, 0.49999937415122986)
-    # Triton 3.4 makes 0 - g of -g: of g = 0 another zero, but with the same sum.
+    # Triton 3.4 computes -g as 0 - g: for g = 0 it is the other zero, but the sum is the same.
     p = tl.fma(p, g * g, -g)
     squared = tl.fma(_of_integer(e), -8.262958405176314e-08, p)
     r = nvidia_sqrt(squared) if ON == "cuda" else sqrt(squared)
@@ -247,7 +247,7 @@ def _direction(
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
 ):
-    """z at the four elements of every four of the window."""
+    """z at the elements of the window, as four tensors."""
     x0, x1, x2, x3 = _words(key_low, key_high, y0, y1, y2, block_high, direction)
     if DISTRIBUTION == "rademacher":
         four = tl.arange(0, WINDOW // 4).to(tl.uint32)
@@ -270,8 +270,8 @@ def _direction(
 
 @part
 def _pointers(address, ALIGNED: tl.constexpr, TYPE: tl.constexpr, WINDOW: tl.constexpr):
-    """Of the window's elements; ALIGNED: to four of them. bfloat16 is taken as the integers that it
-    is: the interpreter's conversions lose bits, and on a device a shift is as cheap."""
+    """Pointers to the window's elements; ALIGNED: to four of them. bfloat16 is read as its integer
+    bits: the interpreter's conversions lose bits, and on a device a shift is as cheap."""
     if TYPE == "float32":
         first = address.to(tl.pointer_type(tl.float32))
     elif TYPE == "float16":
@@ -286,7 +286,7 @@ def _pointers(address, ALIGNED: tl.constexpr, TYPE: tl.constexpr, WINDOW: tl.con
 
 @part
 def _load(address, low, high, whole, TYPE: tl.constexpr, WINDOW: tl.constexpr):
-    """float32 values, as four tensors."""
+    """The window's values in float32, as four tensors."""
     if whole:
         values = tl.load(_pointers(address, True, TYPE, WINDOW))
     else:
@@ -305,7 +305,7 @@ def _load(address, low, high, whole, TYPE: tl.constexpr, WINDOW: tl.constexpr):
 
 @part
 def _nearest(value, TYPE: tl.constexpr, ON: tl.constexpr):
-    """To nearest even."""
+    """`value` rounded to nearest even."""
     if TYPE == "float32":
         return value
     elif TYPE == "float16":
@@ -320,7 +320,7 @@ def _nearest(value, TYPE: tl.constexpr, ON: tl.constexpr):
 
 @part
 def _stochastic(value, random, TYPE: tl.constexpr):
-    """`random` / 2^32 added in units of the last place that is kept, and the rest cut off."""
+    """`random` / 2^32 is added in units of the last place of the result, and the rest cut off."""
     bits = _bits(value)
     magnitude = bits & 0x7FFFFFFF
     if TYPE == "bfloat16":
@@ -330,7 +330,7 @@ def _stochastic(value, random, TYPE: tl.constexpr):
         sign = (bits >> 16) & 0x8000
         half = (magnitude - 0x38000000 + (random >> 19)) >> 13  # 112 << 23
         half = tl.where(half > 0x7BFF, 0x7BFF, half)
-        # Below 2^-14. Amounts of a shift are kept in range where the result is not used.
+        # Values below 2^-14. Shift amounts stay in range even where the result is not used.
         digits = tl.where(magnitude < 0x38800000, 126 - (magnitude >> 23), 14)
         beyond = tl.where(digits > 31, digits - 31, 0)
         significand = ((magnitude & 0x7FFFFF) | 0x800000) >> tl.where(beyond > 31, 31, beyond)
@@ -355,7 +355,7 @@ def _store(
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
 ):
-    """`call` and PURPOSE say which random words a stochastic one takes."""
+    """Stores four tensors; `call` and PURPOSE select the random words of a stochastic store."""
     v0, v1, v2, v3 = values
     key_low, key_high, index, direction, parameter = call
     low, high, whole = span
@@ -384,13 +384,13 @@ def _store(
 
 # --- the operations: csrc/cpu/loops.h -----------------------------------------------------------
 
-# Of every fourth element: z, a tensor for each of two directions; kept, one for each of two
-# buffers; n, the step's own numbers. A rule with fewer has another tensor in the place.
+# At every fourth element: z, a tensor for each of two directions; b, one for each of two buffers;
+# n, the step's own numbers. A rule with fewer has another tensor in the place.
 
 
 @part
 def _numbers(words):
-    """RULE_NUMBERS of them. Compiled, those that a rule does not use are not read."""
+    """The RULE_NUMBERS numbers. The compiler removes reads of those that a rule does not use."""
     return (
         _float(tl.load(words)),
         _float(tl.load(words + 1)),
@@ -405,18 +405,18 @@ def _numbers(words):
 
 @part
 def _restored(theta, along, scale):
-    """A scale of 0 would turn -0 into 0."""
-    return tl.where(scale != 0.0, displaced(theta, along, scale), theta)
+    """The restored weights; unchanged at a scale of 0, which would turn -0 into 0."""
+    return tl.where(scale != 0.0, perturbed(theta, along, scale), theta)
 
 
 @part
 def _rule_update(
-    theta, z, kept, n, scalars, DIRECTION: tl.constexpr, STEP: tl.constexpr, BUFFERS: tl.constexpr
+    theta, z, b, n, scalars, DIRECTION: tl.constexpr, STEP: tl.constexpr, BUFFERS: tl.constexpr
 ):
-    """The weights after it, and what is kept."""
+    """The new weights and the new values of both buffers."""
     scale, minus_lr, eps, decay = scalars
-    theta = _restored(theta, DIRECTION(z, kept, n), scale)
-    made = STEP(z, kept, n, eps)
+    theta = _restored(theta, DIRECTION(z, b, n), scale)
+    made = STEP(z, b, n, eps)
     return descended(theta, made[0], minus_lr, decay), made[1], made[BUFFERS]
 
 
@@ -454,24 +454,24 @@ def run(
     BUFFERS: tl.constexpr,
     DIRECTION: tl.constexpr,
     STEP: tl.constexpr,
-    KEPT: tl.constexpr,
+    BUFFER_TYPE: tl.constexpr,
     WINDOW: tl.constexpr,
     ON: tl.constexpr,
 ):
-    """One window.
+    """Runs one window.
 
     Args:
         table: int64 [segments, 12], the columns of csrc/adamezo/segment.h, but the last: the number
             of windows of all segments before this one.
-        words: those of adamezo_kernels.terms.Terms.
+        words: the words of adamezo_kernels.terms.Terms.
         offset: added to every element index.
-        first_program: what program 0 of this launch stands for.
+        first_program: the index of this launch's program 0 among all programs.
         key_low, key_high: the words of the key, as int32.
-        scale, eps: the bits of a float32, as int32: that leaves no choice of a type.
-        DIRECTIONS, BUFFERS: how many a rule has; 0 directions stand for sums of them, or for a
-            perturbation along z.
-        DIRECTION, STEP: its functions, traced.
-        KEPT: the type of its buffers; "" where it has none.
+        scale, eps: the bits of a float32, as int32, so that Triton has no choice of a type.
+        DIRECTIONS, BUFFERS: how many a rule has; 0 directions stand for sums of directions, or
+            for a perturbation along z.
+        DIRECTION, STEP: the rule's functions, traced.
+        BUFFER_TYPE: the type of its buffers; "" where it has none.
     """
     key_low = key_low.to(tl.uint32, bitcast=True)
     key_high = key_high.to(tl.uint32, bitcast=True)
@@ -492,13 +492,13 @@ def run(
     index = tl.load(table + 6) + offset
     parameter = tl.load(table + 8).to(tl.uint32)
     if BUFFERS > 0:
-        kept = tl.load(table + 9)
-        also_kept = tl.load(table + 10) if BUFFERS > 1 else kept
+        buffer = tl.load(table + 9)
+        second_buffer = tl.load(table + 10) if BUFFERS > 1 else buffer
     window = program - tl.load(table + 11)
 
-    # Every row has as many windows as its length could take at the worst alignment.
+    # Every row has as many windows as its length could need at the worst alignment.
     SIZE: tl.constexpr = 4 if TYPE == "float32" else 2
-    KEPT_SIZE: tl.constexpr = 4 if KEPT == "float32" else 2
+    BUFFER_SIZE: tl.constexpr = 4 if BUFFER_TYPE == "float32" else 2
     if tl.load(table + 2) > 1:
         windows = (row_length + (2 * WINDOW - 2)) // WINDOW
         row = window // windows
@@ -507,8 +507,8 @@ def run(
         source += row * tl.load(table + 5) * SIZE
         index += row * tl.load(table + 7)
         if BUFFERS > 0:
-            kept += row * row_length * KEPT_SIZE
-            also_kept += row * row_length * KEPT_SIZE
+            buffer += row * row_length * BUFFER_SIZE
+            second_buffer += row * row_length * BUFFER_SIZE
     before = index & (WINDOW - 1)  # elements of the row's first window that lie before the row
     distance = window * WINDOW - before
     low = tl.maximum(-distance, 0).to(tl.int32)
@@ -520,9 +520,9 @@ def run(
     source += distance * SIZE
     whole = (low == 0) & (high == WINDOW) & (((address | source) & (4 * SIZE - 1)) == 0)
     if BUFFERS > 0:
-        kept += distance * KEPT_SIZE
-        also_kept += distance * KEPT_SIZE
-        whole = whole & (((kept | also_kept) & (4 * KEPT_SIZE - 1)) == 0)
+        buffer += distance * BUFFER_SIZE
+        second_buffer += distance * BUFFER_SIZE
+        whole = whole & (((buffer | second_buffer) & (4 * BUFFER_SIZE - 1)) == 0)
 
     four = tl.arange(0, WINDOW // 4)
     if DISTRIBUTION == "rademacher":
@@ -551,17 +551,17 @@ def run(
             a0, a1, a2, a3 = _direction(
                 key_low, key_high, y0, y1, y2, block_high, direction, DISTRIBUTION, WINDOW, ON
             )
-        k0, k1, k2, k3 = z0, z1, z2, z3  # where nothing is kept, nothing looks at it
+        k0, k1, k2, k3 = z0, z1, z2, z3  # a rule without buffers ignores them
         if BUFFERS > 0:
-            k0, k1, k2, k3 = _load(kept, low, high, whole, KEPT, WINDOW)
+            k0, k1, k2, k3 = _load(buffer, low, high, whole, BUFFER_TYPE, WINDOW)
         m0, m1, m2, m3 = k0, k1, k2, k3
         if BUFFERS > 1:
-            m0, m1, m2, m3 = _load(also_kept, low, high, whole, KEPT, WINDOW)
+            m0, m1, m2, m3 = _load(second_buffer, low, high, whole, BUFFER_TYPE, WINDOW)
         if OPERATION == "perturb":
-            v0 = displaced(v0, DIRECTION((z0, a0), (k0, m0), n), scale)
-            v1 = displaced(v1, DIRECTION((z1, a1), (k1, m1), n), scale)
-            v2 = displaced(v2, DIRECTION((z2, a2), (k2, m2), n), scale)
-            v3 = displaced(v3, DIRECTION((z3, a3), (k3, m3), n), scale)
+            v0 = perturbed(v0, DIRECTION((z0, a0), (k0, m0), n), scale)
+            v1 = perturbed(v1, DIRECTION((z1, a1), (k1, m1), n), scale)
+            v2 = perturbed(v2, DIRECTION((z2, a2), (k2, m2), n), scale)
+            v3 = perturbed(v3, DIRECTION((z3, a3), (k3, m3), n), scale)
         else:
             minus_lr = _float(tl.load(words + 3 * horizon))
             decay = _float(tl.load(words + 3 * horizon + 1))
@@ -571,10 +571,10 @@ def run(
             v2, k2, m2 = _rule_update(v2, (z2, a2), (k2, m2), n, scalars, DIRECTION, STEP, BUFFERS)
             v3, k3, m3 = _rule_update(v3, (z3, a3), (k3, m3), n, scalars, DIRECTION, STEP, BUFFERS)
     elif OPERATION == "perturb":
-        v0 = displaced(v0, z0, scale)
-        v1 = displaced(v1, z1, scale)
-        v2 = displaced(v2, z2, scale)
-        v3 = displaced(v3, z3, scale)
+        v0 = perturbed(v0, z0, scale)
+        v1 = perturbed(v1, z1, scale)
+        v2 = perturbed(v2, z2, scale)
+        v3 = perturbed(v3, z3, scale)
     else:
         if OPERATION == "update":
             v0 = _restored(v0, z0, scale)
@@ -633,13 +633,15 @@ def run(
             v0, v1, v2, v3 = s0, s1, s2, s3
     _store((v0, v1, v2, v3), address, call, span, 1, TYPE, STOCHASTIC, WINDOW, ON)
     if BUFFERS > 0 and OPERATION == "update":
-        _store((k0, k1, k2, k3), kept, call, span, 2, KEPT, STOCHASTIC, WINDOW, ON)
+        _store((k0, k1, k2, k3), buffer, call, span, 2, BUFFER_TYPE, STOCHASTIC, WINDOW, ON)
         if BUFFERS > 1:
-            _store((m0, m1, m2, m3), also_kept, call, span, 3, KEPT, STOCHASTIC, WINDOW, ON)
+            _store(
+                (m0, m1, m2, m3), second_buffer, call, span, 3, BUFFER_TYPE, STOCHASTIC, WINDOW, ON
+            )
 
 
 @triton.jit
 def round_fma(values):
-    """values[3] = fma(values[0], values[1], values[2]), to look at how it is rounded."""
+    """values[3] = fma(values[0], values[1], values[2]), to test how it is rounded."""
     a, b, c = tl.load(values), tl.load(values + 1), tl.load(values + 2)
     tl.store(values + 3, tl.fma(a, b, c))

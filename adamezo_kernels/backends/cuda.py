@@ -1,14 +1,14 @@
 """The CUDA kernels of the compiled module, queued on the caller's current stream.
 
-No call waits for the device. What a kernel reads besides the weights gets there in two tensors:
+No call waits for the device. Besides the weights a kernel reads two tensors on the device:
 
 - the table of segments, copied once for each plan and stream;
-- the numbers of adamezo_kernels.terms. Those on the host are copied for each call: one small copy
+- the words of adamezo_kernels.terms. Words on the host are copied for each call: one small copy
   from pinned memory serves any number of directions, where kernel parameters would end at 4 KB.
-  Those on the device are read there, also by a captured call.
+  Words on the device are read there, also by a captured call.
 
-What is copied is allocated under the current stream and used on no other, so torch's caching
-allocators keep it until that stream is done with it: the pinned side by the event that a
+Copies are allocated under the current stream and used on no other, so torch's caching allocators
+keep their memory until that stream is done with it: the pinned side by the event that a
 non-blocking copy records, the device side by the order of the stream.
 """
 
@@ -31,9 +31,9 @@ from .native import compiled
 NAME = "cuda"
 
 DISTRIBUTIONS: tuple[str, ...] = ("exact", "fast", "rademacher")
-"""Their place here is their number in csrc/adamezo/job.h."""
+"""The index of a name is its number in csrc/adamezo/job.h."""
 
-# A launch does elements whose indices agree above these bits: 2**32 Philox calls of 4 elements.
+# The elements of a launch have indices that agree above these bits: 2**32 Philox calls of 4 each.
 _LOG_ELEMENTS_PER_HIGH = 34
 
 
@@ -83,11 +83,11 @@ def supports(device: torch.device) -> bool:
 
 
 class Place:
-    """A device, with the current stream of this thread, as where a launch runs."""
+    """The place where a launch runs: a device and the current stream of this thread."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # torch's own guard, as it knows which device to go back to: the runtime that is linked into
+        # torch's own guard, as it knows the device to go back to: the runtime that is linked into
         # the module does not.
         self.guard: AbstractContextManager[object] = torch.cuda.device(device)
         self.stream = torch.cuda.current_stream(device).cuda_stream
@@ -110,7 +110,7 @@ def run(call: Call) -> None:
         place = Place(launch.device)
         try:
             with place.guard:
-                # Both are kept until the launch: their memory may then be given to another.
+                # Both references last until the launch: after it their memory may be reused.
                 table, words = _table(launch, place), words_for(call.terms, place)
                 job = native.job(call, launch, table, words)
                 place.run(job, high_words(launch, call.terms.offset))
@@ -126,11 +126,11 @@ def _table(launch: Launch, place: Place) -> Tensor:
     """The launch's table on the device, copied once for each stream that it is used on."""
     table = launch.copies.get(place.stream)
     if table is None and place.capturing():
-        # A graph would copy it again at each replay, from memory that is long gone. Before a
-        # capture the device has come to rest, so that a copy made on any stream is there.
+        # A graph would repeat the copy at each replay, from memory freed long before. The device is
+        # idle before a capture, so a copy made on any stream is complete.
         table = next(iter(launch.copies.values()), None)
         if table is None:
-            raise RuntimeError("nothing can be prepared during a capture: do the same once before")
+            raise RuntimeError("a capture cannot copy the table: run the same call once before")
     if table is None:
         table = launch.copies[place.stream] = place.copy(launch.table)
     return table
@@ -142,14 +142,14 @@ def words_for(terms: Terms, place: Place) -> Tensor:
         return terms.words
     if place.capturing():
         raise RuntimeError(
-            "numbers on the host would stay what they are at every replay of the capture: expected "
+            "terms on the host would keep their values at every replay of the capture: expected "
             "Terms on the device (an optimizer with capturable=True)"
         )
     return place.copy(terms.words)
 
 
 def high_words(launch: Launch, offset: int) -> list[int]:
-    """``index // 2**34`` of the launch's elements."""
+    """The values of ``index // 2**34`` among the launch's elements."""
     log = _LOG_ELEMENTS_PER_HIGH
     if (offset + launch.last_index) >> log == 0:
         return [0]
@@ -167,7 +167,7 @@ def high_words(launch: Launch, offset: int) -> list[int]:
 
 
 def failed(call: Call, launch: Launch) -> str:
-    """What a message about an error begins with."""
+    """The beginning of an error message: which call failed."""
     shapes = [str(tuple(s.tensor.shape)) for s in launch.segments]
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     return (

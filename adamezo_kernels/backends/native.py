@@ -1,4 +1,4 @@
-"""The compiled kernels: the CPU's, for whichever instruction set this machine has."""
+"""The compiled CPU kernels, for the instruction sets of this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ except ImportError as error:
 NAME = "native"
 
 compiled: Any = _native
-"""The compiled module, for the backend that shares it; None where it is not there."""
+"""The compiled module, for the backend that shares it; None where it cannot be imported."""
 
 DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
 
@@ -58,12 +58,12 @@ def supports(device: torch.device) -> bool:
 
 @functools.cache
 def build_report() -> dict[str, str]:
-    """Version, compiler, and what CUDA part the module was built with."""
+    """The version, compiler and CUDA toolkit that the module was built with."""
     return _native.build_report()
 
 
 def cuda_report() -> dict[str, int | str]:
-    """What the CUDA runtime linked into the module finds on this machine."""
+    """The versions and devices that the CUDA runtime linked into the module finds here."""
     return _native.cuda_report()
 
 
@@ -74,7 +74,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """The one in use: that of :func:`use_isa`, else of ``ADAMEZO_ISA``, else the fastest.
+    """The one that is used: of :func:`use_isa`, else of ``ADAMEZO_ISA``, else the fastest.
 
     Raises:
         RuntimeError: a name that this machine cannot run.
@@ -104,11 +104,11 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def job(call: Call, launch: Launch, table: Tensor, words: Tensor) -> Any:
-    """What a call asks of a launch, for the compiled module; ``table`` and ``words`` are where it
-    will run."""
+    """The Job of a call on one launch, for the compiled module; ``table`` and ``words`` are on the
+    device that runs it."""
     terms = call.terms
     segments, elements, dtype, buffer_dtype = launch.kind
-    # By place: the names of sixteen arguments cost as much as a kernel of a few hundred elements.
+    # Positional: the names of sixteen arguments cost as much as a kernel of a few hundred elements.
     return compiled.Job(
         OPERATIONS.index(call.operation),
         ALL_DISTRIBUTIONS.index(call.distribution),
@@ -137,5 +137,5 @@ def run(call: Call) -> None:
 
 
 def mark_written(launch: Launch) -> None:
-    """Lets autograd know of what was written behind its back."""
+    """Tells autograd that a kernel has written the launch's tensors."""
     torch.autograd.graph.increment_version(launch.counted)

@@ -1,4 +1,4 @@
-"""The definition of every operation, in plain torch: what the compiled backends are tested against.
+"""The definition of every operation, in plain torch, which compiled backends are tested against.
 
 It runs wherever torch has float64 and needs no compiler. It gives the same bits as the compiled
 kernels and is far slower: each float32 operation is a pass over memory instead of one instruction
@@ -32,20 +32,21 @@ NAME = "reference"
 DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
 
 CHUNK = 2**16
-"""Elements worked on at a time. The temporaries of one chunk are about 16 float64 tensors of this
-length (8 MiB), whatever the size of the weights; larger chunks fall out of the cache."""
+"""The number of elements processed at a time. The temporaries of one chunk are about 16 float64
+tensors of this length (8 MiB), whatever the size of the weights; larger chunks fall out of the
+cache."""
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PURPOSE_DIRECTION = 0
 PURPOSE_ROUNDING = 1
-PURPOSE_BUFFER = 2  # and the next, of the second buffer
+PURPOSE_BUFFER = 2  # of the first buffer; the second has 3
 
 _WORD = 0xFFFFFFFF
 
 
 def availability() -> tuple[bool, str]:
-    """Whether this backend can run here, and one line on why and at what price."""
+    """Whether this backend can run here, and one line on why and at what cost."""
     return True, (
         "always available; slow, as it is plain torch with every fused multiply-add emulated "
         "exactly in float64"
@@ -53,7 +54,7 @@ def availability() -> tuple[bool, str]:
 
 
 def supports(device: torch.device) -> bool:
-    """Whether tensors there can be worked on: wherever torch has float64, which Metal lacks."""
+    """Whether torch has float64 on the device, which Metal lacks."""
     return device.type not in ("meta", "mps")
 
 
@@ -82,7 +83,7 @@ def philox4x32(
     """The four output words of Philox4x32 (Salmon et al., SC 2011).
 
     Counter words are ints or int64 tensors of one shape, each value in ``[0, 2**32)``; words that
-    are ints stay scalars for as long as they do not meet a tensor. ``key`` is the 64-bit key, its
+    are ints stay scalars until they are combined with a tensor. ``key`` is the 64-bit key, its
     low word used first.
     """
     x0, x1, x2, x3 = counter0, counter1, counter2, counter3
@@ -150,7 +151,7 @@ def exact_normals(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     zero; the quadrant is two spare bits, put on as signs. Within 2.0e-6 of the real-number formula
     in the far tails, 8.6e-7 elsewhere.
     """
-    # Through float64, so that the conversion from 31 bits rounds once and to nearest.
+    # By way of float64, so that the conversion from 31 bits rounds once and to nearest.
     u = (((x0 & 0x7FFFFFFE) | 1).double() * 2.0**-31).float()
     r = sqrt(minus_log(u))
     f = ((x1 & 0x007FFFFF) | 0x40000000).to(torch.int32).view(torch.float32) - 3
@@ -178,7 +179,7 @@ def _from_calls(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """A tensor of shape ``(rows, row_length)`` with four elements a call: element i is output i % 4
-    of the call whose block is i // 4, after ``outputs`` of its four words.
+    of the call whose block is i // 4, where ``outputs`` maps the call's four words to outputs.
 
     Element ``(r, i)`` is the one with global index ``index_offset + r * index_stride + i`` (which
     must be below 2**63) of the direction numbered ``direction`` (32 bits) of the parameter
@@ -193,8 +194,8 @@ def _from_calls(
 
     first = index_offset + index_stride * count(rows)
     phase = first & 3
-    # A row needs the calls that cover it from its first block on, counted for the row that starts
-    # furthest inside its block.
+    # A row needs the calls that cover it from its first block on; their number is that of the row
+    # that starts furthest inside its block.
     blocks = (int(phase.max()) + row_length + 3) // 4
     block = (first >> 2)[:, None] + count(blocks)
     words = philox4x32(block & _WORD, block >> 32, direction, parameter | purpose << 24, key)
@@ -215,7 +216,7 @@ exact_direction = functools.partial(_from_calls, _normals, purpose=PURPOSE_DIREC
 
 rounding_words = functools.partial(_from_calls, _unchanged, purpose=PURPOSE_ROUNDING)
 """The random words of stochastic stores, with the same arguments: one for each element, the same
-for every distribution. Those of a buffer have another purpose."""
+for every distribution. The words of a buffer have another purpose."""
 
 
 def rademacher_direction(
@@ -231,8 +232,8 @@ def rademacher_direction(
 ) -> Tensor:
     """Signs +1 and -1, with the arguments of :func:`exact_direction`.
 
-    A call gives 128 of them: element i is bit i % 32 of word (i // 32) % 4 of the call whose block
-    is i // 128, and a bit that is set stands for -1. Every element makes a call of its own here.
+    A call gives 128 signs: element i is bit i % 32 of word (i // 32) % 4 of the call whose block
+    is i // 128, and a bit that is set stands for -1. Here every element makes a call of its own.
     """
     row = index_offset + index_stride * torch.arange(rows, dtype=torch.int64, device=device)
     index = row[:, None] + torch.arange(row_length, dtype=torch.int64, device=device)
@@ -254,9 +255,9 @@ _DIRECTIONS: dict[str, Callable[..., Tensor]] = {
 
 def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``value`` in ``dtype``: words / 2**32, uniform in [0, 1), is added in units of the
-    last place kept, and the rest cut off. So the mean is ``value``, where ``dtype`` reaches that
-    far; beyond its largest number the result may be infinite, as to nearest, but for what goes up
-    from there in float16."""
+    last place of the result, and the rest cut off. So the mean is ``value`` within the range of
+    ``dtype``. Beyond its largest number the result may be infinite, as to nearest, except that
+    float16 does not round up from that number to infinity."""
     if dtype == torch.float32:
         return value
     bits = value.contiguous().view(torch.int32).long() & _WORD
@@ -266,8 +267,8 @@ def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Te
         result = torch.where(magnitude > 0x7F800000, 0x7FC0, result)
     else:
         normal = ((magnitude - (112 << 23) + (words >> 19)) >> 13).clamp(max=0x7BFF)
-        # Below 2**-14 the unit stays 2**-24: the more digits are cut off the smaller the value. Of
-        # more than 31 the lowest count as 0.
+        # Below 2**-14 the unit stays 2**-24: the smaller the value, the more digits are cut off. Of
+        # more than 31 digits the lowest count as 0.
         digits = (126 - (magnitude >> 23)).clamp(min=14)
         beyond = (digits - 31).clamp(min=0)
         significand = ((magnitude & 0x7FFFFF) | 0x800000) >> beyond.clamp(max=31)
@@ -284,8 +285,8 @@ def round_stochastically(value: Tensor, words: Tensor, dtype: torch.dtype) -> Te
 
 
 Piece = tuple[tuple[slice, slice], Sequence[Tensor]]
-"""A rectangle of a segment, and float32 values for it before they are rounded: the weights, and
-where a rule keeps something for each, its buffers."""
+"""A rectangle of a segment, and float32 values for it before they are rounded: the weights, then
+the buffers of a rule that has some."""
 
 Values = Sequence[Tensor]
 
@@ -303,14 +304,14 @@ def _chunks(segment: Segment) -> Iterator[tuple[slice, slice]]:
 
 
 def _matrix(segment: Segment) -> Tensor:
-    """The segment's elements as ``(rows, row_length)``, in the tensor's own memory."""
+    """A view of the segment's elements as ``(rows, row_length)``."""
     return segment.tensor.detach().as_strided(
         (segment.rows, segment.row_length), (segment.row_stride, 1)
     )
 
 
 def _source(segment: Segment) -> Tensor:
-    """The same of what is read."""
+    """The same view of the source."""
     return segment.source.detach().as_strided(
         (segment.rows, segment.row_length), (segment.source_stride, 1)
     )
@@ -367,7 +368,7 @@ def sum_moments(
 
 def apply_perturbation(theta: Tensor, z: Tensor, scale: float) -> Tensor:
     """``theta + scale * z`` in float32, before it is rounded to the type of ``theta``."""
-    return rules.displaced(theta.float(), z, to_float32(scale))
+    return rules.perturbed(theta.float(), z, to_float32(scale))
 
 
 def apply_update(
@@ -394,7 +395,7 @@ def apply_update(
     newest = next(directions)
     t = theta.float()
     if to_float32(restore) != 0:
-        t = rules.displaced(t, newest, to_float32(restore))
+        t = rules.perturbed(t, newest, to_float32(restore))
 
     def all_directions() -> Iterator[Tensor]:
         yield newest
@@ -405,16 +406,16 @@ def apply_update(
     return rules.descended(t, step, -to_float32(lr), to_float32(decay))
 
 
-def displaced_along(rule: str, z: Values, kept: Values, n: Sequence[float]) -> Tensor:
-    """What a rule displaces along: z_0, where it does not bend it."""
-    return (RULES[rule].direction or rules.along_z)(z, kept, n)
+def rule_direction(rule: str, z: Values, b: Values, n: Sequence[float]) -> Tensor:
+    """The direction that a rule perturbs along: z_0, where it has none of its own."""
+    return (RULES[rule].direction or rules.default_direction)(z, b, n)
 
 
 def _buffers(segment: Segment) -> list[Tensor]:
     return [buffer.detach().view(segment.rows, segment.row_length) for buffer in segment.buffers]
 
 
-def _kept(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
+def _buffer_values(segment: Segment, chunk: tuple[slice, slice]) -> list[Tensor]:
     return [buffer[chunk].float() for buffer in _buffers(segment)]
 
 
@@ -428,7 +429,8 @@ def _perturb(call: Call, segment: Segment) -> Iterator[Piece]:
     terms, source = call.terms, _source(segment)
     for chunk in _chunks(segment):
         z = [_direction(segment, state, chunk, call.distribution) for state in terms.states()]
-        along = displaced_along(terms.rule, z, _kept(segment, chunk), terms.numbers.tolist())
+        b = _buffer_values(segment, chunk)
+        along = rule_direction(terms.rule, z, b, terms.numbers.tolist())
         yield chunk, (apply_perturbation(source[chunk], along, call.scale),)
 
 
@@ -445,11 +447,12 @@ def _update(call: Call, segment: Segment) -> Iterator[Piece]:
         if terms.rule == "moments":
             yield chunk, (apply_update(weights[chunk], directions, first, second, **numbers),)
             continue
-        theta, z, kept = weights[chunk].float(), list(directions), _kept(segment, chunk)
+        theta, z = weights[chunk].float(), list(directions)
+        b = _buffer_values(segment, chunk)
         n, scale = terms.numbers.tolist(), to_float32(call.scale)
         if scale != 0:
-            theta = rules.displaced(theta, displaced_along(terms.rule, z, kept, n), scale)
-        step, *after = step_of(z, kept, n, to_float32(call.eps))
+            theta = rules.perturbed(theta, rule_direction(terms.rule, z, b, n), scale)
+        step, *after = step_of(z, b, n, to_float32(call.eps))
         yield chunk, (rules.descended(theta, step, minus_lr, decay), *after)
 
 

@@ -1,12 +1,12 @@
-"""The operations by Triton, which compiles them where they run: no nvcc, NVIDIA or AMD.
+"""The operations by Triton, which compiles them where they run, on NVIDIA or AMD, without nvcc.
 
-One kernel (_triton_kernels.py), compiled anew for another operation, distribution, element type,
-rounding, rule or type of its buffers and for nothing else: every number of a call is given at run
-time. A launch is a program for each window of a plan's segments. What a program reads besides the
-weights gets there as in cuda.py: the table of segments, copied once for each plan and stream, and
-one small tensor with the call's directions, coefficients and scalars.
+There is one kernel (_triton_kernels.py), compiled again for each operation, distribution, element
+type, rounding, rule and type of its buffers and for nothing else: every number of a call is a
+run-time argument. A launch has a program for each window of a plan's segments. Besides the weights
+a program reads the same tensors as in cuda.py: the table of segments, copied once for each plan and
+stream, and one small tensor with the call's directions, coefficients and scalars.
 
-Sizes are a rule, not a search: a trial run would change the weights.
+Window sizes are fixed, not tuned by trial runs: a trial run would change the weights.
 
 With TRITON_INTERPRET=1 in the environment of the process, Triton's interpreter runs the kernel on
 CPU tensors, slowly: for tests.
@@ -36,26 +36,27 @@ NAME = "triton"
 
 
 def distributions(hip: str | None) -> tuple[str, ...]:
-    """With torch's version of HIP: ``fast`` is made of instructions of NVIDIA's, whose errors are
-    documented."""
+    """The distributions for torch's version of HIP, or None: ``fast`` needs instructions of NVIDIA,
+    whose errors are documented."""
     return ("exact", "rademacher") if hip else ("exact", "fast", "rademacher")
 
 
 DISTRIBUTIONS = distributions(torch.version.hip)
 
 OLDEST = (3, 4)
-"""The oldest Triton that the kernel was compiled with."""
+"""The oldest Triton version that the kernel was compiled with."""
 
 THREADS = 128
-"""Of a program."""
+"""The number of threads of a program."""
 
 WINDOWS = {"sample": 2048, "perturb": 2048, "update": 1024, "moment": 1024}
-"""Elements of a program, by operation. The more a thread has, the less its share of what is done
-once; but the sums of an update are four registers an element, so that sixteen elements would save
-4 % of the instructions and leave 16 warps on a multiprocessor of an H100, where eight leave 28."""
+"""The number of elements of a program, by operation. More elements a thread share the work that is
+done once; but the sums of an update are four registers an element, so that sixteen elements would
+save 4 % of the instructions and leave 16 warps on a multiprocessor of an H100, where eight leave
+28."""
 
 MOST_PROGRAMS = 2**23
-"""Of one launch: AMD counts a launch's threads in 32 bits."""
+"""The most programs of one launch, as AMD counts a launch's threads in 32 bits."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -137,7 +138,7 @@ def supports(device: torch.device) -> bool:
 
 
 class Interpreter(Place):
-    """Stands for a device where the kernel is interpreted: a Place of host memory."""
+    """The Place of an interpreted kernel, in host memory."""
 
     stream = 0
     guard = nullcontext()
@@ -161,7 +162,7 @@ def run(call: Call) -> None:
         window = window_of(call.operation, terms.rule)
         try:
             with place.guard:
-                # Both are kept until the launch: their memory may then be given to another.
+                # Both references last until the launch: after it their memory may be reused.
                 (table, windows), words = _table(launch, place, window), words_for(terms, place)
                 for begin in range(0, windows, MOST_PROGRAMS):
                     start(
@@ -204,10 +205,10 @@ def constants(
     rule: str,
     on: str,
 ) -> dict[str, Any]:
-    """What the kernel is compiled for. ``on``: "cuda", "hip" or "interpreter"."""
+    """The constants that the kernel is compiled for. ``on``: "cuda", "hip" or "interpreter"."""
     of = RULES[rule]
     traced = kernels().NVIDIA_RULES if on == "cuda" else kernels().RULES
-    direction = of.direction or rules.along_z
+    direction = of.direction or rules.default_direction
     return {
         "OPERATION": operation,
         "DISTRIBUTION": distribution,
@@ -218,23 +219,23 @@ def constants(
         "BUFFERS": of.buffers,
         "DIRECTION": traced[direction.__name__],
         "STEP": of.step and traced[of.step.__name__],
-        "KEPT": buffer_dtype if of.buffers else "",
+        "BUFFER_TYPE": buffer_dtype if of.buffers else "",
         "WINDOW": window_of(operation, rule),
         "ON": on,
     }
 
 
 def window_of(operation: str, rule: str) -> int:
-    """A rule's directions and buffers take registers in a perturbation too."""
+    """The window size: a rule's directions and buffers take registers in a perturbation too."""
     return WINDOWS[operation if rule == "moments" else "update"]
 
 
 def table_of(launch: Launch, window: int) -> tuple[Tensor, int]:
-    """The kernel's table of segments on the host, and how many windows of that size they have.
+    """The kernel's table of segments on the host, and their number of windows of that size.
 
-    It is the launch's own but for the last column, which counts windows instead of elements. Where
-    a window begins depends on the call's offset, so a row counts as many as its length can take at
-    the worst; the program of one that is not there ends at once.
+    It is the launch's table, but the last column counts windows instead of elements. Where a window
+    begins depends on the call's offset, so a row counts the most windows that its length can need;
+    the program of a window without elements ends at once.
     """
     table = launch.table.clone()
     windows = 0
@@ -246,16 +247,16 @@ def table_of(launch: Launch, window: int) -> tuple[Tensor, int]:
 
 
 def _table(launch: Launch, place: Any, window: int) -> tuple[Tensor, int]:
-    """The same on the device, copied once for each stream that it is used on."""
-    # Where a Launch, which is frozen, keeps its cached properties.
+    """That table on the device, copied once for each stream that it is used on."""
+    # The dict in which a Launch, which is frozen, stores its cached properties.
     tables: dict[tuple[int, int], tuple[Tensor, int]]
     tables = vars(launch).setdefault("triton_tables", {})
     found = tables.get((window, place.stream))
     if found is None and place.capturing():
-        # As in cuda.py: a graph would copy it again at each replay.
+        # As in cuda.py, a graph would repeat the copy at each replay.
         found = next((t for (size, _), t in tables.items() if size == window), None)
         if found is None:
-            raise RuntimeError("nothing can be prepared during a capture: do the same once before")
+            raise RuntimeError("a capture cannot copy the table: run the same call once before")
     if found is None:
         table, windows = table_of(launch, window)
         found = tables[window, place.stream] = (place.copy(table), windows)
@@ -263,7 +264,7 @@ def _table(launch: Launch, place: Any, window: int) -> tuple[Tensor, int]:
 
 
 def key_words(key: int) -> tuple[int, int]:
-    """The low and the high word, as the signed integers that Triton takes."""
+    """The low and the high word of a key, as the signed integers that Triton takes."""
     low, high = ((key >> shift & 0xFFFFFFFF ^ 2**31) - 2**31 for shift in (0, 32))
     return low, high
 
@@ -274,7 +275,7 @@ def float_bits(a: float, b: float) -> list[int]:
 
 
 def options(warp: int) -> dict[str, Any]:
-    """How the kernel is compiled, for warps of so many threads."""
+    """The compiler options of the kernel, for warps of ``warp`` threads."""
     return {"num_warps": THREADS // warp, "enable_fp_fusion": False}
 
 

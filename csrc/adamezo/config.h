@@ -1,7 +1,7 @@
-// What every header of the numerical core needs: host/device qualifiers and bit casts.
+// Host/device qualifiers and bit casts, which every header of the numerical core needs.
 //
-// The core is compiled for the CPU and for CUDA from the same text. It allocates nothing, knows
-// neither torch nor Python, and its results are defined bit for bit; so it may not be compiled
+// The core is compiled for the CPU and for CUDA from the same source. It allocates nothing, uses
+// neither torch nor Python, and its results are defined bit for bit; so it must not be compiled
 // with flags that let a compiler change the value of an expression.
 #pragma once
 
@@ -18,7 +18,7 @@
 #if defined(__CUDA_ARCH__)
 #define ADAMEZO_UNROLL _Pragma("unroll")
 #define ADAMEZO_NO_UNROLL _Pragma("unroll 1")
-#else  // nvcc's pass for the host, whose compiler does not know these
+#else  // nvcc's pass for the host, whose compiler lacks these pragmas
 #define ADAMEZO_UNROLL
 #define ADAMEZO_NO_UNROLL
 #endif

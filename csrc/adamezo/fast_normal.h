@@ -14,8 +14,8 @@
 namespace adamezo {
 
 #if defined(__CUDA_ARCH__)
-// By name in PTX, as the intrinsics of these names also take care of subnormals, of which there are
-// none here.
+// PTX instructions by name, as the intrinsics of these names also handle subnormals, which do not
+// occur here.
 #define ADAMEZO_SPECIAL_FUNCTION(name, instruction)                     \
   __device__ __forceinline__ float name(float a) {                      \
     float result;                                                       \
@@ -38,7 +38,7 @@ ADAMEZO_HD float fast_cos(float a) { return std::cos(a); }
 template <uint32_t mask>
 ADAMEZO_HD uint32_t pick(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  // One instruction, which the compiler does not find by itself.
+  // One instruction, which the compiler does not find on its own.
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(result) : "r"(a), "n"(mask), "r"(b));
   return result;
@@ -47,11 +47,11 @@ ADAMEZO_HD uint32_t pick(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Bits that numbers made from random words have set: 2.0f as an exponent, and 1.
+// The bits that are set in numbers made from random words: 2.0f as an exponent, and 1.
 constexpr uint32_t kFastOnes = 0x40000001u;
 
-// A call's four words to four normals. `ones` is kFastOnes: a GPU's instruction for (x & mask) |
-// (ones & ~mask) takes one constant, so what it needs besides had better be in a register.
+// Turns a call's four words into four normals. `ones` is kFastOnes: a GPU's instruction for
+// (x & mask) | (ones & ~mask) takes one constant, so the other one should be in a register.
 ADAMEZO_HD void fast_normals(const uint32_t x[4], uint32_t ones, float z[4]) {
   for (int i = 0; i < 4; i += 2) {
     const float u = float(int32_t(pick<0x7ffffffeu>(x[i], ones))) * 0x1p-31f;

@@ -1,4 +1,4 @@
-// One operation over a table of segments: what every kernel is given, on a CPU or a GPU.
+// A job: one operation over a table of segments, the argument of every kernel on a CPU or a GPU.
 #pragma once
 
 #include "adamezo/buffered.h"
@@ -13,7 +13,7 @@ enum class Operation : int { kSample = 0, kPerturb = 1, kUpdate = 2, kMoment = 3
 // Kinds of directions: normal.h, fast_normal.h, rademacher.h.
 enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2 };
 
-// Pointers are borrowed for the call, and lead to where the kernel runs.
+// Pointers are borrowed for the call and point to memory of the device that runs the kernel.
 struct Job {
   Operation operation;
   Distribution distribution;
@@ -28,21 +28,21 @@ struct Job {
   const uint32_t* directions;  // newest first
   int64_t horizon;             // number of directions
 
-  // What changes from step to step is in memory: a kernel that was captured reads it anew.
+  // Values that change from step to step are in memory, where a captured kernel reads them again.
   const float* first;   // [horizon]
   const float* second;  // [horizon], or null where v = 1; moment: which of the two sums
   const float* step;    // update: -lr, 1 - lr weight_decay
   float scale;          // perturb: theta + scale z.  update: restores with it, where it is not 0
   float eps;
 
-  // What perturb and update do with the directions: kMoments, or the place of a rule of buffered.h.
+  // The rule of perturb and update: kMoments, or the index of a rule of buffered.h.
   int rule;
-  ElementType buffer_type;  // of what that rule keeps
-  const float* numbers;     // [kRuleNumbers], its own; null without one
+  ElementType buffer_type;  // of that rule's buffers
+  const float* numbers;     // [kRuleNumbers], the rule's; null without one
 
-  // Of perturb's and update's stores to 16 bits. Element i takes word i % 4 of the call of block
+  // How perturb and update round stores to 16 bits. Element i takes word i % 4 of the call of block
   // i / 4, counted by directions[0], for Purpose::kRounding, whatever the distribution. Buffers of
-  // 16 bits are rounded alike, with words of their own.
+  // 16 bits are rounded the same way, with words of their own.
   Rounding rounding;
 };
 

@@ -1,13 +1,13 @@
 // Lanes of width one: portable C++ on the CPU, one thread's registers on a GPU.
 //
-// A set of lanes is what the core is written over. It has `kWidth` blocks side by side and
-//   Words     one 32-bit word of each block, in the form that Philox wants
+// The core is written over a set of lanes, which has `kWidth` blocks side by side and
+//   Words     one 32-bit word of each block, in the form that Philox needs
 //   I, F      one integer or float32 of each block
 //   group_blocks   which block of a group each lane works on: chosen so that `natural` is cheap
-//   natural   from "output j of every block" to the order in memory
-//   flip_signs     of the elements, in memory order, whose bit in the low kWidth bits is set
-//   max, min  b unless a is larger (smaller), so b where either is no number
-//   store     to nearest, or with a random word for each element stochastically (rounding.h)
+//   natural   reorders "output j of every block" to the order in memory
+//   flip_signs     flips the elements, in memory order, whose bit in the low kWidth bits is set
+//   max, min  b unless a is larger (smaller), so b where either is a NaN
+//   store     rounds to nearest, or stochastically with a random word for each element (rounding.h)
 // Every operation rounds as IEEE 754 says; nothing is contracted.
 #pragma once
 

@@ -10,14 +10,14 @@
 
 namespace adamezo {
 
-// A call's four words to four normals, in two pairs (x[0], x[1]) and (x[2], x[3]) that keep step.
+// Turns a call's four words into four normals, as two pairs (x[0], x[1]) and (x[2], x[3]) in step.
 //
 // With u in (0, 1] from the first word of a pair and f in [-1, 1) from the second,
 //   r = sqrt(-ln u),  z0 = r (sin(pi/4 f) + cos(pi/4 f)),  z1 = r (cos(pi/4 f) - sin(pi/4 f)).
 //
 // Each pair is one long chain of dependent operations. `between` is called kNormalStages times on
-// the way, in order, for the caller to put work there that does not depend on it: an out-of-order
-// core sees too few instructions ahead to find that work by itself.
+// the way, in order, so that the caller can interleave independent work: an out-of-order core sees
+// too few instructions ahead to find that work on its own.
 constexpr int kNormalStages = 7;
 
 template <class L, class Between>
@@ -61,7 +61,7 @@ ADAMEZO_HD void normals(const typename L::I x[4], typename L::F z[4], Between&& 
   F r[2];
   for (int i = 0; i < 2; ++i) {
     p[i] = L::fma(p[i], g[i], L::f(0.49999937415122986f));
-    // -8.262958405176314e-08 is -ln 2 / 2^23: the exponent still sits in its bit position.
+    // -8.262958405176314e-08 is -ln 2 / 2^23: the exponent is still in its bit position.
     r[i] = L::sqrt(L::fma(exponent[i], L::f(-8.262958405176314e-08f), L::fms(p[i], gg[i], g[i])));
     sine[i] = L::fma(sine[i], ff[i], L::f(-0.08074513077735901f));
     cosine[i] = L::fma(cosine[i], ff[i], L::f(-0.3084245026111603f));

@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), twice:
-// as published, and split into what a tensor's streams share and what is a stream's own.
+// as published, and split into the words that a tensor's streams share and each stream's own.
 //
 // A counter is (block lo, block hi, direction, parameter | purpose << 24). The H streams of an
 // update differ in `direction` alone, and within one group of blocks only `block lo` varies. With
@@ -25,8 +25,8 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// What a call's words are used for: the top byte of the last counter word.
-// Roundings of the numbers kept for each weight (buffered.h) have two, one for each buffer.
+// The use of a call's words: the top byte of the last counter word. Stochastic rounding of buffers
+// (buffered.h) has two purposes, one for each buffer.
 enum class Purpose : uint32_t { kDirection = 0, kRounding = 1, kBuffer = 2 };
 
 struct PhiloxKey {
@@ -36,7 +36,7 @@ struct PhiloxKey {
   ADAMEZO_HD uint32_t hi_of_round(int round) const { return hi + uint32_t(round) * kPhiloxW1; }
 };
 
-// The same numbers, worked out once: a GPU reads them as operands from its constant memory.
+// The same keys, computed once: a GPU reads them as operands from its constant memory.
 struct PhiloxRoundKeys {
   uint32_t lo[kPhiloxRounds], hi[kPhiloxRounds];
 
@@ -50,7 +50,7 @@ struct PhiloxRoundKeys {
   ADAMEZO_HD uint32_t hi_of_round(int round) const { return hi[round]; }
 };
 
-// Key is either of the two in the functions below.
+// In the functions below Key is either of these two.
 
 ADAMEZO_HD uint32_t mul_hi(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
 
@@ -96,13 +96,13 @@ ADAMEZO_HD PhiloxGroup<L> philox_group(Key key, typename L::Words block_lo,
   return {L::hi(next), L::exclusive_or(L::lo(next), L::words(key.lo_of_round(2))), L::lo(product)};
 }
 
-// A call on its way: the words of every block of the group after some of the rounds.
+// A call in progress: the words of every block of the group after some of the rounds.
 template <class L>
 struct PhiloxCall {
   typename L::Words c0, c1, c2, c3;
 };
 
-constexpr int kPhiloxFirstRound = 3;  // that philox_begin leaves to do
+constexpr int kPhiloxFirstRound = 3;  // the first round after philox_begin
 
 template <class L>
 ADAMEZO_HD PhiloxCall<L> philox_begin(const PhiloxGroup<L>& group, const PhiloxStream& stream) {

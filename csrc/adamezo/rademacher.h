@@ -1,4 +1,4 @@
-// `rademacher` signs: a Philox call gives 128 of them, one a bit. Element i is bit i % 32 of word
+// `rademacher` signs: a Philox call gives 128 of them, one per bit. Element i is bit i % 32 of word
 // (i / 32) % 4 of the call whose block is i / 128; a bit that is set stands for -1.
 #pragma once
 

@@ -1,8 +1,8 @@
 // The element types of weights, and the conversions to and from float32: loads are exact; stores
 // round to nearest even, or stochastically: up with the probability of the fraction that is cut
 // off, so that the mean of a store is the value. Any NaN stays a NaN; its payload is not part of
-// the contract. A GPU has instructions for the former, with subnormals and infinities as IEEE 754
-// has them.
+// the contract. A GPU has instructions that round to nearest, with subnormals and infinities as in
+// IEEE 754.
 #pragma once
 
 #include "adamezo/config.h"
@@ -69,9 +69,10 @@ ADAMEZO_HD void from_float32(float value, float16& out) {
 #endif
 }
 
-// Stochastic: `random` / 2^32, uniform in [0, 1), is added in units of the last place that is kept,
-// and the rest cut off. What is beyond the type's largest value may become infinite, as to nearest;
-// in float16 not what goes up from there: a weight at 65504 would be lost in some store or other.
+// Stochastic: `random` / 2^32, uniform in [0, 1), is added in units of the last place of the
+// result, and the rest cut off. Values beyond the type's largest may become infinite, as to
+// nearest; but float16 does not round up from it, as a weight at 65504 would then be lost in some
+// store.
 ADAMEZO_HD void from_float32(float value, uint32_t, float& out) { out = value; }
 ADAMEZO_HD void from_float32(float value, uint32_t random, bfloat16& out) {
   const uint32_t bits = float_to_bits(value);
@@ -91,10 +92,10 @@ ADAMEZO_HD void from_float32(float value, uint32_t random, float16& out) {
     half = (magnitude - (112u << 23) + (random >> 19)) >> 13;
     half = half < 0x7bffu ? half : 0x7bffu;
   } else if (magnitude < 0x00800000u) {
-    half = 0;  // below 2^-126: would go up once in 2^102
+    half = 0;  // below 2^-126, where it would round up once in 2^102
   } else {
-    // Below 2^-14 the unit stays 2^-24: the more digits are cut off the smaller the value. Of more
-    // than 31 the lowest count as 0.
+    // Below 2^-14 the unit stays 2^-24: the smaller the value, the more digits are cut off. Of more
+    // than 31 digits the lowest count as 0.
     const uint32_t digits = 126u - (magnitude >> 23), beyond = digits > 31u ? digits - 31u : 0u;
     const uint32_t significand =
         beyond > 31u ? 0u : ((magnitude & 0x7fffffu) | 0x800000u) >> beyond;

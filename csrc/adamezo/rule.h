@@ -1,5 +1,5 @@
-// From truncated moments to a new weight, as AdaMeZO and every rule without buffers of its own
-// needs it (AdaMeZO, arXiv 2605.00650; the coefficients carry the betas and the normalization).
+// The update from truncated moments, for AdaMeZO and every method without buffers (AdaMeZO,
+// arXiv 2605.00650; the coefficients include the betas and the normalization).
 //
 //   S1 = sum_k first_k z_k        S2 = sum_k second_k z_k^2        k = 0 is the newest direction
 //   theta <- theta decay - lr S1 / (sqrt(S2) + eps)                or - lr S1 where v = 1

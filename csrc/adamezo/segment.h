@@ -1,5 +1,5 @@
-// A segment is one tensor (or one shard of it) as rows of consecutive elements. A table of them
-// goes to a kernel in one call, so that hundreds of small tensors cost one launch.
+// A segment is one tensor (or one shard of it) as rows of consecutive elements. A kernel gets a
+// table of segments in one call, so that hundreds of small tensors cost one launch.
 #pragma once
 
 #include "adamezo/config.h"
@@ -9,8 +9,8 @@ namespace adamezo {
 // Twelve 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
 struct Segment {
   uint64_t address;       // of the first element
-  uint64_t source;        // of the first element that is read: `address` where in place
-  int64_t rows;           //
+  uint64_t source;        // of the first element that is read: equal to `address` in place
+  int64_t rows;           // number of rows
   int64_t row_length;     // elements of a row, consecutive in memory
   int64_t row_stride;     // elements in memory from one row to the next
   int64_t source_stride;  // the same where they are read
@@ -24,7 +24,7 @@ static_assert(sizeof(Segment) == 96, "the Python side writes twelve int64 column
 
 // Consecutive elements of one segment: consecutive in memory and in the parameter.
 struct Run {
-  int64_t segment;   // which one
+  int64_t segment;   // its index in the table
   int64_t position;  // of the first element, counted in the segment row by row
   int64_t memory;    // its distance from the segment's address, in elements
   int64_t source;    // its distance from the segment's source
@@ -47,14 +47,14 @@ ADAMEZO_HD Run run_at(const Segment* segments, int64_t s, int64_t position, int6
   const Segment& segment = segments[s];
   const int64_t row = segment.rows == 1 ? 0 : position / segment.row_length;
   const int64_t column = position - row * segment.row_length;
-  const int64_t room = segment.row_length - column, left = stop - position;
+  const int64_t in_row = segment.row_length - column, left = stop - position;
   return {s,
           position,
           row * segment.row_stride + column,
           row * segment.source_stride + column,
           uint64_t(segment.index_offset) + uint64_t(row) * uint64_t(segment.index_stride) +
               uint64_t(column),
-          room < left ? room : left};
+          in_row < left ? in_row : left};
 }
 
 // Calls visit(run) for the elements [begin, end) of the concatenated segments.

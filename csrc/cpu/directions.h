@@ -1,6 +1,6 @@
-// A worker's share of the weights in groups of lanes, with their directions: what every loop is
-// made of. All here and in loops.h has internal linkage: each instruction set compiles a copy of
-// its own, which no other file can be linked to by accident.
+// A worker's share of the weights in groups of lanes, with their directions: the parts of every
+// loop. Everything here and in loops.h has internal linkage: each instruction set compiles a copy
+// of its own, which no other file can link to by accident.
 #pragma once
 
 #include "adamezo/normal.h"
@@ -18,7 +18,7 @@ constexpr int kGroup = 4 * L::kWidth;  // elements that a set of lanes works on 
 // Consecutive elements, all under the same high block words.
 template <class T>
 struct Span {
-  const T* from;  // where they are read; `to` where in place
+  const T* from;  // read from here; equal to `to` in place
   T* to;
   uint64_t index;
   int64_t count;
@@ -33,13 +33,13 @@ template <class T>
 struct Group {
   const T* from;
   T* to;
-  uint64_t block;  // the first one, where a block is four elements
-  int64_t first;   // where the group begins, counted from the span's first element
+  uint64_t block;  // the index of its first block, of four elements
+  int64_t first;   // where the group begins, relative to the span's first element
 };
 
 // A span's elements as groups: calls visit(group). Groups are aligned in the parameter, not in
 // memory, so that none straddles two high block words. A group that is only partly in the span is
-// staged: its elements see the same arithmetic as all others.
+// staged in a copy, so that its elements go through the same arithmetic as all others.
 template <class L, class T, class Visit>
 ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   constexpr int kSize = kGroup<L>;
@@ -59,15 +59,15 @@ ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   }
 }
 
-// A worker's share as spans: calls visit(span). The room's streams are then right for the span's
-// high block word; D is a kind of directions, see below.
+// A worker's share as spans: calls visit(span). The streams in `scratch` are then those of the
+// span's high block word; D is a kind of directions, see below.
 template <class D, class T, class Visit>
-ADAMEZO_HD void for_each_span(const Job& job, const Room& room, int64_t worker, int64_t workers,
-                              Visit visit) {
+ADAMEZO_HD void for_each_span(const Job& job, const Scratch& scratch, int64_t worker,
+                              int64_t workers, Visit visit) {
   const int64_t share = job.elements / workers, rest = job.elements % workers;
   const int64_t begin = share * worker + (worker < rest ? worker : rest);
   const int64_t end = begin + share + (worker < rest ? 1 : 0);
-  // 2^32 blocks of rounding words; the high word of a direction's blocks changes no more often.
+  // The elements of 2^32 blocks of rounding words; a direction's high word changes no more often.
   constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;
   uint64_t high = ~uint64_t(0);
   PhiloxStream rounding{};
@@ -81,8 +81,8 @@ ADAMEZO_HD void for_each_span(const Job& job, const Room& room, int64_t worker, 
       if (index / kElementsPerHigh != high) {
         high = index / kElementsPerHigh;
         for (int64_t k = 0; k <= job.horizon; ++k)
-          room.streams[k] = philox_stream(job.key, job.directions[k % job.horizon],
-                                          uint32_t(index >> (32 + D::kLogElements)));
+          scratch.streams[k] = philox_stream(job.key, job.directions[k % job.horizon],
+                                             uint32_t(index >> (32 + D::kLogElements)));
         rounding = philox_stream(job.key, job.directions[0], uint32_t(high));
       }
       const uint64_t space = kElementsPerHigh - index % kElementsPerHigh;
@@ -101,7 +101,7 @@ ADAMEZO_HD PhiloxGroup<L> group_for(Purpose purpose, const Job& job, uint64_t fi
                          parameter | uint32_t(purpose) << 24);
 }
 
-// A call's words, of every block, in the order of the blocks and of a block's four.
+// The words of a call of every block, in the order of the blocks and of the words in a block.
 template <class L>
 ADAMEZO_HD void words_in_order(PhiloxCall<L> call, PhiloxKey key, typename L::I words[4]) {
   philox_finish<L>(call, key);
@@ -127,11 +127,11 @@ ADAMEZO_HD void store_group(const Job& job, const Span<T>& span, const Group<T>&
 
 // A kind of directions D has
 //   kLogElements       2^kLogElements elements share a Philox call
-//   along_each         the first kCount directions over a worker's share: calls use(span, group, z)
-//                      with z[k] in memory order
-//   along_directions   all of them, the newest first: for each group calls newest(group, z) with
-//                      z_0 in memory order, then all(span, group, moments)
-//   natural            from the order of those moments to the order in memory
+//   along_each         walks a worker's share with the first kCount directions: calls
+//                      use(span, group, z) with z[k] in memory order
+//   along_directions   walks it with all directions, the newest first: for each group calls
+//                      newest(group, z) with z_0 in memory order, then all(span, group, moments)
+//   natural            reorders those moments to the order in memory
 
 template <class L>
 struct Exact {
@@ -139,7 +139,7 @@ struct Exact {
 
   static ADAMEZO_HD void natural(typename L::F values[4]) { L::natural(values); }
 
-  // From the words of a finished call to its normals, output j of every block in z[j], while `call`
+  // Turns the words of a finished call into normals, output j of every block in z[j], while `call`
   // (the next one) goes through its rounds: the two are independent, and either alone is a chain of
   // dependent operations that keeps few units busy.
   static ADAMEZO_HD void normals_beside(PhiloxCall<L>& call, PhiloxKey key,
@@ -153,11 +153,11 @@ struct Exact {
   // The words of the next direction, or of the next group's first one, go through their rounds
   // beside each direction's normals.
   template <class T, int kCount, class Use>
-  static ADAMEZO_HD void along_each(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_each(const Job& job, const Scratch& scratch, int64_t worker,
                                     int64_t workers, Use use) {
-    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
+    for_each_span<Exact, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
       PhiloxStream streams[kCount];
-      for (int k = 0; k < kCount; ++k) streams[k] = room.streams[k];
+      for (int k = 0; k < kCount; ++k) streams[k] = scratch.streams[k];
       const uint32_t parameter = span.parameter;
       const auto begin = [&](uint64_t block, int k) ADAMEZO_INLINE_LAMBDA {
         return philox_begin<L>(group_for<L>(Purpose::kDirection, job, block, parameter),
@@ -181,19 +181,19 @@ struct Exact {
   }
 
   template <class T, bool kSecond, class Newest, class All>
-  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_directions(const Job& job, const Scratch& scratch, int64_t worker,
                                           int64_t workers, Newest newest, All all) {
-    for_each_span<Exact, T>(job, room, worker, workers, [&](const Span<T>& span) {
+    for_each_span<Exact, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
       for_each_group<L, T>(span, [&](const Group<T>& group) {
         const auto blocks = group_for<L>(Purpose::kDirection, job, group.block, span.parameter);
         auto moments = zero_moments<L>();
-        auto call = philox_begin<L>(blocks, room.streams[0]);
+        auto call = philox_begin<L>(blocks, scratch.streams[0]);
         philox_finish<L>(call, job.key);
         typename L::F z[4];
         const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
           typename L::I x[4];
           call_words<L>(call, x);
-          call = philox_begin<L>(blocks, room.streams[k + 1]);  // after the last: unused
+          call = philox_begin<L>(blocks, scratch.streams[k + 1]);  // after the last: unused
           normals_beside(call, job.key, x, z);
           accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
         };
@@ -214,19 +214,19 @@ struct Rademacher {
   static_assert(1 << kLogElements == kSignsPerCall, "");
   static constexpr uint64_t kPageBlocks = kSignsPerCall / 4 * L::kWidth;
   static constexpr int kPageWords = 4 * L::kWidth;
-  static_assert(kPageWords <= kSignWords, "the room that run() makes");
+  static_assert(kPageWords <= kSignWords, "the scratch that run() allocates");
 
   static ADAMEZO_HD void natural(typename L::F[4]) {}
 
   // Writes the words of a page, in the order of its elements, for `count` directions.
-  static ADAMEZO_HD void fill(const Job& job, const Room& room, uint64_t page, uint32_t parameter,
-                              int64_t count) {
+  static ADAMEZO_HD void fill(const Job& job, const Scratch& scratch, uint64_t page,
+                              uint32_t parameter, int64_t count) {
     const auto blocks = group_for<L>(Purpose::kDirection, job, page * L::kWidth, parameter);
     for (int64_t k = 0; k < count; ++k) {
       typename L::I words[4];
-      words_in_order<L>(philox_begin<L>(blocks, room.streams[k]), job.key, words);
+      words_in_order<L>(philox_begin<L>(blocks, scratch.streams[k]), job.key, words);
       for (int t = 0; t < 4; ++t)
-        L::store_words(words[t], room.signs + k * kPageWords + t * L::kWidth);
+        L::store_words(words[t], scratch.signs + k * kPageWords + t * L::kWidth);
     }
   }
 
@@ -239,16 +239,17 @@ struct Rademacher {
   }
 
   // Calls visit(span, group) for the groups of a worker's share, with the words of the first
-  // `count` directions in the room.
+  // `count` directions in scratch.signs.
   template <class T, class Visit>
-  static ADAMEZO_HD void for_each_signed_group(const Job& job, const Room& room, int64_t worker,
-                                               int64_t workers, int64_t count, Visit visit) {
-    for_each_span<Rademacher, T>(job, room, worker, workers, [&](const Span<T>& span) {
+  static ADAMEZO_HD void for_each_signed_group(const Job& job, const Scratch& scratch,
+                                               int64_t worker, int64_t workers, int64_t count,
+                                               Visit visit) {
+    for_each_span<Rademacher, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
       uint64_t filled = ~uint64_t(0);
       for_each_group<L, T>(span, [&](const Group<T>& group) {
         const uint64_t page = group.block / kPageBlocks;
         if (page != filled) {
-          fill(job, room, page, span.parameter, count);
+          fill(job, scratch, page, span.parameter, count);
           filled = page;
         }
         visit(span, group);
@@ -257,29 +258,29 @@ struct Rademacher {
   }
 
   template <class T, int kCount, class Use>
-  static ADAMEZO_HD void along_each(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_each(const Job& job, const Scratch& scratch, int64_t worker,
                                     int64_t workers, Use use) {
-    for_each_signed_group<T>(job, room, worker, workers, kCount,
+    for_each_signed_group<T>(job, scratch, worker, workers, kCount,
                              [&](const Span<T>& span, const Group<T>& group) {
                                typename L::F z[kCount][4];
                                for (int k = 0; k < kCount; ++k)
-                                 signs(room.signs + k * kPageWords, group.block, z[k]);
+                                 signs(scratch.signs + k * kPageWords, group.block, z[k]);
                                use(span, group, z);
                              });
   }
 
   template <class T, bool kSecond, class Newest, class All>
-  static ADAMEZO_HD void along_directions(const Job& job, const Room& room, int64_t worker,
+  static ADAMEZO_HD void along_directions(const Job& job, const Scratch& scratch, int64_t worker,
                                           int64_t workers, Newest newest, All all) {
     // All z^2 are 1, so that S2 is the same for every element.
     float s2 = 0.0f;
     for (int64_t k = 0; kSecond && k < job.horizon; ++k) s2 += job.second[k];
-    for_each_signed_group<T>(job, room, worker, workers, job.horizon,
+    for_each_signed_group<T>(job, scratch, worker, workers, job.horizon,
                              [&](const Span<T>& span, const Group<T>& group) {
                                auto moments = zero_moments<L>();
                                typename L::F z[4];
                                const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
-                                 signs(room.signs + k * kPageWords, group.block, z);
+                                 signs(scratch.signs + k * kPageWords, group.block, z);
                                  accumulate<L, false>(moments, z, job.first[k], 0.0f);
                                };
                                add_direction(0);

@@ -11,7 +11,7 @@ namespace {
 
 // Fewer elements than this are not worth waking a thread for (some ten microseconds of work).
 constexpr int64_t kElementsPerWorker = 16384;
-// More shares than threads, so that a thread that is held up leaves less behind.
+// More shares than threads, so that a delayed thread leaves less work behind.
 constexpr int64_t kWorkersPerThread = 8;
 
 std::vector<const InstructionSet*> available() {
@@ -62,10 +62,10 @@ void run(const Job& job, const std::string& instruction_set, int threads) {
   {
     const DefaultFloatingPoint guard;
     const size_t thread = size_t(omp_get_thread_num());
-    const Room room{streams.data() + thread * (horizon + 1),
-                    signs.get() + thread * horizon * kSignWords};
+    const Scratch scratch{streams.data() + thread * (horizon + 1),
+                          signs.get() + thread * horizon * kSignWords};
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t worker = 0; worker < workers; ++worker) kernel(job, room, worker, workers);
+    for (int64_t worker = 0; worker < workers; ++worker) kernel(job, scratch, worker, workers);
   }
 }
 

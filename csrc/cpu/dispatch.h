@@ -1,4 +1,4 @@
-// Runs a job on this machine's CPU: picks the instruction set, splits the work over threads.
+// Runs a job on this machine's CPU: selects the instruction set and splits the work over threads.
 #pragma once
 
 #include <cfenv>
@@ -9,8 +9,8 @@
 
 namespace adamezo {
 
-// A stream's bits assume round-to-nearest and gradual underflow. The process may have set
-// otherwise (torch.set_flush_denormal does), and worker threads inherit what they were born with.
+// A stream's bits assume round-to-nearest and gradual underflow. The process may have set another
+// mode (torch.set_flush_denormal does), and worker threads inherit the mode at their creation.
 class DefaultFloatingPoint {
  public:
   DefaultFloatingPoint() {
@@ -23,10 +23,10 @@ class DefaultFloatingPoint {
   std::fenv_t saved_;
 };
 
-// Names of the instruction sets that this machine can run, the fastest first.
+// The names of the instruction sets that this machine can run, the fastest first.
 std::vector<std::string> instruction_sets();
 
-// Does the job on at most `threads` threads. Throws std::invalid_argument for a name that is not
+// Runs the job on at most `threads` threads. Throws std::invalid_argument for a name that is not
 // among instruction_sets(), and for `fast` directions, which only a GPU has.
 void run(const Job& job, const std::string& instruction_set, int threads);
 

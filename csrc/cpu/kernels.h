@@ -1,19 +1,19 @@
-// What a CPU kernel is given and how it is called.
+// The interface of a CPU kernel.
 #pragma once
 
 #include "adamezo/job.h"
 
 namespace adamezo {
 
-// Room of a worker's own, to be written before it is read.
-struct Room {
+// Scratch memory of one worker, which writes it before it reads it.
+struct Scratch {
   PhiloxStream* streams;  // job.horizon + 1
   uint32_t* signs;        // kSignWords for each direction; only `rademacher` kernels need them
 };
 constexpr int64_t kSignWords = 64;  // four words of each of the sixteen blocks of the widest lanes
 
-// Does `worker`'s share of `job`. The result does not depend on the number of workers.
-using Kernel = void (*)(const Job& job, const Room& room, int64_t worker, int64_t workers);
+// Runs `worker`'s share of `job`. The result does not depend on the number of workers.
+using Kernel = void (*)(const Job& job, const Scratch& scratch, int64_t worker, int64_t workers);
 
 struct InstructionSet {
   const char* name;

@@ -120,7 +120,7 @@ struct Avx2Lanes {
   static ADAMEZO_HD void store(F value, I random, float16* to) {
     const I magnitude = bit_and(bits(value), 0x7fffffffu);
     const I is_normal = _mm256_cmpgt_epi32(magnitude, i(0x387fffffu));
-    // Subnormal: what lies beyond the 31 digits goes first, all of it below 2^-126.
+    // Subnormal: digits beyond 31 are shifted out first, which leaves 0 of values below 2^-126.
     const I digits = _mm256_sub_epi32(i(126), _mm256_srli_epi32(magnitude, 23));
     const I at_most_31 = _mm256_min_epu32(digits, i(31));
     const I significand = and_or(magnitude, 0x7fffffu, 0x800000u);

@@ -99,7 +99,7 @@ struct Avx512Lanes {
   }
   static ADAMEZO_HD F load(const float16* from) { return _mm512_cvtph_ps(load16(from)); }
   static ADAMEZO_HD void store(F value, float* to) { _mm512_storeu_ps(to, value); }
-  // Not vcvtneps2bf16: it takes subnormals for zero.
+  // Not by vcvtneps2bf16, which treats subnormals as zero.
   static ADAMEZO_HD void store(F value, bfloat16* to) {
     const I b = bits(value);
     // To nearest even: half a unit less one bit, or half a unit where the last bit kept is odd.
@@ -123,7 +123,7 @@ struct Avx512Lanes {
   static ADAMEZO_HD void store(F value, I random, float16* to) {
     const I magnitude = bit_and(bits(value), 0x7fffffffu);
     const __mmask16 is_normal = _mm512_cmpge_epu32_mask(magnitude, i(0x38800000u));
-    // Subnormal: what lies beyond the 31 digits goes first, all of it below 2^-126.
+    // Subnormal: digits beyond 31 are shifted out first, which leaves 0 of values below 2^-126.
     const I digits = _mm512_sub_epi32(i(126), _mm512_srli_epi32(magnitude, 23));
     const I at_most_31 = _mm512_min_epu32(digits, i(31));
     const I significand = and_or(magnitude, 0x7fffffu, 0x800000u);

@@ -1,9 +1,9 @@
-// The bodies of the CUDA kernels: what one thread does, as functions of (worker, workers) that the
-// host can run too, one worker after the other. A worker is a thread of the whole launch; 32 of
-// them in a row are a warp and take their windows together, without ever talking to each other.
+// The bodies of the CUDA kernels: the work of one thread, as functions of (worker, workers) that
+// the host can run too, one worker after the other. A worker is a thread of the whole launch; 32 in
+// a row are a warp and take their windows together, without communication among them.
 //
 // Every weight is read once and written once, and all arithmetic is that of csrc/adamezo, in the
-// order in which csrc/cpu/loops.h does it.
+// order of csrc/cpu/loops.h.
 #pragma once
 
 #include "adamezo/job.h"
@@ -14,24 +14,24 @@
 namespace adamezo {
 namespace cuda {
 
-// A launch's job: the elements whose index has the high bits `high`, which are nearly always all.
+// A launch's job: the elements whose index has the high bits `high`, nearly always all of them.
 struct DeviceJob : Job {
   DeviceJob(const Job& job, uint32_t high) : Job(job), round_keys(job.key), high(high) {}
   PhiloxRoundKeys round_keys;
   uint32_t high;
 };
 
-// What the threads of a block share, and room of a thread's own in steps of `stride`, for what the
-// loop over directions, which needs all registers, is not to carry along.
+// The table that the threads of a block share, and per-thread scratch with elements `stride` apart,
+// to relieve register pressure in the loop over directions.
 struct Workspace {
-  const Direction* table;   // [horizon]
-  float* newest;            // kThreadElements of them: z_0
-  volatile uint32_t* kept;  // kKeptWords of them, volatile as a register would not do
+  const Direction* table;      // [horizon]
+  float* newest;               // kThreadElements of them: z_0
+  volatile uint32_t* scratch;  // kScratchWords; volatile, so that no register holds them
   int stride;
 };
-constexpr int kKeptWords = 2;
+constexpr int kScratchWords = 2;
 
-// The part of filling a block's table that falls to one of its threads.
+// Fills one thread's part of a block's table.
 template <class D>
 ADAMEZO_HD void fill_table(const DeviceJob& job, Direction* table, int thread, int threads) {
   const uint32_t block_hi = job.high >> (D::kLogElements - (kLogElementsPerHigh - 32));
@@ -45,8 +45,8 @@ struct alignas(16) Words16 {
   uint32_t words[4];
 };
 
-// `named`: by the instruction's name. The compiler does not see that the address of a thread's
-// first chunk is aligned, and would store it in four pieces.
+// `named` selects the instruction by its name: the compiler does not see that the address of a
+// thread's first chunk is aligned, and would store it in four pieces.
 template <class T>
 ADAMEZO_HD void store_words(const Words16& from, T* to, [[maybe_unused]] bool named) {
 #if defined(__CUDA_ARCH__)
@@ -62,14 +62,14 @@ ADAMEZO_HD void store_words(const Words16& from, T* to, [[maybe_unused]] bool na
   *reinterpret_cast<Words16*>(to) = from;
 }
 
-// A thread's sixteen elements of a window, of which a run holds all or some. A body pays for those
-// of the members that it uses.
+// A thread's sixteen elements of a window, of which a run holds all or some. A member that a body
+// does not use costs nothing.
 template <class T>
 struct Elements {
   T* window;           // where the window's first element is, or would be
-  const T* source;     // where it is read by an operation that may write elsewhere
+  const T* source;     // the same where elements are read, which may be elsewhere
   uint64_t index;      // its index in the parameter
-  uint32_t parameter;  //
+  uint32_t parameter;  // the index of the parameter
   int low, high;       // the run's elements in the window
   int lane;
 
@@ -105,7 +105,7 @@ struct Elements {
     }
   }
 
-  // round(i, elements) makes a chunk of the thread's elements from the i-th on.
+  // round(i, elements) computes the chunk of the thread's elements from the i-th on.
   template <class Round>
   ADAMEZO_HD void store(const Round& round) const {
     ADAMEZO_UNROLL
@@ -134,8 +134,8 @@ ADAMEZO_HD void store_nearest(const Elements<T>& to, const float values[kThreadE
   });
 }
 
-// Four elements share a call, whatever the distribution: the calls lie as those of normals do.
-// `window` and `parameter` are the members of `to`, or these after the loop over directions.
+// Four elements share a call, as those of normals do, whatever the distribution. `window` and
+// `parameter` are the members of `to`, from scratch memory after the loop over directions.
 template <class T>
 ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Elements<T>& to, uint64_t window,
                                  uint32_t parameter, const float values[kThreadElements]) {
@@ -152,7 +152,7 @@ ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Elements<T>& to, ui
   });
 }
 
-// A window of which a run holds [low, high). What is counted in the run is where `low` is.
+// A window of which a run holds [low, high). The positions in `run` are those of `low`.
 struct Window {
   const Segment& segment;
   const Run& run;
@@ -165,8 +165,8 @@ struct Window {
 // aligned in the parameter, not in memory: none straddles two high block words, and all elements of
 // a Philox call are in one window. A share is below 2^31 elements.
 //
-// Little is kept from one window to the next, and the rest worked out again: what is kept takes
-// registers from the loop over directions.
+// Few values live from one window to the next, and the others are computed again: each takes a
+// register from the loop over directions.
 template <class Visit>
 ADAMEZO_HD void walk_windows(const DeviceJob& job, int64_t worker, int64_t workers, Visit visit) {
   const int64_t windows = (job.elements + kWindow - 1) / kWindow, warps = workers / kWarp;
@@ -203,7 +203,7 @@ ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t wo
     T* const first = reinterpret_cast<T*>(of.segment.address) + of.run.memory - of.low;
     const T* const source = reinterpret_cast<const T*>(of.segment.source) + of.run.source - of.low;
 #if defined(__CUDA_ARCH__)
-    __builtin_assume(__isGlobal(first));  // an address out of a table could be anywhere
+    __builtin_assume(__isGlobal(first));  // unknown of an address read from a table
 #endif
     visit(Elements<T>{first, source, of.index, parameter, of.low, of.high, of.lane},
           D::template place<T>(job.round_keys, of.index, of.lane,
@@ -255,8 +255,8 @@ struct Perturb {
 
 using ThreadMoments = Moments<ScalarLanes>[kThreadElements / 4];
 
-// Adds up all directions at one place, the newest first. That one is left in space.newest, in
-// shared memory, as an update wants it again after a loop that needs all registers.
+// Adds up all directions at one place, the newest first. The newest is stored in space.newest, in
+// shared memory, as an update needs it again after a loop that takes all registers.
 template <class D, class T, bool kSecond>
 ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
                                const typename D::template Place<T>& place, ThreadMoments& moments) {
@@ -291,8 +291,8 @@ struct Update {
         job, worker, workers,
         [&](const Elements<T>& theta, const typename D::template Place<T>& place) {
           if constexpr (kRounding == Rounding::kStochastic) {
-            space.kept[0] = uint32_t(theta.index / kWindow);
-            space.kept[space.stride] = theta.parameter;
+            space.scratch[0] = uint32_t(theta.index / kWindow);
+            space.scratch[space.stride] = theta.parameter;
           }
           ThreadMoments moments;
           sum_directions<D, T, kSecond>(job, space, place, moments);
@@ -309,15 +309,15 @@ struct Update {
             values[i] = descend<ScalarLanes>(values[i], step, minus_lr, decay);
           }
           if constexpr (kRounding == Rounding::kStochastic)
-            store_stochastic(job, theta, uint64_t(space.kept[0]) * kWindow,
-                             space.kept[space.stride], values);
+            store_stochastic(job, theta, uint64_t(space.scratch[0]) * kWindow,
+                             space.scratch[space.stride], values);
           else
             store_nearest(theta, values);
         });
   }
 };
 
-// out = S2 where the job has second coefficients, else S1: a look inside an update.
+// out = S2 where the job has second coefficients, otherwise S1: the sums inside an update.
 template <class D, bool kSecond>
 struct Moment {
   using Directions = D;
@@ -371,7 +371,7 @@ void by_rounding(const Job& job, Use use) {
   return use(Instance<Stochastic, float16>());
 }
 
-// Calls use(instance) with the body that does the job.
+// Calls use(instance) with the body that runs the job.
 template <class D, class Use>
 void select(const Job& job, Use use) {
   constexpr auto kNearest = Rounding::kNearest, kStochastic = Rounding::kStochastic;

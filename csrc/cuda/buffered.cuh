@@ -1,9 +1,9 @@
-// The bodies of the rules of adamezo/buffered.h, as bodies.cuh has those of all others, with the
-// arithmetic of csrc/cpu/loops.h.
+// The bodies of the rules of adamezo/buffered.h, with the arithmetic of csrc/cpu/loops.h. All other
+// bodies are in bodies.cuh.
 //
-// Most keep numbers for each weight and are bound by memory, or nearly so. So the types of weights
-// and buffers and the rounding of stores are branches, which a whole launch takes the same way, and
-// not instances; and a thread takes its elements four at a time, in as many registers as the other
+// Most rules have buffers and are bound by memory, or nearly so. So the types of weights and
+// buffers and the rounding of stores are branches, which a whole launch takes the same way, and not
+// instances; and a thread takes its elements four at a time, in as many registers as the other
 // kernels have. Four elements share a Philox call, and are one access of every array: 16 or 8
 // bytes, which lane by lane are one stretch of memory. (Eight of a 16-bit array would be 32 bytes
 // of a float32 buffer, and so two accesses of half of each sector.)
@@ -19,12 +19,12 @@ static_assert(kChunk<float> == kQuad, "a window's quads are the chunks of float3
 
 // Four elements of one array, of which the run holds [low, high).
 struct Array {
-  unsigned char* address;  // of the first one, or where it would be
+  unsigned char* address;  // of the first one, even if outside the run
   ElementType type;
   int low, high;
 
-  // As they are in memory and not converted yet: nothing waits for them before there is need to.
-  // Two 16-bit elements are in a word. Those outside the run are 0.
+  // The raw bits, not converted yet, so that nothing waits for them before they are needed. A word
+  // holds two 16-bit elements. Elements outside the run are 0.
   ADAMEZO_HD void load(uint32_t words[kQuad]) const {
     type == ElementType::kFloat32 ? load_bits<uint32_t>(words) : load_bits<uint16_t>(words);
   }
@@ -38,7 +38,7 @@ struct Array {
     Bits elements[kQuad];
   };
 
-  // Whether they can be one access.
+  // Whether the four elements can be one access.
   template <class Bits>
   ADAMEZO_HD bool whole() const {
     return low <= 0 && high >= kQuad &&
@@ -105,26 +105,26 @@ ADAMEZO_HD void narrow(const float values[kQuad], const uint32_t random[kQuad],
   std::memcpy(words, elements, sizeof elements);
 }
 
-// Four elements of a window, with all that rule R takes and keeps for them.
+// Four elements of a window: their weights, directions and the buffers of rule R.
 template <class R>
 struct Quad {
   const DeviceJob& job;
   const Window& window;
-  int first;  // of its elements in the window
-  float theta[kQuad], z[R::kDirections][kQuad], kept[kBuffersRoom<R>][kQuad];
+  int first;  // the place of its first element in the window
+  float theta[kQuad], z[R::kDirections][kQuad], buffers[kBufferCapacity<R>][kQuad];
 
   template <class D>
   ADAMEZO_HD void load(D, const Direction* table, const Array& from) {
-    uint32_t weights[kQuad], numbers[kBuffersRoom<R>][kQuad];
+    uint32_t weights[kQuad], words[kBufferCapacity<R>][kQuad];
     from.load(weights);
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(numbers[i]);
+    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(words[i]);
     ADAMEZO_UNROLL
     for (int k = 0; k < R::kDirections; ++k)
       D::quad(job.round_keys, index(), parameter_for(Purpose::kDirection), table[k], z[k]);
     widen(job.type, weights, theta);
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, numbers[i], kept[i]);
+    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, words[i], buffers[i]);
   }
 
   ADAMEZO_HD Array source() const {
@@ -134,22 +134,23 @@ struct Quad {
     return array(window.segment.address, window.run.memory, job.type);
   }
   ADAMEZO_HD void store_theta() const { store(weights(), Purpose::kRounding, theta); }
-  ADAMEZO_HD void store_kept() const {
+  ADAMEZO_HD void store_buffers() const {
     ADAMEZO_UNROLL
     for (int i = 0; i < R::kBuffers; ++i)
-      store(buffer(i), Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i)), kept[i]);
+      store(buffer(i), Purpose(uint32_t(Purpose::kBuffer) + uint32_t(i)), buffers[i]);
   }
 
-  // All of one element.
-  ADAMEZO_HD void get(int at, float of_z[R::kDirections], float of_kept[kBuffersRoom<R>]) const {
+  // All values of one element.
+  ADAMEZO_HD void get(int at, float of_z[R::kDirections],
+                      float of_buffers[kBufferCapacity<R>]) const {
     ADAMEZO_UNROLL
     for (int k = 0; k < R::kDirections; ++k) of_z[k] = z[k][at];
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) of_kept[i] = kept[i][at];
+    for (int i = 0; i < R::kBuffers; ++i) of_buffers[i] = buffers[i][at];
   }
-  ADAMEZO_HD void set(int at, const float of_kept[kBuffersRoom<R>]) {
+  ADAMEZO_HD void set(int at, const float of_buffers[kBufferCapacity<R>]) {
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) kept[i][at] = of_kept[i];
+    for (int i = 0; i < R::kBuffers; ++i) buffers[i][at] = of_buffers[i];
   }
 
  private:
@@ -157,7 +158,7 @@ struct Quad {
   ADAMEZO_HD uint32_t parameter_for(Purpose purpose) const {
     return uint32_t(window.segment.parameter) | uint32_t(purpose) << 24;
   }
-  // `run` is where the run begins, counted from the segment's address.
+  // `run` is where the run begins, in elements from the segment's address.
   ADAMEZO_HD Array array(uint64_t segment, int64_t run, ElementType type) const {
     const int64_t size = type == ElementType::kFloat32 ? 4 : 2;
     auto* const address =
@@ -192,8 +193,8 @@ struct Quad {
 };
 
 // The quads of a worker's share that hold elements of a run: calls use(quad, n) for each, with the
-// numbers of the step in registers. These are read for each quad, out of the nearest cache: kept
-// from one to the next they would be registers too many.
+// numbers of the step in registers. These are read for each quad, out of the nearest cache: held
+// from one to the next they would take too many registers.
 template <class R, class Use>
 ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t workers, Use use) {
   walk_windows(job, worker, workers, [&](const Window& window) {
@@ -210,7 +211,7 @@ ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t work
   });
 }
 
-// By rule R: theta = theta + scale d, read where the source is, where d is what it displaces along;
+// By rule R: theta = theta + scale d, read where the source is, where d is the rule's direction;
 // and in an update, where that restores if scale is not 0, its step in the same pass, so that
 // weights and buffers are read once and written once.
 template <class D, class R, bool kUpdate>
@@ -224,24 +225,24 @@ struct ByRule {
       quad.load(D(), space.table, kUpdate ? quad.weights() : quad.source());
       ADAMEZO_UNROLL
       for (int i = 0; i < kQuad; ++i) {
-        float z[R::kDirections], kept[kBuffersRoom<R>];
-        quad.get(i, z, kept);
+        float z[R::kDirections], b[kBufferCapacity<R>];
+        quad.get(i, z, b);
         float& value = quad.theta[i];
         if (!kUpdate || job.scale != 0.0f)
-          value = ScalarLanes::fma(job.scale, displaced_along<R, ScalarLanes>(z, kept, n), value);
+          value = ScalarLanes::fma(job.scale, rule_direction<R, ScalarLanes>(z, b, n), value);
         if constexpr (kUpdate) {
-          const float step = R::template step<ScalarLanes>(z, kept, n, job.eps);
-          quad.set(i, kept);
+          const float step = R::template step<ScalarLanes>(z, b, n, job.eps);
+          quad.set(i, b);
           value = descend<ScalarLanes>(value, step, minus_lr, decay);
         }
       }
-      if constexpr (kUpdate) quad.store_kept();
+      if constexpr (kUpdate) quad.store_buffers();
       quad.store_theta();
     });
   }
 };
 
-// Calls use(body) with the one that does the job. Gives whether it is one for a body of this file.
+// Calls use(body) with the body that runs the job. Returns whether this file has one.
 template <class D, class Use>
 bool select_rule(const Job& job, Use use) {
   bool found = false;
@@ -249,7 +250,7 @@ bool select_rule(const Job& job, Use use) {
     using R = decltype(rule);
     if constexpr (R::kUpdates)
       if (job.operation == Operation::kUpdate) found = true, use(ByRule<D, R, true>());
-    if constexpr (R::kBends)
+    if constexpr (R::kHasDirection)
       if (job.operation == Operation::kPerturb) found = true, use(ByRule<D, R, false>());
   });
   return found;

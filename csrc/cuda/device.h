@@ -1,4 +1,4 @@
-// What the CUDA runtime that was linked in says about this machine.
+// The report of the linked CUDA runtime about this machine.
 #pragma once
 
 #include <string>

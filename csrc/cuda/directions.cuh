@@ -2,7 +2,7 @@
 //
 // A distribution D has
 //   kLogElements   2^kLogElements elements share a Philox call
-//   Place<T>       what all directions have in common at one thread's place in a window
+//   Place<T>       the values that all directions share at one thread's place in a window
 //   z(...)         the sixteen elements of one direction, in the order of the thread's elements
 //   quad(...)      four elements of one direction from element `index` on, which is a multiple of
 //   four
@@ -19,7 +19,7 @@ namespace cuda {
 
 // A warp takes windows of 512 elements that are consecutive in the parameter. Each of its 32 lanes
 // takes chunks of 16 bytes, one lane's next to the other's, so that a warp's access is one stretch
-// of 512 bytes; and as many of them, 512 bytes apart, as make up sixteen elements.
+// of 512 bytes; and as many chunks, 512 bytes apart, as make up sixteen elements.
 constexpr int kWarp = 32;
 constexpr int kThreadElements = 16;
 constexpr int kWindow = kWarp * kThreadElements;
@@ -29,8 +29,8 @@ constexpr int kChunk = 16 / int(sizeof(T));  // elements
 template <class T>
 constexpr int kChunks = kThreadElements / kChunk<T>;
 
-// The bits of an element's index above these go into a launch: four elements share a call of what
-// has most calls.
+// The bits of an element's index above these are constant in a launch: four elements share a call
+// in the distribution with the most calls.
 constexpr int kLogElementsPerHigh = 34;
 
 // Where a lane's chunk begins in a window.
@@ -39,10 +39,10 @@ ADAMEZO_HD int chunk_in_window(int lane, int chunk) {
   return (chunk * kWarp + lane) * kChunk<T>;
 }
 
-// What the loop over directions needs of one of them, in a table that the threads of a block share.
+// An entry of the table of directions that the threads of a block share.
 struct alignas(16) Direction {
   PhiloxStream stream;
-  uint32_t fast_ones;  // kFastOnes, here so that the compiler does not know it
+  uint32_t fast_ones;  // kFastOnes, in memory to hide its value from the compiler
   float first, second;
 };
 
@@ -56,7 +56,7 @@ struct Normals {
     PhiloxGroup<ScalarLanes> group[kCalls];
   };
 
-  // Where the blocks of a thread begin, from its first one.
+  // The offset of a call's block from the thread's first one.
   template <class T>
   static constexpr ADAMEZO_HD int block(int call) {
     constexpr int kCallsPerChunk = kChunk<T> >> kLogElements;
@@ -72,13 +72,13 @@ struct Normals {
     ADAMEZO_UNROLL
     for (int i = 0; i < kCalls; ++i) {
       place.group[i] = philox_group<ScalarLanes>(key, first + block<T>(i), parameter);
-      // The same number as an addition to a register that is there anyway.
+      // The same value, as an addition to a register that exists anyway.
       place.group[i].y2 = place.group[0].y2 + kPhiloxM0 * uint32_t(block<T>(i));
     }
     return place;
   }
 
-  // The words of one call, which are the thread's elements 4 i to 4 i + 3.
+  // The words of one call, for the thread's elements 4 i to 4 i + 3.
   template <class T>
   static ADAMEZO_HD void words(const PhiloxRoundKeys& key, const Place<T>& place, int i,
                                const PhiloxStream& stream, uint32_t x[4]) {
@@ -98,7 +98,7 @@ struct Normals {
     }
   }
 
-  // The words of the call that is elements `index` to index + 3.
+  // The words of the call for elements `index` to index + 3.
   static ADAMEZO_HD void quad_words(const PhiloxRoundKeys& key, uint64_t index, uint32_t parameter,
                                     const PhiloxStream& stream, uint32_t x[4]) {
     const auto group = philox_group<ScalarLanes>(key, uint32_t(index >> kLogElements), parameter);
@@ -115,10 +115,10 @@ struct Normals {
   }
 };
 
-// The root that exact normals take: of -ln u, which is 0 or lies in [2^-25, 22]. The steps are
-// those that nvcc makes of __fsqrt_rn for arguments in [2^-101, 2^128), so the rounding is that of
-// __fsqrt_rn; what is left out is its test for others and the branch that would keep a thread's
-// normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity is no 0.
+// The root of exact normals: that of -ln u, which is 0 or lies in [2^-25, 22]. The steps are those
+// that nvcc makes of __fsqrt_rn for arguments in [2^-101, 2^128), so the rounding is that of
+// __fsqrt_rn; its test for other arguments is left out, with the branch that would keep a thread's
+// normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity is a NaN.
 struct ThreadLanes : ScalarLanes {
 #if defined(__CUDA_ARCH__)
   static ADAMEZO_HD float sqrt(float a) {
@@ -146,7 +146,7 @@ struct Rademacher {
   template <class T>
   struct Place {
     PhiloxGroup<ScalarLanes> group[kChunks<T>];
-    int first;  // of the first chunk's elements, among the 128 of its call
+    int first;  // the place of the first chunk's first element among the 128 of its call
   };
 
   template <class T>
@@ -157,7 +157,7 @@ struct Rademacher {
     for (int c = 0; c < kChunks<T>; ++c)
       place.group[c] = philox_group<ScalarLanes>(
           key, uint32_t((window + chunk_in_window<T>(lane, c)) >> kLogElements), parameter);
-    // The same for every chunk: they are a multiple of 128 elements apart.
+    // It is the same for every chunk, as chunks are a multiple of 128 elements apart.
     static_assert(kWarp * kChunk<T> % kSignsPerCall == 0, "");
     place.first = chunk_in_window<T>(lane, 0) % kSignsPerCall;
     return place;
@@ -187,7 +187,7 @@ struct Rademacher {
   }
 
  private:
-  // Those of a word from the element `first` of its call on.
+  // The signs of a word from element `first` of its call on.
   static ADAMEZO_HD uint32_t signs_from(const PhiloxCall<ScalarLanes>& call, int first) {
     const int word = first / 32;
     const uint32_t low = word & 1 ? call.c1 : call.c0, high = word & 1 ? call.c3 : call.c2;

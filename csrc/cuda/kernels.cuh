@@ -15,18 +15,18 @@ namespace adamezo {
 namespace cuda {
 
 constexpr int kThreads = 256;
-// 80 registers a thread, and so 24 warps on a multiprocessor.
+// This allows 80 registers a thread, and 24 warps on a multiprocessor.
 constexpr int kBlocksPerMultiprocessor = 3;
 
 template <class Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     kernel(const __grid_constant__ DeviceJob job) {
   __shared__ float newest[kThreadElements][kThreads];
-  __shared__ uint32_t kept[kKeptWords][kThreads];
+  __shared__ uint32_t scratch[kScratchWords][kThreads];
   extern __shared__ Direction table[];
   fill_table<typename Body::Directions>(job, table, int(threadIdx.x), kThreads);
   __syncthreads();
-  Body::run(job, {table, &newest[0][threadIdx.x], &kept[0][threadIdx.x], kThreads},
+  Body::run(job, {table, &newest[0][threadIdx.x], &scratch[0][threadIdx.x], kThreads},
             int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads);
 }
 
@@ -55,14 +55,14 @@ inline int64_t blocks_for(int64_t elements, int device) {
 template <class Body>
 void launch_body(Body, const Job& job, const HighWords& highs, int device, uint64_t stream) {
   if (job.elements == 0) return;
-  // The caller's runtime has made the device current already, and goes back to its own afterwards;
-  // this tells the copy of the runtime that is linked into this module.
+  // The caller's runtime has made the device current already, and restores its own afterwards; this
+  // call tells the copy of the runtime that is linked into this module.
   check(cudaSetDevice(device), "choosing the device");
   const int64_t blocks = blocks_for(job.elements, device);
   const size_t table = size_t(job.horizon) * sizeof(Direction);
   const auto function = kernel<Body>;
   constexpr size_t kWithoutAsking = 48 << 10,
-                   kStatic = (kThreadElements + kKeptWords) * kThreads * 4;
+                   kStatic = (kThreadElements + kScratchWords) * kThreads * 4;
   if (kStatic + table > kWithoutAsking)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(table)),
@@ -79,7 +79,7 @@ void launch(const Job& job, const HighWords& highs, int device, uint64_t stream)
   select<D>(job, [&](auto body) { launch_body(body, job, highs, device, stream); });
 }
 
-// Gives whether the job is one for a rule's body.
+// Returns whether a rule's body runs the job.
 template <class D>
 bool launch_rule(const Job& job, const HighWords& highs, int device, uint64_t stream) {
   return select_rule<D>(job, [&](auto body) { launch_body(body, job, highs, device, stream); });

@@ -9,7 +9,7 @@ void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads
   using namespace cuda;
   std::vector<Direction> table(static_cast<size_t>(job.horizon));
   std::vector<float> newest(static_cast<size_t>(kThreadElements * threads));
-  std::vector<uint32_t> kept(static_cast<size_t>(kKeptWords * threads));
+  std::vector<uint32_t> scratch(static_cast<size_t>(kScratchWords * threads));
   const auto run = [&](auto body) {
     for (const uint32_t high : highs) {
       const DeviceJob device_job(job, high);
@@ -18,7 +18,7 @@ void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads
           fill_table<D>(device_job, table.data(), thread, threads);
         for (int thread = 0; thread < threads; ++thread)
           body.run(device_job,
-                   {table.data(), newest.data() + thread, kept.data() + thread, threads},
+                   {table.data(), newest.data() + thread, scratch.data() + thread, threads},
                    block * threads + thread, blocks * threads);
       }
     }

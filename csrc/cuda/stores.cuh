@@ -1,5 +1,5 @@
 // Stochastic rounding of four numbers at a time: the bits of from_float32 in adamezo/rounding.h, in
-// fewer instructions for what weights usually are.
+// fewer instructions for the usual values of weights.
 #pragma once
 
 #include "adamezo/rounding.h"

@@ -82,7 +82,7 @@ const std::vector<Call> kCalls = {
     {Operation::kMoment, Rounding::kNearest, true, false, 3},
 };
 
-// Those of all rules: each displaces somewhere else and makes two updates, with buffers of each
+// Those of all rules: each perturbs somewhere else and makes two updates, with buffers of each
 // type in turn.
 std::vector<Call> with_rules(std::vector<Call> calls) {
   int rule = kMoments + 1, type = 0;
@@ -92,7 +92,7 @@ std::vector<Call> with_rules(std::vector<Call> calls) {
       calls.push_back({operation, rounding, false, elsewhere, R::kDirections, rule,
                        ElementType(R::kBuffers ? type++ % 3 : 0)});
     };
-    if (R::kBends) call(Operation::kPerturb, Rounding::kStochastic, true);
+    if (R::kHasDirection) call(Operation::kPerturb, Rounding::kStochastic, true);
     if (R::kUpdates) call(Operation::kUpdate, Rounding::kNearest, false);
     if (R::kUpdates) call(Operation::kUpdate, Rounding::kStochastic, false);
   };
@@ -127,7 +127,7 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
                     parameter,
                     {0, 0},
                     elements};
-    for (int i = 0; i < kMostBuffers && call.rule != kMoments; ++i) {
+    for (int i = 0; i < kMaxBuffers && call.rule != kMoments; ++i) {
       // Row after row; numbers as curvatures are, above 0.
       const Shape kept{1, shape.rows * shape.row_length, 0, (shape.misaligned + 3 * i) % 8};
       const int size = kSizes[int(call.buffers)];

@@ -60,7 +60,7 @@ def test_bits_do_not_depend_on_threads(rule):
 
 
 @both_backends
-@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].has_direction])
 def test_into_reads_one_place_and_writes_another(rule, backend):
     tensors, layout = zoo(torch.float32, unguarded)
     plan, buffers = with_buffers(rule, tensors, layout, torch.float32, unguarded)
@@ -77,7 +77,7 @@ def test_into_reads_one_place_and_writes_another(rule, backend):
 
 @both_backends
 @pytest.mark.parametrize("rule", ["adam", "helene"])
-def test_a_rule_that_does_not_bend_displaces_along_z(rule, backend):
+def test_a_rule_without_a_direction_perturbs_along_z(rule, backend):
     a, b = torch.ones(1000), torch.ones(1000)
     plan, _ = with_buffers(rule, [a], {}, torch.float32, unguarded)
     perturb_(plan, terms_of(rule), 0.5, backend=backend)
@@ -103,7 +103,7 @@ def test_the_formula(rule, backend):
         theta.double(), start - RESTORE * along, rtol=1e-6, atol=1e-6, check_dtype=False
     )
     if rule == "blend":
-        with pytest.raises(ValueError, match="'blend' only displaces"):
+        with pytest.raises(ValueError, match="'blend' only perturbs"):
             update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend)
         return
     update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend)
@@ -132,7 +132,7 @@ def test_a_curvature_moves_at_the_published_alpha(backend):
 
 @both_backends
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_curvature_stays_where_displacements_are_finite(dtype, backend):
+def test_a_curvature_stays_where_perturbations_are_finite(dtype, backend):
     values = [0.0, 1e-6, 1e-4, 1.0, 1e4, 6e4, math.inf, math.nan]
     theta, curvature = torch.zeros(8), torch.tensor(values).to(dtype)
     plan = Plan([theta]).with_buffers([[curvature]])
@@ -199,9 +199,9 @@ def test_terms_that_do_not_fit():
     with pytest.raises(ValueError, match="4 numbers for the rule 'hizoo', which has 3"):
         Terms.of(states[:1], rule="hizoo", numbers=[1.0] * 4)
     plan = Plan([torch.zeros(3)])
-    with pytest.raises(ValueError, match=r"keeps 2 number\(s\) for each weight, the plan has 0"):
+    with pytest.raises(ValueError, match=r"needs 2 buffer\(s\) for each weight, the plan has 0"):
         update_terms_(plan, Terms.of(states[:1], rule="adam"))
-    with pytest.raises(ValueError, match="keeps 1"):
+    with pytest.raises(ValueError, match="needs 1"):
         perturb_(plan, Terms.of(states[:1], rule="hizoo"), 1.0)
 
 

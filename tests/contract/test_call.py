@@ -56,13 +56,13 @@ WRONG = {
     "offset": (
         {"terms": Terms.of([PhiloxState(3, 7, 2**63 - 4)])} | {"plan": plan_of(2, 5)},
         ValueError,
-        "beyond 2\\*\\*63, as the plan's own reach 4",
+        "beyond 2\\*\\*63, as the plan's element indices reach 4",
     ),
-    "buffers": ({"plan": plan_of(4)}, ValueError, "keeps 2 number.* the plan has 0"),
+    "buffers": ({"plan": plan_of(4)}, ValueError, "needs 2 buffer.* the plan has 0"),
     "rule": (
         {"terms": Terms.of([STATE, STATE], rule="blend")},
         ValueError,
-        "the rule 'blend' only displaces",
+        "the rule 'blend' only perturbs",
     ),
     "place": (
         {"plan": plan_of(4).into([torch.ones(4)])},
@@ -84,7 +84,7 @@ def test_a_call_does_not_change():
         SOUND.scale = 1.0
 
 
-def test_a_displacement_along_z_takes_the_newest_direction_alone():
+def test_a_perturbation_along_z_takes_the_newest_direction_alone():
     """So backends see a rule only where it is at work."""
     call = Call("perturb", plan_of(4), ADAM, scale=2)
     assert (call.terms.rule, call.terms.horizon) == ("moments", 1)
@@ -125,9 +125,9 @@ def test_what_is_varied_is_checked(case):
 
 def test_terms_are_checked_against_the_plan_of_the_call_that_is_varied():
     call = Call("perturb", plan_of(2, 5), Terms.of([STATE]), scale=1.0)
-    with pytest.raises(ValueError, match="beyond 2\\*\\*63, as the plan's own reach 4"):
+    with pytest.raises(ValueError, match="beyond 2\\*\\*63, as the plan's element indices reach 4"):
         call.vary(terms=Terms.of([PhiloxState(3, 7, 2**63 - 4)]))
-    with pytest.raises(ValueError, match=r"keeps 1 number.* the plan has 0"):
+    with pytest.raises(ValueError, match=r"needs 1 buffer.* the plan has 0"):
         call.vary(terms=Terms.of([STATE], rule="hizoo"))
     with pytest.raises(ValueError, match="scale must be finite .* got inf"):
         call.vary(scale=math.inf)

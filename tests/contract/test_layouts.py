@@ -127,7 +127,7 @@ def test_the_layouts_are_staged():
 @all_types
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["", "shards"])
-def test_displacements_and_updates(engine, guarded, block, dtype, kind, sharded):
+def test_perturbations_and_updates(engine, guarded, block, dtype, kind, sharded):
     tensors, copies = pairs(dtype, guarded)
     layout = {"shards": shards(tensors) if sharded else None, "parameters": range(5, 18)}
     for members in (tensors, copies):
@@ -593,7 +593,7 @@ def test_the_scratch_of_exact_perturbation_stays_what_it_is():
 
 
 @both_backends
-def test_a_displacement_is_taken_back(backend):
+def test_a_perturbation_is_taken_back(backend):
     """A closure that fails, in place: the layout changes nothing of what comes back."""
     weight = nn.Parameter(torch.ones(30, 40).t())
     optimizer = AdaMeZO([weight], lr=1e-2, seed=1, fused=backend != "reference")

@@ -58,15 +58,15 @@ def test_there_is_room_for_the_numbers_of_every_rule():
 def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
     """It knows none by name: a rule of one line is there with its entry."""
 
-    def doubled(z, kept, n):
+    def doubled(z, b, n):
         return 2 * z[0]
 
-    def step(z, kept, n, eps):
-        return n[0] * z[0], kept[0] + 1
+    def step(z, b, n, eps):
+        return n[0] * z[0], b[0] + 1
 
-    rule = Rule(1, 1, ("number",), direction=doubled, step=step, bound=lambda z, kept, n: 2 * z)
+    rule = Rule(1, 1, ("number",), direction=doubled, step=step, bound=lambda z, b, n: 2 * z)
     monkeypatch.setitem(RULES, "doubled", rule)
-    assert rule.bends
+    assert rule.has_direction
     assert rule.updates
     w, kept, z = torch.zeros(100), torch.full((100,), 3.0), sample_(torch.empty(100), STATE)
     plan = Plan([w]).with_buffers([[kept]])
@@ -78,7 +78,7 @@ def test_the_reference_takes_a_rule_from_its_record(monkeypatch):
     assert (kept == 4).all()
 
 
-def test_a_rule_that_bends_says_how_far():
-    """So that a displacement which might overflow is refused; nothing knows such rules by name."""
+def test_a_rule_with_a_direction_has_a_bound():
+    """So that a perturbation which might overflow is refused; nothing knows such rules by name."""
     with pytest.raises(TypeError, match="a rule with a direction needs a bound"):
-        Rule(1, 0, (), direction=lambda z, kept, n: z[0])
+        Rule(1, 0, (), direction=lambda z, b, n: z[0])

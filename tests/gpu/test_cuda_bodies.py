@@ -298,7 +298,7 @@ def test_rules_along_fast_directions(on_host, with_fast, guarded, rule, rounding
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].has_direction])
 def test_bent_directions_out_of_place(on_host, guarded, rule, dtype):
     """To addresses aligned in other ways than those that are read; nothing else is written."""
     results = []
@@ -339,7 +339,7 @@ def test_rules_beyond_one_high_word(on_host, guarded, rule, distribution, offset
 
 
 @pytest.mark.parametrize("rule", ["adam", "helene"])
-def test_a_rule_that_does_not_bend_displaces_along_z(on_host, rule):
+def test_a_rule_without_a_direction_perturbs_along_z(on_host, rule):
     a, b = torch.ones(1000), torch.ones(1000)
     plan, _ = with_buffers(rule, [a], {}, torch.float32, unguarded)
     perturb_(plan, terms_of(rule), 0.5, backend="cuda")

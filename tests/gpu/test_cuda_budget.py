@@ -89,7 +89,9 @@ MOST_SLOTS_OF_A_RULE = {
 def test_nothing_of_a_rule_is_spilled(architecture):
     found = budget.cuda_rules(architecture)
     # Each for weights of three types.
-    assert len(found) == 3 * sum(rule.bends + rule.updates for rule in budget.RULES.values())
+    assert len(found) == 3 * sum(
+        rule.has_direction + rule.updates for rule in budget.RULES.values()
+    )
     for kernel in found:
         assert kernel.spilled_bytes == 0, kernel
         assert 16 < kernel.registers <= MOST_REGISTERS, kernel

@@ -161,7 +161,7 @@ def test_stochastic_stores_are_unbiased(dtype, distribution):
         assert (nearest[chosen].mean() - mean).abs() > bound
 
 
-def displace_and_step(plan: Plan, backend: str, terms: Terms, **options: str) -> None:
+def perturb_and_step(plan: Plan, backend: str, terms: Terms, **options: str) -> None:
     perturb_(plan, terms, -RESTORE, backend=backend, **options)
     if RULES[terms.rule].updates:
         update_terms_(plan, terms, eps=EPS, restore=RESTORE, backend=backend, **options)
@@ -196,7 +196,7 @@ def test_rules_have_the_bits_of_the_reference(pair, rule, kind, dtype, buffer_dt
         for tensor, buffers, backend in ((host, kept[0], "native"), (device, kept[1], "cuda")):
             plan = Plan([tensor]).with_buffers([buffers])
             options = {"distribution": distribution, "rounding": rounding}
-            displace_and_step(plan, backend, terms_of(rule), **options)
+            perturb_and_step(plan, backend, terms_of(rule), **options)
         assert_same_bits(device.cpu(), host, (numel, shift))
         for i, (on_host, on_device) in enumerate(zip(*kept, strict=True)):
             assert_same_bits(on_device.cpu(), on_host, (numel, shift, i))
@@ -217,7 +217,7 @@ def test_rules_over_rows_and_many_tensors(pair, rule, offset):
     terms = Terms.of(states, minus_lr=-LR, rule=rule, numbers=NUMBERS[rule])
     for side, (tensors, backend) in enumerate(((host, "native"), (device, "cuda"))):
         plan = Plan(tensors).with_buffers([k[side] for k in kept])
-        displace_and_step(plan, backend, terms, rounding="stochastic")
+        perturb_and_step(plan, backend, terms, rounding="stochastic")
     for got, expected in zip(device, host, strict=True):
         assert_same_bits(got.cpu(), expected)
     for on_host, on_device in kept:
@@ -238,8 +238,8 @@ def test_the_numbers_of_a_rule_are_read_when_the_kernel_runs(rule):
     for minus_lr in (-LR, -2 * LR):
         now = terms_of(rule, minus_lr)
         terms.words.copy_(now.words)
-        displace_and_step(plan, "cuda", terms)
-        displace_and_step(Plan([host]).with_buffers([kept]), "native", now)
+        perturb_and_step(plan, "cuda", terms)
+        perturb_and_step(Plan([host]).with_buffers([kept]), "native", now)
     assert_same_bits(device.cpu(), host)
     for got, expected in zip(on_device, kept, strict=True):
         assert_same_bits(got.cpu(), expected)

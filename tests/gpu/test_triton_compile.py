@@ -65,7 +65,7 @@ def code(kernel) -> str:
 
 # (operation, rule): those that a call can ask for.
 RULE_CASES = [("update", rule) for rule in NUMBERS if RULES[rule].updates]
-RULE_CASES += [("perturb", rule) for rule in NUMBERS if RULES[rule].bends]
+RULE_CASES += [("perturb", rule) for rule in NUMBERS if RULES[rule].has_direction]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -154,7 +154,7 @@ def test_nothing_is_fused_or_left_out(target):
         assert count(r"v_sqrt_f32\w*") == pairs
 
 
-# Of an element in buffered.h, with the update's three: a displacement taken back, decay, the step.
+# Of an element in buffered.h, with the update's three: a perturbation taken back, decay, the step.
 # (fma, products, sums, roots, quotients); common parts once.
 OF_A_RULE = {
     "adam": (4, 6, 1, 1, 1),

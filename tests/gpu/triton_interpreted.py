@@ -269,7 +269,7 @@ RULE_CASES = [
 
 
 def both_steps(plan: Plan, rule: str, kind: tuple[str, str], backend: str) -> None:
-    """A displacement, and an update that takes another one back."""
+    """A perturbation, and an update that takes another one back."""
     options = {"distribution": kind[0], "rounding": kind[1], "backend": backend}
     perturb_(plan, terms_of(rule), -RESTORE, **options)
     if RULES[rule].updates:
@@ -330,7 +330,7 @@ def test_four_at_once_where_weights_and_buffers_are_aligned(
             assert_same_bits(got, expected, (n, i))
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].bends])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].has_direction])
 def test_a_rule_out_of_place(guarded, rule):
     tensors, arguments = zoo(torch.bfloat16, guarded)
     plan, buffers = with_buffers(rule, tensors, arguments, torch.float32, guarded)

@@ -46,7 +46,7 @@ def with_buffers(rule, tensors, layout, dtype, make) -> tuple[Plan, list[list[to
 
 
 def run(rule, dtype, buffer_dtype, kind, backend, make):
-    """All tensors after a displacement and an update that takes another one back."""
+    """All tensors after a perturbation and an update that takes another one back."""
     distribution, rounding = kind
     tensors, layout = zoo(dtype, make)
     plan, buffers = with_buffers(rule, tensors, layout, buffer_dtype, make)
@@ -68,7 +68,7 @@ def by_reference(rule, dtype, buffer_dtype, kind):
 
 
 def by_the_formula(rule, theta, kept, u):
-    """(what is displaced along, step, what is kept afterwards) in float64, from the papers."""
+    """(the direction, the step, the buffers afterwards) in float64, from the papers."""
     n = NUMBERS[rule]
     if rule == "blend":
         return n[0] * u[0] + n[1] * u[1], None, []

@@ -929,7 +929,7 @@ def test_the_table_of_methods_says_how_each_ended():
 @needs_native
 @pytest.mark.parametrize("variant", python_part.VARIANTS)
 def test_pythons_part_is_a_step_without_the_compiled_code(variant, monkeypatch):
-    """Its calls are those of whole steps: two displacements and an update of all weights."""
+    """Its calls are those of whole steps: two perturbations and an update of all weights."""
     found = python_part.measure(3, variant, repeats=5)
     step, compiled, python = (torch.tensor(seconds) for seconds in found.values())
     assert len(step) == 5

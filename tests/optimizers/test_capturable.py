@@ -423,7 +423,7 @@ def test_a_closure_that_raises_leaves_no_trace_in_the_history():
     ends = []
     for failing in (False, True):
         model = make_model()
-        model[2].float()  # displaced and put back, float32 weights here come back to the bit or not
+        model[2].float()  # perturbed and put back, float32 weights here come back to the bit or not
         optimizer = make(model, True)
         for t in range(4):
             if failing and t == 2:

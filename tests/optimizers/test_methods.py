@@ -60,7 +60,7 @@ class Step(NamedTuple):
     roundings: float
     """So many units of ``size`` is what float32 may make of it, to first order."""
     reach: torch.Tensor
-    """How far the weights were displaced, in units of zo_eps."""
+    """How far the weights were perturbed, in units of zo_eps."""
 
 
 Rule = Callable[[int, list[float], list[Any], Z], Step]
@@ -467,7 +467,7 @@ def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
 
 @all_methods
 def test_passes_over_the_weights(name, monkeypatch):
-    """A displacement, or the way from one to the next, is one; and the update, which restores."""
+    """A perturbation, or the way from one to the next, is one; and the update, which restores."""
     scales = []
     run = adamezo.engine.perturb.inplace.run
 
@@ -663,7 +663,7 @@ def test_zo_adamu_updates_along_what_it_has_evaluated(perturbation):
 
 
 def test_helenes_labels_from_the_model():
-    """In the steps that update h, and only there, on the same displaced weights."""
+    """In the steps that update h, and only there, on the same perturbed weights."""
     model = Model()
     optimizer = make("HELENE", model, curvature="sampled")
     with pytest.raises(ValueError, match=r"expected step\(closure, sampled\)"):
@@ -946,7 +946,7 @@ def test_a_saved_state_goes_on_bit_for_bit(name, dtype):
 @pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.filterwarnings("ignore:the losses of a step")
 def test_records_replay_bit_for_bit(name, dtype, perturbation):
-    """Skipped and failed steps too, which displace 16-bit weights and leave a trace there."""
+    """Skipped and failed steps too, which perturb 16-bit weights and leave a trace there."""
     model = Model(dtype)
     replica = Model(dtype)
     optimizer = make(name, model, perturbation=perturbation)
@@ -967,7 +967,7 @@ def test_records_replay_bit_for_bit(name, dtype, perturbation):
         except KeyError:
             assert step == 9
     outcomes = [record.outcome for record in records]
-    # Where nothing was displaced a failed step has no record.
+    # Where nothing was perturbed a failed step has no record.
     assert outcomes.count("skipped") == 1
     assert outcomes.count("failed") == (perturbation == "inplace")
     for record in records:

@@ -325,7 +325,7 @@ def test_replaced_made_and_removed_ones_are_put_back_too():
         loss_of(once)()
     assert model._buffers.keys() == once._buffers.keys()
     for name, buffer in model._buffers.items():
-        if name != "average":  # that one is of the displaced weights
+        if name != "average":  # that one is of the perturbed weights
             assert torch.equal(buffer.to_dense(), once._buffers[name].to_dense()), name
     assert model.left.tolist() == [1, 1, 3, 3]
     assert not torch.equal(model.average, torch.zeros(3))
@@ -333,7 +333,7 @@ def test_replaced_made_and_removed_ones_are_put_back_too():
 
 @perturbations
 def test_a_buffer_over_the_memory_of_a_weight_is_the_weight(perturbation):
-    """To put it back would move the weight, which a step in place has displaced."""
+    """To put it back would move the weight, which a step in place has perturbed."""
     ends = []
     for alias in (False, True):
         model = built()

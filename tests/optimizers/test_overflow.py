@@ -1,4 +1,4 @@
-"""In-place displacements that would leave infinities in weights are refused, and no others."""
+"""In-place perturbations that would leave infinities in weights are refused, and no others."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_no_group_is_written_where_one_is_refused():
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_step_that_is_refused_when_it_has_begun_is_restored(rounding, tmp_path):
-    """After many displacements their roundings have used up the room, and a log knows."""
+    """After many perturbations their roundings have used up the room, and a log knows."""
     p = weights(torch.float16, 65504.0 - 10 - 16 * 16 - 22)
     start = {"layers.0.weight": p.detach().clone()}
     optimizer = make("MeZO", [p], 10.0, queries=40, rounding=rounding, distribution="rademacher")
@@ -228,7 +228,7 @@ def test_infinite_and_nan_weights_stay_what_they_are(dtype):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @all_types
 def test_whatever_is_not_refused_comes_back(dtype, rounding, backend):
-    """Weights up to their type's end, displacements around those that overflow."""
+    """Weights up to their type's end, perturbations around those that overflow."""
     generator = torch.Generator().manual_seed(3)
     outcomes = []
     for trial in range(100):
@@ -272,7 +272,7 @@ def test_below_half_a_unit_nothing_overflows(dtype):
     assert overflow_of._negligible(torch.float16) / overflow_of.LARGEST_Z["exact"] > 1.2
 
 
-def displaced(plan: Plan, direction, to: float) -> None:
+def perturb(plan: Plan, direction, to: float) -> None:
     InPlace([plan], ["nearest"], "exact", "reference").perturb(direction, to)
 
 
@@ -285,14 +285,14 @@ def test_hizoo_reaches_as_far_as_its_least_curvature():
         plan = Plan([weight], names=["w"]).with_buffers([[curvature]])
         if refused:
             with pytest.raises(ValueError, match="^w has numbers"):
-                displaced(plan, along, 0.3)
+                perturb(plan, along, 0.3)
         else:
-            displaced(plan, along, 0.3)  # 0.3 * 6.56 * 100 might overflow: it is looked up
+            perturb(plan, along, 0.3)  # 0.3 * 6.56 * 100 might overflow: it is looked up
             assert weight.isfinite().all()
     for wrong in (0.0, math.nan):
         curvature[7] = wrong
         with pytest.raises(ValueError, match="^w has numbers"):
-            displaced(plan, along, 0.3)
+            perturb(plan, along, 0.3)
 
 
 def test_adamu_reaches_as_far_as_its_moment(monkeypatch):
@@ -313,9 +313,9 @@ def test_adamu_reaches_as_far_as_its_moment(monkeypatch):
         looked.clear()
         if refused:
             with pytest.raises(ValueError, match="^w has numbers"):
-                displaced(plan, along, 0.1)
+                perturb(plan, along, 0.1)
         else:
-            displaced(plan, along, 0.1)
+            perturb(plan, along, 0.1)
         assert [t is m for t in looked] == [True, False][:seen]
 
 
@@ -339,14 +339,14 @@ def test_in_a_capture_nobody_looks(monkeypatch, unseen):
     monkeypatch.setattr(overflow_of, "capturing", lambda device: True)
     weight = weights(torch.float16, 1.0)
     plan = Plan([weight.detach()], names=["w"])
-    displaced(plan, PhiloxState(1, 2), 1.2)
+    perturb(plan, PhiloxState(1, 2), 1.2)
     before = weight.detach().clone()
     with pytest.raises(ValueError, match="^w would be perturbed.*in a capture.*smaller zo_eps"):
-        displaced(plan, PhiloxState(1, 2), 1.3)
+        perturb(plan, PhiloxState(1, 2), 1.3)
     assert_same_bits(weight.detach(), before)
 
 
-# --- types that have no displacement ------------------------------------------------------------
+# --- types that have no perturbation ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])

@@ -1,5 +1,5 @@
 """Exact perturbation: modules read theta + c z, bit for bit what moving theta would have shown,
-while theta is never written; and what cannot be shown displaced is refused by name."""
+while theta is never written; and what cannot be shown perturbed is refused by name."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_other_ways_to_read_a_weight(name):
 
 
 def test_one_direction_for_tied_weights():
-    """Were the tied weight displaced again inside the module that displaced it, or along a second
+    """Were the tied weight perturbed again inside the module that perturbed it, or along a second
     direction, the loss would be another."""
     model, run = built("shared module")
     optimizer = check(model, run)
@@ -778,7 +778,7 @@ def test_copies_that_are_let_out_are_not_overwritten():
 
 
 class Fails(nn.Module):
-    """Raises in its ``at``-th forward, while it and the module around it are displaced."""
+    """Raises in its ``at``-th forward, while it and the module around it are perturbed."""
 
     def __init__(self, error: type[BaseException], at: int) -> None:
         super().__init__()
@@ -817,7 +817,7 @@ def test_a_forward_that_raises(error, at, dtype):
 
 
 def test_an_exception_that_the_closure_catches():
-    """What the failed module had displaced is back before the closure goes on."""
+    """What the failed module had perturbed is back before the closure goes on."""
     model = nn.Sequential(nn.Linear(8, 8), Fails(LookupError, 10**9))
 
     def run(model: nn.Module) -> torch.Tensor:

@@ -81,7 +81,7 @@ def came_back(
     before: Sequence[Tensor], after: Sequence[Tensor], direction: int, exact: bool
 ) -> bool:
     """Whether weights are where they were: to the bit, or within three stores to nearest and one
-    of twice that error (stochastic), as they were displaced in place. Numbers stored are at most
+    of twice that error (stochastic), as they were perturbed in place. Numbers stored are at most
     |theta| + zo_eps |z|; the last 1 % is for the products of errors."""
     if exact:
         return same_bits(before, after)

@@ -176,10 +176,10 @@ class DeviceRule(DeviceGroup):
         super().__init__(group, terms, schedule)
         self._compute = compute
         self._newer = self.tensor(range(terms.horizon), torch.int64)
-        idle = RULES[terms.rule].idle
-        if idle is None:
+        noop = RULES[terms.rule].noop
+        if noop is None:
             raise ValueError(f"the rule {terms.rule!r} cannot leave a step out on a device")
-        self._idle = idle
+        self._noop = noop
 
     def advance(self, measured: Sequence[Tensor], counter: Tensor, finite: Tensor) -> None:
         sign = -1 if self.group["maximize"] else 1
@@ -188,8 +188,8 @@ class DeviceRule(DeviceGroup):
         for i, number in enumerate(numbers):
             if not isinstance(number, Tensor):
                 number = torch.full_like(p, number)
-            if i in self._idle:
-                number = number.masked_fill(finite.logical_not(), self._idle[i])
+            if i in self._noop:
+                number = number.masked_fill(finite.logical_not(), self._noop[i])
             self.terms.numbers[i].copy_(number)
         self.terms.counters.copy_(counter + self._newer)
         self.end_of_step(finite)
@@ -266,7 +266,7 @@ class DeviceNumbers:
         self.skipped = count(skipped)
         self._skipped_in_a_row = count(skipped_in_a_row)
         self._next = count(first.counter)
-        rule = rule if RULES[rule].bends else "moments"
+        rule = rule if RULES[rule].has_direction else "moments"
         self._directions = [
             Terms(first.key, rule=rule, device=setup.device) for _ in range(setup.directions)
         ]

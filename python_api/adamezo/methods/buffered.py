@@ -64,7 +64,7 @@ class Buffered(Method):
 
     def _direction(self, z: PhiloxState, options: dict[str, Any]) -> Direction:
         rule = RULES[self.rule]
-        if not rule.bends:
+        if not rule.has_direction:
             return z
         states = directions_from(z, rule.directions)
         return Terms.of(states, rule=self.rule, numbers=self._direction_numbers(z, options))
