@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: dict[str, Callable[..., int]] = {"finetune": _finetune, "replay": _replay}
     try:
         return run[chosen.pop("command")](**chosen)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"adamezo: {error}", file=sys.stderr)
         return 1
 

@@ -127,19 +127,26 @@ def write(kept: dict[str, Any], traces: dict[str, Any], directions: dict[str, st
     # Without a time, so that the same content is the same file.
     text = json.dumps(traces, separators=(",", ":")).encode()
     runs.TRACES.write_bytes(gzip.compress(text, mtime=0))
+    # States and logs that are there stay: they are of their time, former names of options included.
     for name, of in runs.STATES.items():
-        runs.state_file(name).parent.mkdir(exist_ok=True)
-        torch.save(runs.Run(runs.CASES[of]).to(runs.HALF).saved(), runs.state_file(name))
+        file = runs.state_file(name)
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            torch.save(runs.Run(runs.CASES[of]).to(runs.HALF).saved(), file)
     for name in runs.LOGS:
         file = runs.log_file(name)
         file.parent.mkdir(exist_ok=True)
-        file.unlink(missing_ok=True)
-        runs.write_log(name, file)
+        if not file.exists():
+            runs.write_log(name, file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--again", action="store_true", help="overwrite the files that are there")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="where files are there: write numbers anew, and states and logs that are missing",
+    )
     again = parser.parse_args().again
     if not again and runs.RUNS.exists():
         raise SystemExit(

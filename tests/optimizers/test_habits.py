@@ -18,7 +18,17 @@ from torch import nn
 
 import adamezo
 import adamezo.engine.optimizer
-from adamezo import HELENE, AdaMeZO, AdaZeta, HiZOO, MeZO, ZOAdam, ZOAdaMU, fused_adamezo_step
+from adamezo import (
+    HELENE,
+    AdaMeZO,
+    AdaZeta,
+    HiZOO,
+    MeZO,
+    ZOAdam,
+    ZOAdaMU,
+    check_closure,
+    fused_adamezo_step,
+)
 
 INPUTS = torch.linspace(-1, 1, 24).view(4, 6)
 
@@ -39,6 +49,16 @@ def copies(model: nn.Module) -> list[torch.Tensor]:
 
 def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_loss_in_the_place_of_a_closure():
+    model = make_model()
+    optimizer, before = AdaMeZO.for_model(model, lr=0.1), copies(model)
+    with pytest.raises(TypeError, match="step takes a closure.*got Tensor: pass a function"):
+        optimizer.step(loss_of(model)())
+    with pytest.raises(TypeError, match="in this order; got function and AdaMeZO"):
+        check_closure(loss_of(model), optimizer)
+    assert same(copies(model), before)
 
 
 # --- step() without a closure -------------------------------------------------------------------

@@ -309,9 +309,10 @@ def test_options_of_another_kind_are_refused(name):
             refused += 1
             with pytest.raises(ValueError, match=f"Invalid {option}: .*, expected "):
                 row.method(model.parameters(), **{"lr": row.lr, **row.options, option: value})
-            usual, group[option] = group[option], value
+            usual = group[option]
             if value == usual:  # as True is 1
                 continue
+            group[option] = value
             with pytest.raises(ValueError, match=rf"Invalid {option}: |must be the same in all"):
                 optimizer.step(loss_of(model))
             group[option] = usual

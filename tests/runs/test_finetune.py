@@ -280,6 +280,15 @@ def test_the_defaults_of_the_command_are_those_of_the_options(monkeypatch):
         (["--label-words", "positive"], "got 'positive', expected LABEL=WORD"),
         (["--held-out", "40"], "--held-out: got 40 of 40 rows"),
         (["--label-words", "negative=bad", "mixed=good"], "got the label 'positive', expected one"),
+        (
+            ["--label-words", "negative=horrible", "positive=good", "--held-out", "4"],
+            "'horrible': it is not in the model's vocabulary",
+        ),
+        (
+            ["--label-words", "negative=bad", "positive=good", "--held-out", "4", "--device", "cpu"]
+            + ["--distribution", "fast"],
+            "no backend has distribution 'fast' for tensors on cpu",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_of_text(

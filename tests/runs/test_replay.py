@@ -317,7 +317,7 @@ def test_another_base_is_refused(logged):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 8}, "group 0 had seed 7, here it is 8"),
+        ({"seed": 8}, r"group 0 had seed 7, here it is 8.*options of the log \(seed=7\)"),
         ({"betas": (0.5, 0.9)}, r"betas \[0\.7, 0\.9\], here it is \[0\.5, 0\.9\]"),
         ({"rounding": "nearest"}, "rounding 'stochastic'"),
         ({"distribution": "rademacher"}, "distribution"),
@@ -382,7 +382,7 @@ def test_two_writers_are_one_too_many(logged):
     with pytest.raises(LogError, match="has a recorder already"):
         StepLog.create(path.with_name("other"), optimizer)
     other = make_optimizer(small(), exact=False)
-    with pytest.raises(LogError, match="another process is writing this log"):
+    with pytest.raises(LogError, match="open for writing, in this process or another: close it"):
         StepLog.resume(path, other)
     with pytest.raises(FileExistsError, match="resume it, or name another file"):
         StepLog.create(path, other)

@@ -197,9 +197,11 @@ class OptimizerBase(torch.optim.Optimizer):
                 pairs = zip(names, group["params"], strict=True)
                 missing += [name for name, p in pairs if id(p) not in known]
         if missing:
+            more = f" and {len(missing) - 3} more" * (len(missing) > 3)
             raise ValueError(
-                f"the model has no {', '.join(missing)}: with perturbation='out_of_place' all "
-                "parameters of the optimizer must be the model's. Was another model given?"
+                f"the model has no {', '.join(missing[:3])}{more}: with "
+                "perturbation='out_of_place' all parameters of the optimizer must be the model's. "
+                "Was another model given?"
             )
         return model
 

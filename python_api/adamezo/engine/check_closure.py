@@ -56,6 +56,11 @@ def check_closure(
         ValueError: the losses differ; the message says by how much, what that does to the projected
             gradient, and what to look for. Two that are NaN do not differ.
     """
+    if not isinstance(optimizer, ZerothOrder) or not callable(closure):
+        raise TypeError(
+            "expected an optimizer of adamezo and a closure, in this order; got "
+            f"{type(optimizer).__name__} and {type(closure).__name__}"
+        )
     step = optimizer._begin(*optimizer._next_probes())
     weights = optimizer._perturbation(step)
     points = optimizer._points([(step.first, 0.0)] * 2, step.options)

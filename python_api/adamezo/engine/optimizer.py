@@ -120,6 +120,11 @@ class ZerothOrder(OptimizerBase):
             if self._has_gradients():
                 self._warn_once("gradients", notices.warn_of_gradients)
             return None
+        if not callable(closure):
+            raise TypeError(
+                f"step takes a closure that evaluates the loss, got {type(closure).__name__}: pass "
+                "a function without arguments, as a step evaluates the loss more than once"
+            )
         options, first, probes, device, trained, _ = step = self._begin(*self._next_probes())
         if not trained.trains:
             self._warn_once("nothing to train", notices.warn_of_nothing_to_train, self.param_groups)

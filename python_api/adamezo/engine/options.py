@@ -157,7 +157,7 @@ def check(options: dict[str, Any]) -> None:
     if not 0.0 <= options["weight_decay"] < math.inf:
         raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
     if not 0.0 < options["zo_eps"] < math.inf:
-        raise ValueError(f"Invalid zo_eps value: {options['zo_eps']}")
+        raise ValueError(f"Invalid zo_eps value: {options['zo_eps']}, expected a number above 0")
     for name, choices in (
         ("distribution", DISTRIBUTIONS),
         ("perturbation", PERTURBATIONS),

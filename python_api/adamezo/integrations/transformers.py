@@ -117,6 +117,11 @@ class LabelScorer:
                 f"{self.tokenizer.tokenize(word)} behind the prompt, expected exactly one; "
                 "choose a commoner word with --label-words LABEL=WORD"
             )
+        if after[-1] == self.tokenizer.unk_token_id:
+            raise ValueError(
+                f"label word {word.strip()!r}: it is not in the model's vocabulary; choose another "
+                "with --label-words LABEL=WORD"
+            )
         return int(after[-1])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

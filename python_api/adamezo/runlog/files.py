@@ -26,7 +26,10 @@ class LogFile:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 self.close()
-                raise LogError(f"{path}: another process is writing this log") from error
+                raise LogError(
+                    f"{path}: this log is open for writing, in this process or another: "
+                    "close it there first (`StepLog.close`, or the end of its `with`)"
+                ) from error
 
     @classmethod
     def create(cls, path: Path, data: bytes) -> LogFile:

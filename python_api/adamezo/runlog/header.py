@@ -120,7 +120,12 @@ def check_same(log: Header, now: Header) -> None:
     found = differences(log, now)
     if found:
         more = f"; and {len(found) - 3} more" * (len(found) > 3)
-        raise LogError(f"the log is of another run: {'; '.join(found[:3])}{more}")
+        raise LogError(
+            f"the log is of another run: {'; '.join(found[:3])}{more}. It continues with a new "
+            "optimizer that has taken no step, of the same named parameters at their base weights, "
+            f"with the options of the log (seed={log.groups[0].get('seed')}); another run needs a "
+            "log of its own"
+        )
 
 
 def optimizer_for(header: Header, tensors: Mapping[str, Tensor]) -> ZerothOrder:
