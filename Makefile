@@ -7,6 +7,7 @@
 #   WORKERS=2             processes that share the tests; as many as there are cores, if not given
 #   NVCC=pip              `make nvcc` with CUDA 13.0 from pip, for a machine without a toolkit
 #   PY=python             use this environment as it is: nothing is created or installed
+#   OUT=build/gpu         where `make gpu-check` leaves its logs and measurements
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,6 +15,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 WORKERS ?= auto
+OUT ?= build/gpu
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_TESTS = $(wildcard tests/contract/*.cpp)
@@ -126,9 +128,8 @@ wheel: $(READY) ## a wheel without CUDA, in build/wheel
 	ADAMEZO_CUDA=OFF $(PY) -m pip wheel -qq --no-deps --wheel-dir build/wheel .
 	@ls build/wheel
 
-gpu-check: $(READY) ## the tests that need a CUDA device; an error where there is none
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"gpu-check: torch {torch.__version__} sees no CUDA device, so no GPU test was run")'
-	$(PY) -m pytest -m gpu
+gpu-check: $(READY) ## build, test and time on a CUDA device, under ten minutes; an error where there is none
+	@$(PY) tests/gpu/check.py --output $(OUT)
 
 gpu-bench: $(READY) ## kernels and whole steps on a CUDA device, beside torch and the paper; CSV and plots
 	$(PY) -m benchmarks.step paper_gpu

@@ -1,7 +1,11 @@
-"""``python -m adamezo_kernels``: what can run here, and for the rest why not and what to do."""
+"""``python -m adamezo_kernels``: what can run here, and for the rest why not and what to do.
+
+``--require cuda triton`` ends with exit status 1 where one of the backends named cannot run.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 
@@ -35,5 +39,10 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    options = argparse.ArgumentParser(prog="python -m adamezo_kernels")
+    options.add_argument("--require", nargs="+", default=[], choices=BACKENDS, metavar="BACKEND")
+    required = options.parse_args().require
     print(report())
-    sys.exit(0)
+    missing = [name for name in required if not BACKENDS[name].availability()[0]]
+    if missing:
+        sys.exit(f"required and not able to run here: {', '.join(missing)} (reasons above)")

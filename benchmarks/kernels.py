@@ -98,7 +98,7 @@ def cpu_cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Cas
 
 def gpu_cases(backends: Sequence[str], *, quick: bool) -> Iterator[Case]:
     """All kinds of directions and roundings of each backend, and updates by rules with buffers."""
-    sizes = [10**n for n in ((6, 7) if quick else (6, 7, 8, 9))]
+    sizes = [10**n for n in ((7, 8) if quick else (6, 7, 8, 9))]
     columns = [
         Column(
             f"{kind}, {rounding}" + ", Triton" * (backend == "triton"),

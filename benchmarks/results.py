@@ -245,9 +245,14 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """The short commit, with a + where the tree differs from it; empty outside git."""
+    """The short commit, with a + where the tree differs from it; empty outside git, where
+    ADAMEZO_COMMIT may name it: a device's machine may be given the tree alone."""
+    if named := os.environ.get("ADAMEZO_COMMIT"):
+        return named
     # Results are what a benchmark writes: they do not make the code measured a different one.
     status = ["status", "--porcelain", "--", "..", ":!results", ":!../docs"]
+    if shutil.which("git") is None:
+        return ""
     found = [
         subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True)
         for words in (["rev-parse", "--short", "HEAD"], status)

@@ -351,11 +351,12 @@ def test_a_side_stream_is_kept_to():
     side = torch.cuda.Stream()
     device = torch.zeros(1 << 20, device="cuda")
     source = host.cuda()
+    plan = Plan([device])
+    update(plan, 3, True, "cuda")  # loads the kernel, which waits for the device
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(500_000_000)
         device.copy_(source)
-        plan = Plan([device])
         update(plan, 3, True, "cuda")
         assert not side.query(), "the call waited for the device"
     side.synchronize()
@@ -393,6 +394,8 @@ def test_compute_sanitizer_finds_nothing(tool):
     )
     if sanitizer is None:
         pytest.skip("no compute-sanitizer on PATH or in /usr/local/cuda")
+    # torch asks for what may not be there and goes on: those calls are no faults of a kernel.
+    command = [sanitizer, "--report-api-errors", "no"]
     code = """
 import itertools, torch
 from adamezo_kernels import RULES, PhiloxState, Plan, Terms, moments, perturb_, sample_, update_
@@ -421,7 +424,7 @@ for dtype, distribution, rounding in kinds:
 torch.cuda.synchronize()
 """
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        [*command, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
         capture_output=True,
         text=True,
         # Suballocations of one block would hide what is out of bounds or not initialized.

@@ -403,7 +403,7 @@ class TestOnAGpu:
         update_(Plan([device]), states(3), *sums, lr=0.0, backend="triton")  # compiles
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
-            torch.cuda._sleep(50_000_000)
+            torch.cuda._sleep(500_000_000)
             device.copy_(source)
             update_(Plan([device]), states(3), *sums, lr=3e-3, backend="triton")
             assert not side.query(), "the call waited for the device"
