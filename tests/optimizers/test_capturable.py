@@ -527,7 +527,8 @@ def test_what_a_graph_uses_outlives_the_layout(case):
     for disturbed in (False, True):
         model = make_model("cuda")
         optimizer = make(model, True, case)
-        graph = captured(optimizer, closure_of(model))
+        closure = closure_of(model)  # its batch is the caller's to keep alive, as with any graph
+        graph = captured(optimizer, closure)
         if disturbed:
             state = optimizer.state_dict()
             with pytest.raises(RuntimeError, match="captured a step.*new optimizer"):
