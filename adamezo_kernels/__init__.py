@@ -7,7 +7,7 @@ from .call import Call
 from .ops import moments, perturb_, run, sample_, update_, update_terms_
 from .plan import Plan, Segment, Shard
 from .rules import RULES
-from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState
+from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState, kind_of
 from .terms import Direction, Terms
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Segment",
     "Shard",
     "Terms",
+    "kind_of",
     "moments",
     "perturb_",
     "run",

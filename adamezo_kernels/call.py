@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .float32 import FLOAT32_MAX
 from .plan import Plan
-from .stream import DISTRIBUTIONS, ROUNDINGS
+from .stream import LARGEST_FACTOR, ROUNDINGS, kind_of
 from .terms import OPERATIONS, RULES, Terms
 
 _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
@@ -40,13 +40,15 @@ class Call:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be an adamezo_kernels.Plan, got {type(plan).__name__}")
         check_choice("operation", self.operation, OPERATIONS)
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        name, _ = kind_of(self.distribution)
         check_choice("rounding", self.rounding, ROUNDINGS)
         fields = vars(self)  # as the record is frozen
         fields["scale"] = self._checked_scale(self.scale)
         fields["eps"] = checked_number("eps", self.eps)
         if self.operation != "perturb":
             check_in_place(plan)
+        if name == "lowrank":
+            plan.check_matrices()
         fields["terms"] = self._checked_terms(self.terms)
 
     def vary(self, *, terms: Terms | None = None, scale: float | None = None) -> Call:
@@ -80,6 +82,12 @@ class Call:
             raise ValueError(
                 f"PhiloxState.offset {terms.offset} leads to element indices beyond 2**63, as the "
                 f"plan's element indices reach {plan.last_index}"
+            )
+        if self.distribution.startswith("lowrank") and terms.offset > plan.largest_matrix_offset:
+            raise ValueError(
+                f"PhiloxState.offset {terms.offset} leads to rows beyond {LARGEST_FACTOR:,}, the "
+                "most that low-rank directions have: expected an offset of at most "
+                f"{plan.largest_matrix_offset}"
             )
         if not terms.words.is_cpu and plan.devices != {terms.words.device}:
             where = terms.words.device

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .staging import Batch, Staging
+from .stream import LARGEST_FACTOR
 
 ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The element types of weights. The index of a type is its number in csrc/adamezo/rounding.h."""
@@ -48,6 +49,9 @@ class Shard(NamedTuple):
     offset: int = 0
     rows: int = 1
     stride: int = 0
+    columns: int | None = None
+    """The elements of the whole parameter for each index of its first dimension; 0 where it has
+    one dimension. Only ``lowrank`` directions need it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class Segment:
     """The tensor that is read: the one written, or another one (:meth:`Plan.into`)."""
     source_stride: int
     """Elements in memory from one row of the source to the next."""
+    columns: int = 0
+    """Elements of the whole parameter for each index of its first dimension; 0 where it has one
+    dimension, -1 where its shard does not say."""
     buffers: tuple[Tensor, ...] = ()
     """The buffers of a rule, an element for each weight (:meth:`Plan.with_buffers`)."""
     staged: bool = False
@@ -130,7 +137,7 @@ class Launch:
 
     @cached_property
     def table(self) -> Tensor:
-        """int64 of shape (segments, 12), on the host: the columns of csrc/adamezo/segment.h."""
+        """int64 of shape (segments, 13), on the host: the columns of csrc/adamezo/segment.h."""
         rows, first = [], 0
         for s in self.segments:
             addresses = (s.tensor.data_ptr(), s.source.data_ptr())
@@ -138,9 +145,9 @@ class Launch:
             index = (s.index_offset, s.index_stride, s.parameter)
             buffers = [buffer.data_ptr() for buffer in s.buffers]
             buffers += [0] * (MAX_BUFFERS - len(buffers))
-            rows.append((*addresses, *layout, *index, *buffers, first))
+            rows.append((*addresses, *layout, *index, *buffers, first, s.columns))
             first += s.elements
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 10 + MAX_BUFFERS)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 11 + MAX_BUFFERS)
 
 
 class Plan:
@@ -190,7 +197,7 @@ class Plan:
             if len(values) != count:
                 raise ValueError(f"got {len(values)} {argument} for {count} tensors")
         self.segments = tuple(
-            _segment(tensor, parameter, shard or Shard(rows=1), name)
+            _segment(tensor, parameter, shard, name)
             for tensor, parameter, shard, name in zip(
                 tensors, parameters, shards, self.names, strict=True
             )
@@ -203,7 +210,10 @@ class Plan:
         return Plan(
             tensors,
             parameters=[s.parameter for s in self.segments],
-            shards=[Shard(s.index_offset, s.rows, s.index_stride) for s in self.segments],
+            shards=[
+                Shard(s.index_offset, s.rows, s.index_stride, None if s.columns < 0 else s.columns)
+                for s in self.segments
+            ],
             names=self.names,
         )
 
@@ -308,6 +318,28 @@ class Plan:
         return max((segment.last_index for segment in self.segments), default=0)
 
     @cached_property
+    def largest_matrix_offset(self) -> int:
+        """The largest PhiloxState.offset with which no row number reaches LARGEST_FACTOR."""
+        limits = (
+            s.columns * LARGEST_FACTOR - 1 - s.last_index for s in self.segments if s.columns > 0
+        )
+        return min(limits, default=_MAX_INDEX)
+
+    def check_matrices(self) -> None:
+        """Raises ValueError where a tensor has no ``lowrank`` direction."""
+        for segment, name in zip(self.segments, self.names, strict=True):
+            if segment.columns < 0:
+                raise ValueError(
+                    f"{name} is a piece of a parameter of unknown shape, and low-rank directions "
+                    "belong to its rows and columns: expected a Shard with `columns`"
+                )
+            if segment.columns > LARGEST_FACTOR:
+                raise ValueError(
+                    f"{name} has rows of {segment.columns:,} elements, and low-rank directions at "
+                    f"most {LARGEST_FACTOR:,}: take another distribution"
+                )
+
+    @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
         return frozenset(segment.tensor.dtype for segment in self.segments)
 
@@ -338,15 +370,19 @@ class Plan:
         )
 
 
-def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment:
+def _segment(tensor: Tensor, parameter: int, shard: Shard | None, name: str) -> Segment:
     _check_tensor(tensor, name)
+    if shard is None:
+        matrix = tensor.dim() > 1 and tensor.numel() > 0
+        shard = Shard(columns=tensor.numel() // tensor.shape[0] if matrix else 0)
     if not isinstance(parameter, int) or not 0 <= parameter < MAX_PARAMETERS:
         raise ValueError(f"{name}: the parameter index must be in [0, 2**24), got {parameter!r}")
     elements = tensor.numel()
-    if shard.rows < 1 or elements % shard.rows or shard.offset < 0 or shard.stride < 0:
+    least = min(shard.offset, shard.stride, shard.columns or 0)
+    if shard.rows < 1 or elements % shard.rows or least < 0:
         raise ValueError(f"{name}: {elements} elements cannot be laid out as {shard}")
     if elements == 0:
-        shard = Shard()  # an empty shard's numbers may be beyond all limits
+        shard = Shard(columns=0)  # an empty shard's numbers may be beyond all limits
     found = _rows_in_memory(tensor.shape, tensor.stride())
     if found is None and _overlaps(tensor):
         raise ValueError(
@@ -369,6 +405,7 @@ def _segment(tensor: Tensor, parameter: int, shard: Shard, name: str) -> Segment
         index_stride=row_length if shard.rows == 1 else shard.stride,
         source=tensor,
         source_stride=stride,
+        columns=-1 if shard.columns is None else shard.columns,
     )
     if shard.rows not in (1, rows):
         # The rows in memory are not those of the shard.

@@ -8,13 +8,25 @@ STREAM_VERSION = 1
 """Version of the mapping from (seed, direction, parameter, element) to bits. A change of one
 bit of any direction must change this number: saved runs name it."""
 
-DISTRIBUTIONS = ("exact", "fast", "rademacher")
+DISTRIBUTIONS = ("exact", "fast", "rademacher", "lowrank")
 """The distributions of directions, each a stream of its own: a run uses one for all its steps.
 
 ``exact``: standard normals with the same bits on every device. ``fast``: nearly the same normals
 in fewer instructions, on CUDA devices only, with bits that are a device's own. ``rademacher``:
-signs, +1 or -1, with the same bits on every device.
+signs, +1 or -1, with the same bits on every device. ``lowrank``: of a parameter seen as a matrix,
+the outer product of one normal vector for its rows and one for its columns; ``"lowrank:4"`` is a
+sum of four of them, divided by 2. Parameters of one dimension have exact normals. The bits are the
+same on every device.
 """
+
+LARGEST_RANK = 64
+"""The largest rank of a low-rank direction: kLargestRank of csrc/adamezo/low_rank.h."""
+
+NAMES_OF_DISTRIBUTIONS = f"{DISTRIBUTIONS} or 'lowrank:2' to 'lowrank:{LARGEST_RANK}'"
+"""The names that :func:`kind_of` takes, for messages."""
+
+LARGEST_FACTOR = 2**34
+"""The largest number of rows, and of columns, of a parameter with low-rank directions."""
 
 ROUNDINGS = ("nearest", "stochastic")
 """How a store to 16 bits rounds. ``stochastic`` rounds up with the probability of the fraction that
@@ -38,6 +50,22 @@ class PhiloxState(NamedTuple):
     """The 32-bit index of the direction: directions of a run are counted as they are drawn."""
     offset: int = 0
     """The first element: added to every element index."""
+
+
+def kind_of(distribution: str) -> tuple[str, int]:
+    """The name in DISTRIBUTIONS and the rank of a distribution; the rank is 1 if none is given.
+
+    Raises:
+        ValueError: there is no such distribution.
+    """
+    if distribution in DISTRIBUTIONS:
+        return distribution, 1
+    if isinstance(distribution, str):
+        name, _, rank = distribution.partition(":")
+        # "lowrank:1" and "lowrank:04" would be second names for the same directions.
+        if name == "lowrank" and rank in map(str, range(2, LARGEST_RANK + 1)):
+            return name, int(rank)
+    raise ValueError(f"distribution must be one of {NAMES_OF_DISTRIBUTIONS}, got {distribution!r}")
 
 
 _BITS = (("key", 64), ("counter", 32), ("offset", 63))

@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <string>
 #include <vector>
 
+#include "adamezo/low_rank.h"
 #include "cpu/dispatch.h"
 #include "cuda/launch.h"
 #if defined(ADAMEZO_WITH_CUDA)
@@ -20,12 +22,14 @@ namespace {
 
 PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 
-// The table (rows of twelve int64, as in adamezo/segment.h) and the words of
+// The table (rows of thirteen int64, as in adamezo/segment.h) and the words of
 // adamezo_kernels/terms.py are in the memory of the host or device that runs the kernel.
-Job make_job(int operation, int distribution, uint64_t table, int64_t segments, int64_t elements,
-             int type, uint64_t seed, uint64_t offset, uint64_t words, int64_t horizon,
-             bool with_second, int rule, int buffer_type, double scale, double eps, int rounding) {
+Job make_job(int operation, int distribution, int64_t rank, uint64_t table, int64_t segments,
+             int64_t elements, int type, uint64_t seed, uint64_t offset, uint64_t words,
+             int64_t horizon, bool with_second, int rule, int buffer_type, double scale, double eps,
+             int rounding) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
+  if (rank < 1 || rank > kLargestRank) throw std::invalid_argument("the rank is out of range");
   if (rule != kMoments && !with_rule(rule, [](auto) {}))
     throw std::invalid_argument("no such rule: is the compiled module older than its Python side?");
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
@@ -33,6 +37,8 @@ Job make_job(int operation, int distribution, uint64_t table, int64_t segments, 
   Job job{};
   job.operation = Operation(operation);
   job.distribution = Distribution(distribution);
+  job.rank = rank;
+  job.row_scale = float(1.0 / std::sqrt(double(rank)));
   job.segments = reinterpret_cast<const Segment*>(table);
   job.segment_count = segments;
   job.elements = elements;
@@ -94,11 +100,12 @@ PYBIND11_MODULE(_native, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   const auto job = py::arg("job");
-  py::class_<Job>(m, "Job").def(
-      py::init(&make_job), py::arg("operation"), py::arg("distribution"), py::arg("table"),
-      py::arg("segments"), py::arg("elements"), py::arg("type"), py::arg("seed"), py::arg("offset"),
-      py::arg("words"), py::arg("horizon"), py::arg("with_second"), py::arg("rule"),
-      py::arg("buffer_type"), py::arg("scale"), py::arg("eps"), py::arg("rounding"));
+  py::class_<Job>(m, "Job").def(py::init(&make_job), py::arg("operation"), py::arg("distribution"),
+                                py::arg("rank"), py::arg("table"), py::arg("segments"),
+                                py::arg("elements"), py::arg("type"), py::arg("seed"),
+                                py::arg("offset"), py::arg("words"), py::arg("horizon"),
+                                py::arg("with_second"), py::arg("rule"), py::arg("buffer_type"),
+                                py::arg("scale"), py::arg("eps"), py::arg("rounding"));
   m.def("run", &run, "On this machine's CPU.", job, py::arg("isa"), py::arg("threads"), unlocked);
 
   m.def("philox", &philox, "Philox4x32 as published: the four output words.", py::arg("counter"),

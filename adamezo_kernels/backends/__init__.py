@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ..call import Call
+from ..stream import kind_of
 from . import cuda, native, reference, triton
 
 
@@ -71,7 +72,7 @@ def choose(
             f"backend {backend.NAME!r} does not support tensors on {_text(devices)}; pass no "
             "name to use the best backend that does"
         )
-    if distribution not in backend.DISTRIBUTIONS:
+    if kind_of(distribution)[0] not in backend.DISTRIBUTIONS:
         raise RuntimeError(
             f"backend {backend.NAME!r} has no distribution {distribution!r}, expected one of "
             f"{', '.join(backend.DISTRIBUTIONS)}"
@@ -86,12 +87,12 @@ def _best(devices: frozenset[torch.device], distribution: str) -> Backend:
             f"the tensors are on {found}, expected devices of one type: make a Plan for the "
             "tensors of each type, or move the odd ones"
         )
-    reasons = []
+    reasons, (kind, _) = [], kind_of(distribution)
     for backend in BACKENDS.values():
         if not _supports(backend, devices):
             continue
         available, reason = backend.availability()
-        if available and distribution in backend.DISTRIBUTIONS:
+        if available and kind in backend.DISTRIBUTIONS:
             return backend
         takes = f"{backend.NAME} has {', '.join(backend.DISTRIBUTIONS)}"
         reasons.append(takes if available else f"{takes}, and cannot run: {reason}")

@@ -461,7 +461,7 @@ def run(
     """Runs one window.
 
     Args:
-        table: int64 [segments, 12], the columns of csrc/adamezo/segment.h, but the last: the number
+        table: int64 [segments, 13], the columns of csrc/adamezo/segment.h, but `first`: the number
             of windows of all segments before this one.
         words: the words of adamezo_kernels.terms.Terms.
         offset: added to every element index.
@@ -482,10 +482,10 @@ def run(
     behind = segments
     while behind - segment > 1:
         middle = (segment + behind) // 2
-        before = tl.load(table + middle * 12 + 11) <= program
+        before = tl.load(table + middle * 13 + 11) <= program
         segment = tl.where(before, middle, segment)
         behind = tl.where(before, behind, middle)
-    table += segment * 12
+    table += segment * 13
     address = tl.load(table)
     source = tl.load(table + 1)
     row_length = tl.load(table + 3)

@@ -14,7 +14,7 @@ from torch import Tensor  # before _native: both then share torch's OpenMP runti
 from ..call import Call
 from ..plan import Launch
 from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
-from ..stream import ROUNDINGS
+from ..stream import ROUNDINGS, kind_of
 from ..terms import OPERATIONS, RULES
 
 try:
@@ -34,7 +34,7 @@ NAME = "native"
 compiled: Any = _native
 """The compiled module, for the backend that shares it; None where it cannot be imported."""
 
-DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher", "lowrank")
 
 _RULES = {name: place for place, name in enumerate(RULES)}
 
@@ -108,10 +108,12 @@ def job(call: Call, launch: Launch, table: Tensor, words: Tensor) -> Any:
     device that runs it."""
     terms = call.terms
     segments, elements, dtype, buffer_dtype = launch.kind
-    # Positional: the names of sixteen arguments cost as much as a kernel of a few hundred elements.
+    distribution, rank = kind_of(call.distribution)
+    # Positional: the names of so many arguments cost as much as a kernel of a few hundred elements.
     return compiled.Job(
         OPERATIONS.index(call.operation),
-        ALL_DISTRIBUTIONS.index(call.distribution),
+        ALL_DISTRIBUTIONS.index(distribution),
+        rank,
         table.data_ptr(),
         segments,
         elements,

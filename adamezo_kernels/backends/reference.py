@@ -11,6 +11,7 @@ on unsigned 32-bit integers.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from .. import rules
 from ..float32 import fma, mul, sqrt, to_float32
 from ..rules import RULES
+from ..stream import kind_of
 from ..terms import OPERATIONS
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "reference"
 
-DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher", "lowrank")
 
 CHUNK = 2**16
 """The number of elements processed at a time. The temporaries of one chunk are about 16 float64
@@ -41,6 +43,8 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PURPOSE_DIRECTION = 0
 PURPOSE_ROUNDING = 1
 PURPOSE_BUFFER = 2  # of the first buffer; the second has 3
+PURPOSE_ROW = 4
+PURPOSE_COLUMN = 5
 
 _WORD = 0xFFFFFFFF
 
@@ -244,6 +248,48 @@ def rademacher_direction(
     return (1 - 2 * ((word >> (index & 31)) & 1)).float()
 
 
+def lowrank_direction(
+    index_offset: int,
+    index_stride: int,
+    rows: int,
+    row_length: int,
+    *,
+    columns: int,
+    rank: int = 1,
+    key: int,
+    direction: int,
+    parameter: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """``sum_q u_q[i] v_q[j]`` for q < rank, with the arguments of :func:`exact_direction`.
+
+    ``(i, j)`` is the place of an element in the parameter seen as a matrix with ``columns``
+    columns. The first term is a product, the others are added by fma in the order of q. Element e
+    of a factor is output e % 4 of the normals of the call whose low block word is e // 4 and whose
+    high one is q, with a purpose for u and one for v; u is multiplied by 1 / sqrt(rank), rounded to
+    float32, where rank is not 1.
+    """
+    row = index_offset + index_stride * torch.arange(rows, dtype=torch.int64, device=device)
+    index = row[:, None] + torch.arange(row_length, dtype=torch.int64, device=device)
+    i, of_i = torch.unique(index // columns, return_inverse=True)
+    j, of_j = torch.unique(index % columns, return_inverse=True)
+
+    def factor(elements: Tensor, purpose: int, q: int) -> Tensor:
+        words = philox4x32(elements >> 2, q, direction, parameter | purpose << 24, key)
+        normals = torch.stack(_normals(cast(Words, words)))
+        return normals.gather(0, (elements & 3)[None])[0]
+
+    scale = to_float32(1.0 / math.sqrt(rank))
+    z: Tensor | None = None
+    for q in range(rank):
+        u, v = factor(i, PURPOSE_ROW, q), factor(j, PURPOSE_COLUMN, q)
+        if rank > 1:
+            u = mul(u, scale)
+        z = mul(u[of_i], v[of_j]) if z is None else fma(u[of_i], v[of_j], z)
+    assert z is not None
+    return z
+
+
 _DIRECTIONS: dict[str, Callable[..., Tensor]] = {
     "exact": exact_direction,
     "rademacher": rademacher_direction,
@@ -320,7 +366,13 @@ def _source(segment: Segment) -> Tensor:
 def _direction(
     segment: Segment, state: PhiloxState, chunk: tuple[slice, slice], distribution: str
 ) -> Tensor:
-    return _elements(_DIRECTIONS[distribution], segment, state, chunk)
+    name, rank = kind_of(distribution)
+    if name != "lowrank":
+        return _elements(_DIRECTIONS[name], segment, state, chunk)
+    if not segment.columns:  # one dimension
+        return _elements(exact_direction, segment, state, chunk)
+    columns = segment.columns
+    return _elements(lowrank_direction, segment, state, chunk, columns=columns, rank=rank)
 
 
 def _elements(

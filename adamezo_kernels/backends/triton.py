@@ -61,7 +61,7 @@ MOST_PROGRAMS = 2**23
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FIRST = 11  # the last column of the table
+_FIRST = 11  # the column of the table that counts the elements before a segment
 
 
 # --- whether it can run ---------------------------------------------------------------------------
@@ -233,9 +233,9 @@ def window_of(operation: str, rule: str) -> int:
 def table_of(launch: Launch, window: int) -> tuple[Tensor, int]:
     """The kernel's table of segments on the host, and their number of windows of that size.
 
-    It is the launch's table, but the last column counts windows instead of elements. Where a window
-    begins depends on the call's offset, so a row counts the most windows that its length can need;
-    the program of a window without elements ends at once.
+    It is the launch's table, but the column `first` counts windows instead of elements. Where a
+    window begins depends on the call's offset, so a row counts the most windows that its length can
+    need; the program of a window without elements ends at once.
     """
     table = launch.table.clone()
     windows = 0

@@ -6,7 +6,7 @@
 
 namespace adamezo {
 
-// Twelve 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
+// Thirteen 64-bit fields: the Python side writes the table as an int64 matrix with these columns.
 struct Segment {
   uint64_t address;       // of the first element
   uint64_t source;        // of the first element that is read: equal to `address` in place
@@ -19,8 +19,9 @@ struct Segment {
   int64_t parameter;      // 24-bit index of the parameter
   uint64_t buffers[2];    // of the first element of each buffer, in row-major order (buffered.h)
   int64_t first;          // elements of all segments before this one
+  int64_t columns;        // of the whole parameter as a matrix; 0 where it has one dimension
 };
-static_assert(sizeof(Segment) == 96, "the Python side writes twelve int64 columns");
+static_assert(sizeof(Segment) == 104, "the Python side writes thirteen int64 columns");
 
 // Consecutive elements of one segment: consecutive in memory and in the parameter.
 struct Run {
@@ -57,21 +58,38 @@ ADAMEZO_HD Run run_at(const Segment* segments, int64_t s, int64_t position, int6
           in_row < left ? in_row : left};
 }
 
+// Calls visit(s, position, stop) for the part of each segment that is in the elements [begin, end)
+// of the concatenated segments: its elements from `position` to `stop`, counted row by row.
+template <class Visit>
+ADAMEZO_HD void for_each_part(const Segment* segments, int64_t count, int64_t begin, int64_t end,
+                              Visit&& visit) {
+  for (int64_t s = segment_at(segments, count, begin); s < count && segments[s].first < end; ++s) {
+    const Segment& segment = segments[s];
+    const int64_t size = segment.rows * segment.row_length;
+    const int64_t position = begin > segment.first ? begin - segment.first : 0;
+    const int64_t stop = end - segment.first < size ? end - segment.first : size;
+    visit(s, position, stop);
+  }
+}
+
+// Calls visit(run) for the elements of segment `s` from `position` to `stop`.
+template <class Visit>
+ADAMEZO_HD void for_each_run_of(const Segment* segments, int64_t s, int64_t position, int64_t stop,
+                                Visit&& visit) {
+  while (position < stop) {
+    const Run run = run_at(segments, s, position, stop);
+    visit(run);
+    position += run.count;
+  }
+}
+
 // Calls visit(run) for the elements [begin, end) of the concatenated segments.
 template <class Visit>
 ADAMEZO_HD void for_each_run(const Segment* segments, int64_t count, int64_t begin, int64_t end,
                              Visit&& visit) {
-  for (int64_t s = segment_at(segments, count, begin); s < count && segments[s].first < end; ++s) {
-    const Segment& segment = segments[s];
-    const int64_t size = segment.rows * segment.row_length;
-    int64_t position = begin > segment.first ? begin - segment.first : 0;
-    const int64_t stop = end - segment.first < size ? end - segment.first : size;
-    while (position < stop) {
-      const Run run = run_at(segments, s, position, stop);
-      visit(run);
-      position += run.count;
-    }
-  }
+  for_each_part(segments, count, begin, end, [&](int64_t s, int64_t position, int64_t stop) {
+    for_each_run_of(segments, s, position, stop, visit);
+  });
 }
 
 }  // namespace adamezo

@@ -59,19 +59,30 @@ ADAMEZO_HD void for_each_group(Span<T> span, Visit visit) {
   }
 }
 
-// A worker's share as spans: calls visit(span). The streams in `scratch` are then those of the
-// span's high block word; D is a kind of directions, see below.
-template <class D, class T, class Visit>
-ADAMEZO_HD void for_each_span(const Job& job, const Scratch& scratch, int64_t worker,
-                              int64_t workers, Visit visit) {
+// The elements [begin, end) of the concatenated segments that are a worker's.
+struct Share {
+  int64_t begin, end;
+};
+ADAMEZO_HD Share share_of(const Job& job, int64_t worker, int64_t workers) {
   const int64_t share = job.elements / workers, rest = job.elements % workers;
   const int64_t begin = share * worker + (worker < rest ? worker : rest);
-  const int64_t end = begin + share + (worker < rest ? 1 : 0);
-  // The elements of 2^32 blocks of rounding words; a direction's high word changes no more often.
-  constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;
+  return {begin, begin + share + (worker < rest ? 1 : 0)};
+}
+
+// Cuts runs into spans. The streams in `scratch` are those of the span's high block word; D is a
+// kind of directions, see below.
+template <class D, class T>
+struct Spans {
+  const Job& job;
+  const Scratch& scratch;
   uint64_t high = ~uint64_t(0);
   PhiloxStream rounding{};
-  for_each_run(job.segments, job.segment_count, begin, end, [&](const Run& run) {
+
+  // Calls visit(span) for the elements of a run.
+  template <class Visit>
+  ADAMEZO_HD void cut(const Run& run, Visit visit) {
+    // The elements of 2^32 blocks of rounding words; a direction's high word changes no more often.
+    constexpr uint64_t kElementsPerHigh = uint64_t(1) << 34;
     const Segment& segment = job.segments[run.segment];
     const T* from = reinterpret_cast<const T*>(segment.source) + run.source;
     T* to = reinterpret_cast<T*>(segment.address) + run.memory;
@@ -91,7 +102,17 @@ ADAMEZO_HD void for_each_span(const Job& job, const Scratch& scratch, int64_t wo
                     rounding});
       from += count, to += count, index += uint64_t(count), position += count, left -= count;
     }
-  });
+  }
+};
+
+// A worker's share as spans: calls visit(span).
+template <class D, class T, class Visit>
+ADAMEZO_HD void for_each_span(const Job& job, const Scratch& scratch, int64_t worker,
+                              int64_t workers, Visit visit) {
+  const Share share = share_of(job, worker, workers);
+  Spans<D, T> spans{job, scratch};
+  for_each_run(job.segments, job.segment_count, share.begin, share.end,
+               [&](const Run& run) { spans.cut(run, visit); });
 }
 
 template <class L>
@@ -150,33 +171,38 @@ struct Exact {
     });
   }
 
-  // The words of the next direction, or of the next group's first one, go through their rounds
-  // beside each direction's normals.
   template <class T, int kCount, class Use>
   static ADAMEZO_HD void along_each(const Job& job, const Scratch& scratch, int64_t worker,
                                     int64_t workers, Use use) {
     for_each_span<Exact, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
-      PhiloxStream streams[kCount];
-      for (int k = 0; k < kCount; ++k) streams[k] = scratch.streams[k];
-      const uint32_t parameter = span.parameter;
-      const auto begin = [&](uint64_t block, int k) ADAMEZO_INLINE_LAMBDA {
-        return philox_begin<L>(group_for<L>(Purpose::kDirection, job, block, parameter),
-                               streams[k]);
-      };
-      auto call = begin(span.index / kGroup<L> * L::kWidth, 0);
-      philox_finish<L>(call, job.key);
-      for_each_group<L, T>(span, [&](const Group<T>& group) {
-        typename L::F z[kCount][4];
-        for (int k = 0; k < kCount; ++k) {
-          typename L::I x[4];
-          call_words<L>(call, x);
-          const bool last = k + 1 == kCount;
-          call = begin(last ? group.block + L::kWidth : group.block, last ? 0 : k + 1);
-          normals_beside(call, job.key, x, z[k]);
-          L::natural(z[k]);
-        }
-        use(span, group, z);
-      });
+      along_each_of<T, kCount>(job, scratch, span, use);
+    });
+  }
+
+  // The words of the next direction, or of the next group's first one, go through their rounds
+  // beside each direction's normals.
+  template <class T, int kCount, class Use>
+  static ADAMEZO_HD void along_each_of(const Job& job, const Scratch& scratch, const Span<T>& span,
+                                       Use use) {
+    PhiloxStream streams[kCount];
+    for (int k = 0; k < kCount; ++k) streams[k] = scratch.streams[k];
+    const uint32_t parameter = span.parameter;
+    const auto begin = [&](uint64_t block, int k) ADAMEZO_INLINE_LAMBDA {
+      return philox_begin<L>(group_for<L>(Purpose::kDirection, job, block, parameter), streams[k]);
+    };
+    auto call = begin(span.index / kGroup<L> * L::kWidth, 0);
+    philox_finish<L>(call, job.key);
+    for_each_group<L, T>(span, [&](const Group<T>& group) {
+      typename L::F z[kCount][4];
+      for (int k = 0; k < kCount; ++k) {
+        typename L::I x[4];
+        call_words<L>(call, x);
+        const bool last = k + 1 == kCount;
+        call = begin(last ? group.block + L::kWidth : group.block, last ? 0 : k + 1);
+        normals_beside(call, job.key, x, z[k]);
+        L::natural(z[k]);
+      }
+      use(span, group, z);
     });
   }
 
@@ -184,25 +210,31 @@ struct Exact {
   static ADAMEZO_HD void along_directions(const Job& job, const Scratch& scratch, int64_t worker,
                                           int64_t workers, Newest newest, All all) {
     for_each_span<Exact, T>(job, scratch, worker, workers, [&](const Span<T>& span) {
-      for_each_group<L, T>(span, [&](const Group<T>& group) {
-        const auto blocks = group_for<L>(Purpose::kDirection, job, group.block, span.parameter);
-        auto moments = zero_moments<L>();
-        auto call = philox_begin<L>(blocks, scratch.streams[0]);
-        philox_finish<L>(call, job.key);
-        typename L::F z[4];
-        const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
-          typename L::I x[4];
-          call_words<L>(call, x);
-          call = philox_begin<L>(blocks, scratch.streams[k + 1]);  // after the last: unused
-          normals_beside(call, job.key, x, z);
-          accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
-        };
-        add_direction(0);
-        L::natural(z);
-        newest(group, z);
-        for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
-        all(span, group, moments);
-      });
+      along_directions_of<T, kSecond>(job, scratch, span, newest, all);
+    });
+  }
+
+  template <class T, bool kSecond, class Newest, class All>
+  static ADAMEZO_HD void along_directions_of(const Job& job, const Scratch& scratch,
+                                             const Span<T>& span, Newest newest, All all) {
+    for_each_group<L, T>(span, [&](const Group<T>& group) {
+      const auto blocks = group_for<L>(Purpose::kDirection, job, group.block, span.parameter);
+      auto moments = zero_moments<L>();
+      auto call = philox_begin<L>(blocks, scratch.streams[0]);
+      philox_finish<L>(call, job.key);
+      typename L::F z[4];
+      const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
+        typename L::I x[4];
+        call_words<L>(call, x);
+        call = philox_begin<L>(blocks, scratch.streams[k + 1]);  // after the last: unused
+        normals_beside(call, job.key, x, z);
+        accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
+      };
+      add_direction(0);
+      L::natural(z);
+      newest(group, z);
+      for (int64_t k = 1; k < job.horizon; ++k) add_direction(k);
+      all(span, group, moments);
     });
   }
 };

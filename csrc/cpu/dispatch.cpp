@@ -29,12 +29,23 @@ std::vector<const InstructionSet*> available() {
   return sets;
 }
 
+Kernel kernel_of(Distribution distribution, const InstructionSet& set) {
+  switch (distribution) {
+    case Distribution::kRademacher:
+      return set.rademacher;
+    case Distribution::kLowRank:
+      return set.lowrank;
+    default:
+      return set.exact;
+  }
+}
+
 Kernel kernel_of(const Job& job, const std::string& instruction_set) {
   if (job.distribution == Distribution::kFast)
-    throw std::invalid_argument("a CPU has no `fast` directions; expected exact or rademacher");
+    throw std::invalid_argument(
+        "a CPU has no `fast` directions; expected exact, rademacher or lowrank");
   for (const InstructionSet* set : available())
-    if (set->name == instruction_set)
-      return job.distribution == Distribution::kExact ? set->exact : set->rademacher;
+    if (set->name == instruction_set) return kernel_of(job.distribution, *set);
   std::string message =
       "unknown or unsupported instruction set '" + instruction_set + "'; this machine can run:";
   for (const auto& name : instruction_sets()) message += " " + name;
@@ -58,12 +69,16 @@ void run(const Job& job, const std::string& instruction_set, int threads) {
   const size_t horizon = size_t(job.horizon);
   std::vector<PhiloxStream> streams(size_t(threads) * (horizon + 1));
   const std::unique_ptr<uint32_t[]> signs(new uint32_t[size_t(threads) * horizon * kSignWords]);
+  const bool has_factors = job.distribution == Distribution::kLowRank;
+  const size_t floats = has_factors ? size_t(factor_floats(job.horizon * job.rank)) : 0;
+  const std::unique_ptr<float[]> factors(new float[size_t(threads) * floats]);
 #pragma omp parallel num_threads(threads)
   {
     const DefaultFloatingPoint guard;
     const size_t thread = size_t(omp_get_thread_num());
     const Scratch scratch{streams.data() + thread * (horizon + 1),
-                          signs.get() + thread * horizon * kSignWords};
+                          signs.get() + thread * horizon * kSignWords,
+                          factors.get() + thread * floats};
 #pragma omp for schedule(dynamic, 1)
     for (int64_t worker = 0; worker < workers; ++worker) kernel(job, scratch, worker, workers);
   }

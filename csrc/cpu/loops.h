@@ -1,7 +1,7 @@
 // The CPU kernels, written once over lanes: each operation is a loop over groups of weights.
 #pragma once
 
-#include "cpu/directions.h"
+#include "cpu/low_rank.h"
 
 namespace adamezo {
 namespace {
@@ -287,7 +287,8 @@ void by_operation(const Job& job, const Scratch& scratch, int64_t worker, int64_
 
 template <class L>
 InstructionSet instruction_set_over(const char* name) {
-  return {name, by_operation<L, Exact<L>>, by_operation<L, Rademacher<L>>};
+  return {name, by_operation<L, Exact<L>>, by_operation<L, Rademacher<L>>,
+          by_operation<L, LowRank<L>>};
 }
 
 }  // namespace

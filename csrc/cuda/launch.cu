@@ -38,6 +38,8 @@ void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t st
       return launch(cuda::Fast());
     case Distribution::kRademacher:
       return launch(cuda::Rademacher());
+    case Distribution::kLowRank:
+      throw std::invalid_argument("the CUDA kernels have no `lowrank` directions");
   }
 }
 

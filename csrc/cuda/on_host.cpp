@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "cuda/buffered.cuh"
 #include "cuda/launch.h"
 
@@ -36,6 +38,8 @@ void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int th
       return on_host<cuda::Fast>(job, highs, blocks, threads);
     case Distribution::kRademacher:
       return on_host<cuda::Rademacher>(job, highs, blocks, threads);
+    case Distribution::kLowRank:
+      throw std::invalid_argument("the CUDA kernels have no `lowrank` directions");
   }
 }
 

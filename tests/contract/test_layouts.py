@@ -101,7 +101,9 @@ def shards(tensors: list[Tensor]) -> list[Shard | None]:
         rows = [n for n in range(2, 40) if tensor.numel() and tensor.numel() % n == 0][:: i % 2 + 1]
         length = tensor.numel() // rows[-1] if rows else 0
         made.append(
-            Shard(7, rows[-1], length + 2**33 + i) if rows and i % 4 else Shard(2**34 - 5 * i)
+            Shard(7, rows[-1], length + 2**33 + i, columns=length + 2**33 + i)
+            if rows and i % 4
+            else Shard(2**34 - 5 * i, columns=5 * i)
         )
     return made
 

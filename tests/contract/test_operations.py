@@ -196,10 +196,10 @@ def test_a_shard_gets_its_part_of_the_whole(backend, kind):
     case = (3, True, 1e-3, 0.1)
     run_update(Plan([whole], parameters=[4]), case, backend, kind)
     for piece, shard, expected in (
-        (top, Shard(), whole[:17]),
-        (bottom, Shard(offset=17 * 40), whole[17:]),
-        (left, Shard(rows=48, stride=40), whole[:, :13]),
-        (right, Shard(offset=13, rows=48, stride=40), whole[:, 13:]),
+        (top, Shard(columns=40), whole[:17]),
+        (bottom, Shard(offset=17 * 40, columns=40), whole[17:]),
+        (left, Shard(rows=48, stride=40, columns=40), whole[:, :13]),
+        (right, Shard(offset=13, rows=48, stride=40, columns=40), whole[:, 13:]),
     ):
         run_update(Plan([piece], parameters=[4], shards=[shard]), case, backend, kind)
         assert_same_bits(piece, expected, shard)

@@ -49,24 +49,27 @@ def zoo(dtype: torch.dtype, guarded) -> tuple[list[torch.Tensor], dict]:
     Sizes 0, 1, 3, 127 to 129 and 4097, odd addresses, row-strided views (two of them interleaved
     in one buffer), 0 and 3 dimensions, and shards of parameters with more than 2**32 elements, two
     of which cross the elements where the low word of the block index wraps, of four elements a
-    block and of 128.
+    block and of 128. As matrices, the shards have from 1 to 2**33 columns.
     """
     members = [
         (guarded(0, dtype), None),
         (guarded(1, dtype, 1), None),
         (guarded(3, dtype, 3), None),
         (guarded(4097, dtype, 5), None),
-        (guarded(4097, dtype, 2), Shard(offset=2**34 - 2001)),
-        (guarded(3000, dtype, 6), Shard(offset=2**39 - 1001)),
-        *((guarded(size, dtype, size % 7), Shard(offset=size - 61)) for size in (127, 128, 129)),
+        (guarded(4097, dtype, 2), Shard(offset=2**34 - 2001, columns=700)),
+        (guarded(3000, dtype, 6), Shard(offset=2**39 - 1001, columns=2**33)),
+        *(
+            (guarded(size, dtype, size % 7), Shard(size - 61, columns=size - 127))
+            for size in (127, 128, 129)
+        ),
         (guarded(1, dtype, 7)[0], None),
-        (guarded(105, dtype).view(3, 5, 7), Shard(offset=2**62 + 1)),
-        (guarded(10 * 33, dtype, 9), Shard(offset=5, rows=10, stride=2**33 + 1)),
+        (guarded(105, dtype).view(3, 5, 7), Shard(offset=2**62 + 1, columns=2**29 + 3)),
+        (guarded(10 * 33, dtype, 9), Shard(5, rows=10, stride=2**33 + 1, columns=2**33 + 1)),
     ]
     wide = guarded(37 * 64, dtype, 1).view(37, 64)
     members += [
         (wide[:, 5:22], None),
-        (wide[:, 22:63], Shard(offset=2**33 + 2, rows=37, stride=4099)),
+        (wide[:, 22:63], Shard(offset=2**33 + 2, rows=37, stride=4099, columns=4099)),
         (guarded(8 * 6 * 10, dtype).view(8, 6, 10)[:, 1:3], None),
     ]
     tensors = [tensor for tensor, _ in members]
@@ -99,7 +102,7 @@ def run_perturb(plan: Plan, kind: tuple[str, str], backend: str) -> None:
 
 
 def samples(tensors: list[torch.Tensor], distribution: str, backend: str) -> list[torch.Tensor]:
-    edge = {"exact": 2**34, "rademacher": 2**39}[distribution]
+    edge = {"exact": 2**34, "rademacher": 2**39, "lowrank": 2**34}[distribution]
     return [
         sample_(
             tensor,

@@ -12,7 +12,8 @@ from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from adamezo_kernels import DISTRIBUTIONS, ROUNDINGS
+from adamezo_kernels import ROUNDINGS, kind_of
+from adamezo_kernels.stream import NAMES_OF_DISTRIBUTIONS
 
 from .perturb import PERTURBATIONS, perturbation_named
 
@@ -159,7 +160,6 @@ def check(options: dict[str, Any]) -> None:
     if not 0.0 < options["zo_eps"] < math.inf:
         raise ValueError(f"Invalid zo_eps value: {options['zo_eps']}, expected a number above 0")
     for name, choices in (
-        ("distribution", DISTRIBUTIONS),
         ("perturbation", PERTURBATIONS),
         ("rounding", ROUNDINGS),
         ("nonfinite", NONFINITE),
@@ -167,6 +167,13 @@ def check(options: dict[str, Any]) -> None:
         value = perturbation_named(options[name]) if name == "perturbation" else options[name]
         if value not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r}, expected one of {choices}")
+    try:
+        kind_of(options["distribution"])
+    except ValueError:
+        raise ValueError(
+            f"Invalid distribution: {options['distribution']!r}, expected one of "
+            f"{NAMES_OF_DISTRIBUTIONS}"
+        ) from None
     limit = options["max_skipped"]
     if limit < 1:
         raise ValueError(f"Invalid max_skipped: {limit!r}, expected an integer of at least 1")

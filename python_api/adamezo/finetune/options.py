@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adamezo_kernels import DISTRIBUTIONS, ROUNDINGS
+from adamezo_kernels import DISTRIBUTIONS, ROUNDINGS, kind_of
 
 from ..engine.perturb import PERTURBATIONS, perturbation_named
 from ..methods.history import NORMALIZATIONS
@@ -21,6 +22,14 @@ _MAY_CHANGE = ("model", "data", "device", "eval_every", "show", "save_to", "log"
 def _option(default: Any, help: str, **argument: Any) -> Any:
     """A field with its default, its help text and other settings for argparse."""
     return field(default=default, metadata={"help": help, **argument})
+
+
+def _distribution(name: str) -> str:
+    try:
+        kind_of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,12 @@ class Options:
         None, "learning rate of horizon + 1 plain MeZO steps at the start", type=float
     )
     weight_decay: float = _option(0.0, "decoupled weight decay")
-    distribution: str = _option("exact", "distribution of the directions", choices=DISTRIBUTIONS)
+    distribution: str = _option(
+        "exact",
+        f"distribution of the directions: {', '.join(DISTRIBUTIONS)}, or lowrank:R of rank R",
+        metavar="NAME",
+        type=_distribution,
+    )
     perturbation: str = _option(
         "inplace",
         "how evaluations see perturbed weights",

@@ -49,7 +49,9 @@ class AdaMeZO(ZerothOrder):
             ``horizon + 1`` steps plain MeZO steps ``theta <- theta - warmup_lr p z``, whatever
             ``lr`` and its scheduler say, by group.
         distribution: of z: ``"exact"`` normals, with the same bits on every device; ``"fast"``
-            ones, on CUDA devices only; ``"rademacher"`` signs.
+            ones, on CUDA devices only; ``"rademacher"`` signs; ``"lowrank"`` outer products of two
+            normal vectors for each matrix, or ``"lowrank:4"`` of rank 4, on CPUs only
+            (docs/directions.md).
         perturbation: ``"inplace"`` writes the perturbed weights and restores them, up to rounding
             in 16 bits; ``"out_of_place"`` never writes them: modules read perturbed copies while
             they run (docs/perturbation.md). ``"exact"`` is a former name of the latter.

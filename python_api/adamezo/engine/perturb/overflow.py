@@ -21,11 +21,21 @@ import math
 import torch
 from torch import Tensor
 
-from adamezo_kernels import RULES, Direction, Plan, Segment, Terms
+from adamezo_kernels import RULES, Direction, Plan, Segment, Terms, kind_of
 from adamezo_kernels.staging import blocks_of, capturing
 
 LARGEST_Z = {"exact": 6.56, "fast": 6.56, "rademacher": 1.0}
 """The largest number that a direction of a distribution can have (docs/directions.md)."""
+
+
+def largest_z(distribution: str) -> float:
+    """The same for a distribution with its rank r: of r products over sqrt(r), each at most the
+    square of a normal. The rounding of at most 64 float32 operations is within the last factor."""
+    name, rank = kind_of(distribution)
+    if name != "lowrank":
+        return LARGEST_Z[name]
+    return LARGEST_Z["exact"] ** 2 * math.sqrt(rank) * (1 + 2.0**-16)
+
 
 _FEWEST_ROUNDINGS = 16
 """How many roundings are always allowed for, so that a step with a dozen perturbations is refused
@@ -44,7 +54,7 @@ class OverflowCheck:
 
     def __init__(self, plan: Plan, distribution: str) -> None:
         self._plan = plan
-        self._largest_z = LARGEST_Z[distribution]
+        self._largest_z = largest_z(distribution)
         self._negligible = min(map(_negligible, plan.dtypes), default=math.inf)
         self._roundings = 0
         # The largest weight of each segment before the step, where it was looked up.
