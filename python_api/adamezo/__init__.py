@@ -2,6 +2,7 @@
 
 from importlib import metadata as _metadata
 
+from .engine.batched import PerturbedBatch, batched
 from .engine.check_closure import check_closure
 from .fused_step import forget_optimizer, fused_adamezo_step, optimizer_of
 from .methods import (
@@ -30,10 +31,12 @@ __all__ = [
     "AdaZeta",
     "HiZOO",
     "MeZO",
+    "PerturbedBatch",
     "ScalarAdaMeZO",
     "ZOAdaMU",
     "ZOAdam",
     "__version__",
+    "batched",
     "check_closure",
     "forget_optimizer",
     "fused_adamezo_step",

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from adamezo_kernels import STREAM_VERSION, PhiloxState, Plan
+from adamezo_kernels import RULES, STREAM_VERSION, PhiloxState, Plan
 from adamezo_kernels.backends import BACKENDS, Backend, choose
 
 from .arithmetic import Number
 from .device import DeviceGroup, DeviceNumbers, Setup
 from .module_buffers import MODULE_BUFFERS
 from .options import check, check_kinds, make_plain, rename_values, shared, usual_lr
-from .perturb import Readers
+from .perturb import Corrected, Readers
 from .records import StepRecord
 from .state import COUNTERS, check_saved_group
 from .weights import Weights
@@ -59,6 +59,7 @@ class OptimizerBase(torch.optim.Optimizer):
     _device: DeviceNumbers | None = None
     _weights: Weights | None = None
     _readers: Readers | None = None
+    _corrected: Corrected | None = None
     _module_buffers: str = "every"
     _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
 
@@ -86,8 +87,13 @@ class OptimizerBase(torch.optim.Optimizer):
         super().__init__(params, options)
         self._forget_last_step()
         self.model = model
-        if options["perturbation"] == "out_of_place":
-            self._checked_model()
+        if options["perturbation"] != "inplace":
+            self._checked_model(options["perturbation"])
+        if options["perturbation"] == "regenerated" and RULES[self.rule].has_direction:
+            raise ValueError(
+                f"perturbation='regenerated' with {type(self).__name__}, whose perturbation "
+                "depends on its buffers and has no factors: take 'out_of_place'"
+            )
 
     @classmethod
     def for_model(cls: type[_Base], model: nn.Module, **options: Any) -> _Base:
@@ -96,8 +102,8 @@ class OptimizerBase(torch.optim.Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The model that the closure evaluates, which ``perturbation="out_of_place"`` needs to
-        know. It is not saved, and not kept alive: set it again after unpickling or copying."""
+        """The model that the closure evaluates, which all perturbations but ``"inplace"`` need
+        to know. It is not saved, and not kept alive: set it again after unpickling or copying."""
         return None if self._model is None else self._model()
 
     @model.setter
@@ -121,8 +127,10 @@ class OptimizerBase(torch.optim.Optimizer):
     def scratch_bytes(self) -> int:
         """Bytes of memory for perturbed copies of weights, the most that steps have had at a time:
         with ``perturbation="out_of_place"`` those of the module with the largest weights of its
-        own, or of several that call each other. It is kept from step to step."""
-        return 0 if self._readers is None else self._readers.scratch_bytes
+        own, or of several that call each other; with ``"regenerated"`` the factors of the
+        directions and the copies of vectors. It is kept from step to step."""
+        kept = (self._readers, self._corrected)
+        return sum(each.scratch_bytes for each in kept if each is not None)
 
     def plans(self) -> list[Plan]:
         """The tensors that a step trains, as checked tables: one for each parameter group."""
@@ -151,7 +159,7 @@ class OptimizerBase(torch.optim.Optimizer):
         self.losses: tuple[Number, ...] = ()
         self.measured: tuple[Number, ...] = ()
         self.skipped: Number = 0
-        self._device = self._weights = self._readers = None
+        self._device = self._weights = self._readers = self._corrected = None
         self._checked: dict[int, list[Any]] = {}
 
     def _check_groups(self) -> None:
@@ -184,9 +192,9 @@ class OptimizerBase(torch.optim.Optimizer):
             )
         return backend
 
-    def _checked_model(self) -> nn.Module:
+    def _checked_model(self, perturbation: str) -> nn.Module:
         """The model. Raises ValueError if there is none, or if it lacks parameters."""
-        model = known_model(self.model, type(self), "perturbation='out_of_place'")
+        model = known_model(self.model, type(self), f"perturbation={perturbation!r}")
         known = {id(p) for p in model.parameters()}
         missing = []
         for i, group in enumerate(self.param_groups):
@@ -200,8 +208,8 @@ class OptimizerBase(torch.optim.Optimizer):
             more = f" and {len(missing) - 3} more" * (len(missing) > 3)
             raise ValueError(
                 f"the model has no {', '.join(missing[:3])}{more}: with "
-                "perturbation='out_of_place' all parameters of the optimizer must be the model's. "
-                "Was another model given?"
+                f"perturbation={perturbation!r} all parameters of the optimizer must be the "
+                "model's. Was another model given?"
             )
         return model
 

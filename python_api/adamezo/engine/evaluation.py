@@ -7,17 +7,13 @@ from contextlib import nullcontext
 
 from torch import Tensor
 
-from adamezo_kernels import Direction
-
+from .batched import BatchedClosure, check_equal
 from .closure import Closure, checked_loss
 from .generators import ForkedGenerators
 from .guard import Guard
 from .module_buffers import KeptBuffers
-from .perturb import Perturbation
+from .perturb import Perturbation, Point, Regenerated
 from .signals import HeldSignals
-
-Point = tuple[Direction, float]
-"""(z, scale): the loss is evaluated at ``theta + scale z``."""
 
 
 def evaluate(
@@ -37,16 +33,37 @@ def evaluate(
         RuntimeError: a closure has written or replaced weights.
         TypeError, ValueError: a closure has not returned one real number.
     """
+    forwards = [(closures[i], [point]) for i, point in enumerate(points)]
+    if isinstance(weights, Regenerated) and isinstance(closures[0], BatchedClosure):
+        batches = _batches(closures[0], points)
+        if weights.due and len(batches) < len(points):
+            batches = forwards + batches
+        forwards = batches
     losses: list[Tensor | float] = []
-    last = len(points) - 1
-    for i, (direction, scale) in enumerate(points):
-        weights.perturb(direction, scale)
+    for i, (closure, some) in enumerate(forwards):
+        last = i + 1 == len(forwards)
+        if isinstance(weights, Regenerated) and len(some) > 1:
+            weights.perturb_batch(some)
+        else:
+            weights.perturb(*some[0])
         guard.expect_unchanged()
-        generators = ForkedGenerators() if i < last else nullcontext()
+        generators = nullcontext() if last else ForkedGenerators()
         with generators, weights.evaluation(), signals.through():
-            result = closures[i]()
-        losses.append(checked_loss(result))
+            if isinstance(weights, Regenerated) and isinstance(closure, BatchedClosure):
+                results = list(closure.losses(len(some), weights.rows))
+            else:
+                results = [closure()]
+        losses += map(checked_loss, results)
         guard.check()
-        if i < last:
+        if not last:
             module_buffers.put_back()
+    if isinstance(weights, Regenerated) and len(losses) > len(points):
+        alone, losses = losses[: len(points)], losses[len(points) :]
+        check_equal(losses, alone, weights.types)
     return losses
+
+
+def _batches(closure: BatchedClosure, points: Sequence[Point]) -> list[tuple[Closure, list[Point]]]:
+    """The points in as many forwards as the closure wants."""
+    size = -(-len(points) // closure.chunks)
+    return [(closure, list(points[i : i + size])) for i in range(0, len(points), size)]

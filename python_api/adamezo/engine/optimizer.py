@@ -17,11 +17,19 @@ from .arithmetic import Number, two_sided, usable
 from .base import OptimizerBase, Probe, known_model
 from .closure import Closure, mean_loss, numbers
 from .device import DeviceNumbers, is_capturing
-from .evaluation import Point, evaluate
+from .evaluation import evaluate
 from .guard import Guard
 from .module_buffers import KeptBuffers
 from .options import set_lr
-from .perturb import InPlace, OutOfPlace, Perturbation, Readers
+from .perturb import (
+    Corrected,
+    InPlace,
+    OutOfPlace,
+    Perturbation,
+    Point,
+    Readers,
+    Regenerated,
+)
 from .records import StepRecord, check_record
 from .signals import HeldSignals
 from .weights import Weights
@@ -232,12 +240,18 @@ class ZerothOrder(OptimizerBase):
         return [(directions[z], scale) for z, scale in probes]
 
     def _perturbation(self, step: _Step) -> Perturbation:
-        if step.options["perturbation"] != "out_of_place":
+        kind, distribution = step.options["perturbation"], step.options["distribution"]
+        if kind == "inplace":
             return self._in_place(step)
-        model, plans = self._checked_model(), step.weights.plans
+        model, plans = self._checked_model(kind), step.weights.plans
+        if kind == "regenerated":
+            made = self._corrected
+            if made is None or not made.are_of(model, plans, distribution):
+                made = self._corrected = Corrected(model, plans, distribution, step.backend)
+            return Regenerated(made, model)
         if self._readers is None or not self._readers.are_of(model, plans):
             self._readers = Readers(model, plans)
-        return OutOfPlace(self._readers, step.options["distribution"], step.backend)
+        return OutOfPlace(self._readers, distribution, step.backend)
 
     def _in_place(self, step: _Step) -> InPlace:
         roundings = [group["rounding"] for group in self.param_groups]

@@ -4,18 +4,24 @@
 - ``inplace``, with ``overflow``: writes the weights themselves.
 - ``out_of_place``, with ``readers``, ``scratch`` and ``watch``: shows modules copies, and never
   writes the weights.
+- ``regenerated``, with ``served`` and ``watch``: corrects what modules compute, and never writes or
+  copies the weights.
 """
 
 from .inplace import InPlace
-from .interface import PERTURBATIONS, Perturbation, perturbation_named
+from .interface import PERTURBATIONS, Perturbation, Point, perturbation_named
 from .out_of_place import OutOfPlace
 from .readers import Readers
+from .regenerated import Corrected, Regenerated
 
 __all__ = [
     "PERTURBATIONS",
+    "Corrected",
     "InPlace",
     "OutOfPlace",
     "Perturbation",
+    "Point",
     "Readers",
+    "Regenerated",
     "perturbation_named",
 ]

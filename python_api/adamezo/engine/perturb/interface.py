@@ -10,9 +10,13 @@ from torch.nn.utils import parametrize
 
 from adamezo_kernels import Direction
 
-PERTURBATIONS = ("inplace", "out_of_place")
+PERTURBATIONS = ("inplace", "out_of_place", "regenerated")
 
 _FORMER_NAMES = {"exact": "out_of_place"}  # in options, states and logs of before 0.2
+
+
+Point = tuple[Direction, float]
+"""(z, scale): the loss is evaluated at ``theta + scale z``."""
 
 
 def perturbation_named(name: Any) -> Any:

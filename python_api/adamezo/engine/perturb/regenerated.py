@@ -1,0 +1,308 @@
+"""Perturbation in the forward itself: what a module computes is corrected, and no weight is
+written or copied.
+
+A matrix W is perturbed along a sum of outer products u v^T (docs/directions.md), so that
+
+    x (W + c u v^T)^T = x W^T + c (x v) u^T
+
+costs two thin products more than x W^T. Several perturbations of one step go through the model as
+one batch, in blocks of rows, each with its own c and its own factors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from adamezo_kernels import Call, Direction, Plan, Terms, run
+from adamezo_kernels.backends import Backend
+from adamezo_kernels.factors import Factors
+from adamezo_kernels.plan import memory_of
+
+from ..memory import has_memory, overlap, storage_of
+from .interface import Point, forget_cached_weights
+from .served import Blocks, SharedDropout, StandIn, stacked
+from .watch import Watch
+
+WATCHED_EVERY = 100
+"""How many updates there are from one step that is looked at to the next: its operations are
+watched for reads of unperturbed weights, and a batched forward is compared with single ones."""
+
+_OTHERWISE = "Take perturbation='out_of_place'"
+
+
+class Corrected:
+    """What forwards of a model need to be corrected, made once for its modules and weights.
+
+    Args:
+        model: whose parameters the plans' tensors are.
+        plans: the weights of each parameter group.
+        distribution, backend: see :func:`adamezo_kernels.perturb_`.
+    """
+
+    def __init__(
+        self, model: nn.Module, plans: Sequence[Plan], distribution: str, backend: Backend
+    ) -> None:
+        self.plans = plans
+        self.distribution = distribution
+        self.backend = backend
+        self.until_due = 0
+        self._structure = _structure(model)
+        self._refuse_modules(model)
+        segments = [segment for plan in plans for segment in plan]
+        # By memory, as two Parameters over the same memory are one weight.
+        place = {memory_of(segment.tensor): i for i, segment in enumerate(segments)}
+        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self.names = [names[id(segment.tensor)] for segment in segments]
+        self.tensors = [segment.tensor for segment in segments]
+        self.readers = [
+            (module._parameters, name, p, place[memory_of(p)])
+            for module in model.modules()
+            for name, p in module._parameters.items()
+            if p is not None and has_memory(p) and memory_of(p) in place
+        ]
+        self.read = {i for *_, i in self.readers}
+        self._by_storage: dict[int, list[int]] = {}
+        for i, tensor in enumerate(self.tensors):
+            if has_memory(tensor):
+                self._by_storage.setdefault(storage_of(tensor), []).append(i)
+        self.vectors = [i for i, segment in enumerate(segments) if segment.columns == 0]
+        self._vector_plans = [
+            Plan(
+                [segments[i].tensor for i in some],
+                parameters=[segments[i].parameter for i in some],
+                names=[self.names[i] for i in some],
+            )
+            for some in _by_kind(segments, self.vectors)
+        ]
+        self._vectors_in_plans = _by_kind(segments, self.vectors)
+        self._factors: list[tuple[Direction | None, Factors]] = []
+        self._copies: list[list[Tensor]] = []
+        self._calls: list[list[Call]] = []
+
+    def are_of(self, model: nn.Module, plans: Sequence[Plan], distribution: str) -> bool:
+        """Whether modules, parameters, their memory and the directions are still the same."""
+        same = self.plans is plans and self.distribution == distribution
+        return same and self._structure == _structure(model)
+
+    def factors_of(self, directions: Sequence[Direction]) -> list[Factors]:
+        """The factors of each direction. Those of the last call are kept: a step looks at a
+        direction from both sides."""
+        while len(self._factors) < len(directions):
+            self._factors.append((None, Factors([*self.plans], self.distribution, self.backend)))
+        for i, direction in enumerate(directions):
+            kept, factors = self._factors[i]
+            if kept is not direction:
+                factors.fill(direction)
+                self._factors[i] = direction, factors
+        return [factors for _, factors in self._factors[: len(directions)]]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The memory of factors and of perturbed vectors."""
+        copies = sum(copy.nbytes for some in self._copies for copy in some)
+        return copies + sum(factors.bytes for _, factors in self._factors)
+
+    def forget(self) -> None:
+        """The next step has directions of its own."""
+        self._factors = [(None, factors) for _, factors in self._factors]
+
+    def vectors_at(self, points: Sequence[Point]) -> dict[int, Tensor]:
+        """The perturbed vectors, by their place: of shape (points, *shape)."""
+        count = len(points)
+        if not self._copies or self._copies[0][0].shape[0] != count:
+            self._copies = [
+                [
+                    torch.empty(count, *t.shape, dtype=t.dtype, device=t.device)
+                    for t in (self.tensors[i] for i in some)
+                ]
+                for some in self._vectors_in_plans
+            ]
+            with torch.inference_mode(False), torch.no_grad():
+                self._calls = [
+                    [
+                        Call("perturb", plan.into([copy[k] for copy in copies]), _terms(points[k]))
+                        for k in range(count)
+                    ]
+                    for plan, copies in zip(self._vector_plans, self._copies, strict=True)
+                ]
+        found: dict[int, Tensor] = {}
+        for some, copies, calls in zip(
+            self._vectors_in_plans, self._copies, self._calls, strict=True
+        ):
+            for point, call in zip(points, calls, strict=True):
+                # A vector's direction has exact normals.
+                run(call.vary(terms=_terms(point), scale=point[1]), self.backend)
+            found.update(zip(some, copies, strict=True))
+        return found
+
+    def weight_under(self, tensor: Tensor) -> int | None:
+        """The place of the weight that shares memory with a tensor, if any."""
+        try:
+            candidates = self._by_storage.get(storage_of(tensor), ())
+        except (NotImplementedError, RuntimeError):  # sparse, and others without one memory
+            return None
+        return next((i for i in candidates if overlap(tensor, self.tensors[i])), None)
+
+    @staticmethod
+    def _refuse_modules(model: nn.Module) -> None:
+        """Refuses modules that read their weights where no function can be corrected."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RNNBase) and any(p.requires_grad for p in module.parameters()):
+                raise ValueError(
+                    f"{name or 'the model'} is a {type(module).__name__}, whose weights are read "
+                    f"inside of torch: perturbation='regenerated' cannot perturb them. {_OTHERWISE}"
+                )
+
+
+class Regenerated:
+    """Lets the modules of a model compute with ``theta + scale z``, for the length of one step.
+
+    Args:
+        corrected: of the model.
+        model: the model.
+    """
+
+    perturbations = 0
+    broken = False
+
+    def __init__(self, corrected: Corrected, model: nn.Module) -> None:
+        self._of = corrected
+        self._model = model
+        self._points: list[Point] = []
+        self._watch = Watch(self._look)
+        self._at_work = False
+        self._refusal: RuntimeError | None = None
+        self.due = corrected.until_due == 0
+        """Whether this step is looked at: see WATCHED_EVERY."""
+        self.rows: set[int] = set()
+        """How many rows the batches of the closure have, for those who know."""
+        self.types = {tensor.dtype for tensor in corrected.tensors}
+        """The types of the weights and of what modules have computed from them."""
+
+    def perturb(self, direction: Direction, scale: float) -> None:
+        self.perturb_batch([(direction, scale)])
+
+    def perturb_batch(self, points: Sequence[Point]) -> None:
+        """Evaluations from now on see a batch of blocks, one for each of the points."""
+        self._points = list(points)
+        if len(points) > 1:
+            self._refuse_batch()
+        forget_cached_weights()
+
+    def restoring(self, group: int) -> float:
+        return -0.0
+
+    def restored(self, group: int) -> None:
+        if group == 0:
+            self._of.until_due = WATCHED_EVERY - 1 if self.due else self._of.until_due - 1
+
+    def restore(self) -> None:
+        self._of.forget()
+        forget_cached_weights()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        of, points = self._of, self._points
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:
+                # Compiled code reads the weights themselves.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            blocks = self._blocks(points)
+            vectors = of.vectors_at(points)
+            stand_ins = {i: self._stand_in(i, blocks, vectors.get(i)) for i in of.read}
+            stack.callback(self._put_back)
+            for parameters, name, _, i in of.readers:
+                parameters[name] = stand_ins[i]  # type: ignore[assignment]
+            if len(points) > 1 and any(module.training for module in self._model.modules()):
+                stack.enter_context(SharedDropout(len(points)))
+            if self.due:
+                stack.enter_context(self._watch)
+            yield
+        if self._refusal is not None:  # even if the closure has caught it
+            raise self._refusal
+
+    def _blocks(self, points: Sequence[Point]) -> Blocks:
+        directions: list[Direction] = []
+        for direction, _ in points:
+            if all(direction is not known for known in directions):
+                directions.append(direction)
+        factors = self._of.factors_of(directions)
+        which = [
+            next(k for k, known in enumerate(directions) if known is direction)
+            for direction, _ in points
+        ]
+        scales = torch.tensor([scale for _, scale in points], dtype=torch.float32)
+        return Blocks(factors, which, scales, self._working, self.rows, self.types, self._refuse)
+
+    def _stand_in(self, i: int, blocks: Blocks, vectors: Tensor | None) -> Tensor:
+        tensor = self._of.tensors[i]
+        if vectors is None:
+            return StandIn.of(tensor, self._of.names[i], i, blocks)
+        if len(blocks.which) == 1:
+            return nn.Parameter(vectors[0], requires_grad=False)
+        return stacked(vectors, self._of.names[i], blocks)
+
+    def _put_back(self) -> None:
+        for parameters, name, p, _ in self._of.readers:
+            parameters[name] = p
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        before, self._at_work = self._at_work, True
+        try:
+            yield
+        finally:
+            self._at_work = before
+
+    def _look(self, operation: Any, arguments: object) -> None:
+        """Looks at an operation before it runs, for a read of an unperturbed weight."""
+        if self._at_work:
+            return
+        for tensor in tree_leaves(arguments):
+            if isinstance(tensor, Tensor):
+                i = self._of.weight_under(tensor)
+                if i is not None:
+                    self._refuse(
+                        f"{self._of.names[i]} is read by {operation} as it is, and not as a "
+                        "parameter of the module that runs: through a view, a detach() or a "
+                        "reference that was kept. perturbation='regenerated' corrects what is "
+                        f"computed from the parameter. {_OTHERWISE} or 'inplace'"
+                    )
+
+    def _refuse_batch(self) -> None:
+        for name, module in self._model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                raise ValueError(
+                    f"{name or 'the model'} is a {type(module).__name__} in training mode, which "
+                    "would take its statistics over the perturbations of a batch: call "
+                    "`model.eval()`, or pass a closure that is not batched"
+                )
+
+    def _refuse(self, message: str) -> NoReturn:
+        self._refusal = RuntimeError(message)
+        raise self._refusal
+
+
+def _terms(point: Point) -> Terms:
+    direction, _ = point
+    return direction if isinstance(direction, Terms) else Terms.of([direction])
+
+
+def _by_kind(segments: Sequence[Any], some: Sequence[int]) -> list[list[int]]:
+    """The places by device and type, as a plan of kernels may have one of each."""
+    kinds: dict[object, list[int]] = {}
+    for i in some:
+        kinds.setdefault((segments[i].tensor.device, segments[i].tensor.dtype), []).append(i)
+    return list(kinds.values())
+
+
+def _structure(model: nn.Module) -> list[tuple[object, ...]]:
+    return [(id(m), *map(id, m._parameters.values())) for m in model.modules()]

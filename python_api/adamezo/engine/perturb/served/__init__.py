@@ -1,0 +1,17 @@
+"""The functions that take perturbed weights in perturbation='regenerated'.
+
+Modules are given stand-ins for their weights, tensors whose class torch asks before it runs a
+function on them. A function that is in no table here is refused by the name of the weight.
+
+- ``blocks``: the perturbations of one forward.
+- ``matrices``: computes a function with the weight itself and adds the correction.
+- ``vectors``: copies of vectors, one for each perturbation of a batch.
+- ``dropout``: the same elements in all of them.
+"""
+
+from .blocks import Blocks
+from .dropout import SharedDropout
+from .matrices import StandIn
+from .vectors import stacked
+
+__all__ = ["Blocks", "SharedDropout", "StandIn", "stacked"]
