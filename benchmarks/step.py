@@ -3,14 +3,15 @@
     python -m benchmarks.step                about 15 minutes on two cores
     python -m benchmarks.step --quick        three minutes: one job, three repeats
     python -m benchmarks.step paper_gpu      about 5 minutes on an H100
-    python -m benchmarks.step horizon_cpu    minutes; and horizon_gpu
+    python -m benchmarks.step horizon_cpu    minutes; and horizon_gpu, regenerated_cpu
 
 step_cpu is the main job: SmolLM2-135M in float32, 16 sequences of 32 and of 128 tokens. paper_gpu
 is a model of OPT-1.3B's shapes with random weights, in bfloat16 and float16, with 16 sequences of
 64 and of 256 tokens, as AdaMeZO's paper (arXiv 2605.00650) has the time of a step in its Table 7
 and the peak memory in Table 4. Both have two bare forwards; MeZO and AdaMeZO as ours, as pure torch
 at its best and as the released codes have them; AdamW by backpropagation. horizon_cpu and
-horizon_gpu are AdaMeZO against its horizon, in one job of each.
+horizon_gpu are AdaMeZO against its horizon, in one job of each. regenerated_cpu is the main job in
+batches of four sizes, with each way to perturb weights.
 
 A step is split at the moments when its closure begins and ends. Peak memory is measured in a
 process of its own for each variant. Writes benchmarks/results/PLAN.csv.
@@ -23,7 +24,7 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,10 +34,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from adamezo import PerturbedBatch, batched
 from adamezo.finetune.measure import PeakMemory
 from benchmarks.harness import Marks, gate
 from benchmarks.results import RESULTS, Row, on, parser, settings, spread, write
-from benchmarks.step_jobs import BARE, FORWARDS, OURS, PLANS, Closure, Job, Method, Plan, Step
+from benchmarks.step_jobs import BARE, OURS, PLANS, Job, Method, Plan, Step
 
 PARTS = ("forwards", "perturbation", "update")
 ENOUGH_S = 20.0  # no more steps of a method that has taken so long, if it has made two
@@ -48,26 +50,27 @@ class Split:
 
     method: Method
     step: Step
-    closure: Closure
+    losses: Callable[[PerturbedBatch], Tensor]
     device: str
     seconds: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
 
-    def once(self) -> None:
+    def once(self, warm_up: bool = False) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()  # a step begins when the one before it has ended
         marks = Marks(self.device)
 
-        def timed() -> Tensor:
+        def timed(batch: PerturbedBatch) -> Tensor:
             marks.add()
-            loss = self.closure()
+            losses = self.losses(batch)
             marks.add()
-            return loss
+            return losses
 
-        loss = self.step(timed)
+        closure = batched(timed)
+        loss = self.step(closure if self.method.one_batch else lambda: closure())
         marks.add()
         gaps = marks.gaps()
-        expected = FORWARDS[self.method.method]
-        if len(gaps) != 2 * expected + 1:
+        expected = self.method.forwards
+        if len(gaps) != 2 * expected + 1 and not warm_up:  # the first batch is compared
             raise RuntimeError(
                 f"{self.method}: a step evaluated its closure {len(gaps) // 2} times, expected "
                 f"{expected}"
@@ -117,17 +120,17 @@ def measure(
 ) -> list[Row]:
     """Rows for the whole step and each part of each method."""
     model = job.load()
-    closure = job.closure(model)
+    losses = job.losses(model)
     able = runnable(methods, job.device)
-    splits = [Split(m, m.make(model, job.device), closure, job.device) for m in able]
+    splits = [Split(m, m.make(model, job.device), losses, job.device) for m in able]
     weights = [(p, p.data, p.detach().clone()) for p in model.parameters()]
     with torch.no_grad():
-        closure()
+        losses(PerturbedBatch(1))
     for done in range(-1, repeats):
         for split in splits:
             if done > 1 and sum(split.total) > ENOUGH_S:
                 continue
-            split.once()
+            split.once(warm_up=done < 0)
             if done < 0:
                 split.forget()  # a warm-up
             # The released codes' way moves weights to new addresses, at which ours would have to
@@ -147,7 +150,7 @@ def measure(
 def peak_here(job: Job, method: Method) -> int | None:
     """The peak of this process over two steps; None where a process cannot reset its peak."""
     model = job.load()
-    closure = job.closure(model)
+    closure = batched(job.losses(model))
     step = method.make(model, job.device)
     # The first forward makes what stays (thread pools, packed buffers): it is in every variant.
     with torch.no_grad():
@@ -156,7 +159,7 @@ def peak_here(job: Job, method: Method) -> int | None:
     peak = PeakMemory(torch.device(job.device))
     peak.reset()
     for _ in range(2):
-        step(closure)
+        step(closure if method.one_batch else lambda: closure())
     return peak.read()
 
 

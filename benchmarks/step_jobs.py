@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from adamezo import AdaMeZO
+from adamezo import FZOO, AdaMeZO, PerturbedBatch
 from adamezo_kernels.backends import BACKENDS
 from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer
 
@@ -70,9 +70,9 @@ class Job:
         with torch.device(self.device):
             return MODELS[self.model](getattr(torch, self.type)).eval()
 
-    def closure(self, model: Any) -> Closure:
-        """The main job's forward: cross entropy of the label word after the prompt, on one batch.
-        The vocabulary's logits at the last position alone."""
+    def losses(self, model: Any) -> Callable[[PerturbedBatch], Tensor]:
+        """The main job's forward: cross entropy of the label word after the prompt, on one batch,
+        for each perturbation of it. The vocabulary's logits at the last position alone."""
         generator = torch.Generator().manual_seed(SEED)
         size = model.config.vocab_size
         tokens = torch.randint(size // 40, size, (self.batch, self.length), generator=generator)
@@ -80,20 +80,28 @@ class Job:
         words = torch.tensor([4255, 1799]) % size
         tokens, labels, words = (t.to(self.device) for t in (tokens, labels, words))
 
-        def closure() -> Tensor:
-            logits = model(input_ids=tokens, logits_to_keep=1, use_cache=False).logits
-            return nn.functional.cross_entropy(logits[:, -1, words].float(), labels)
+        def losses(batch: PerturbedBatch) -> Tensor:
+            ids, answers = batch.repeat(tokens), batch.repeat(labels)
+            scores = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1, words]
+            rows = nn.functional.cross_entropy(scores.float(), answers, reduction="none")
+            return batch.mean(rows)
 
-        return closure
+        return losses
 
 
-FORWARDS = {"bare": 2, "MeZO": 2, "AdaMeZO": 2, "AdamW": 1}
+FORWARDS = {"bare": 2, "MeZO": 2, "AdaMeZO": 2, "AdamW": 1, "FZOO": 9, "nine bare": 9}
+
+LOW_RANK = {"distribution": "lowrank"}
+REGENERATED = {**LOW_RANK, "perturbation": "regenerated"}
 
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, fast directions": {"distribution": "fast"},
     "ours, Triton": {},
     "ours, out of place": {"perturbation": "out_of_place"},
+    "ours, low rank": LOW_RANK,
+    "ours, regenerated": REGENERATED,
+    "ours, regenerated in one batch": REGENERATED,
 }
 
 
@@ -109,9 +117,21 @@ class Method:
     def betas(self) -> tuple[float, float]:
         return (0.0, 0.0) if self.method == "MeZO" else (0.7, 0.9)
 
+    @property
+    def one_batch(self) -> bool:
+        """Whether a step evaluates all perturbations in one forward."""
+        return self.variant.endswith("in one batch")
+
+    @property
+    def forwards(self) -> int:
+        """How often a step calls its closure."""
+        return 1 if self.one_batch else FORWARDS[self.method]
+
     def __str__(self) -> str:
         if self.method == "bare":
             return "two bare forwards"
+        if self.method == "nine bare":
+            return "nine bare forwards"
         return f"{self.method}{f' H={self.horizon}' if self.horizon > 1 else ''}, {self.variant}"
 
     def backend(self, device: str) -> str:
@@ -135,8 +155,8 @@ class Method:
 
     def make(self, model: nn.Module, device: str = "cpu") -> Step:
         """The `step` of a new optimizer; its time is that of any step after the first `horizon`."""
-        if self.method == "bare":
-            return two_forwards
+        if self.method in ("bare", "nine bare"):
+            return functools.partial(bare_forwards, FORWARDS[self.method])
         if self.method == "AdamW":
             # Its default eps is 0 in float16, and some gradients are 0.
             adamw = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6)
@@ -152,17 +172,14 @@ class Method:
         if "perturbation" in options:
             options["model"] = model
         backend = {"ADAMEZO_BACKEND": self.backend(device)}  # refused, where it is not there
+        optimizer: AdaMeZO | FZOO
         with mock.patch.dict(os.environ, backend):
-            optimizer = AdaMeZO(model.parameters(), **options)
-        state = optimizer.state_dict()
-        for group in state["param_groups"]:
-            group.update(
-                directions=list(range(self.horizon))[::-1],
-                projected_grads=grads,
-                steps=self.horizon,
-                next_direction=self.horizon,
-            )
-        optimizer.load_state_dict(state)
+            if self.method == "FZOO":
+                del options["betas"], options["horizon"]
+                optimizer = FZOO(model.parameters(), queries=FORWARDS["FZOO"] - 1, **options)
+            else:
+                optimizer = AdaMeZO(model.parameters(), **options)
+                full_history(optimizer, grads)
 
         def step(closure: Closure) -> object:
             with mock.patch.dict(os.environ, backend):
@@ -171,9 +188,22 @@ class Method:
         return step
 
 
+def full_history(optimizer: AdaMeZO, grads: Sequence[float]) -> None:
+    """Gives an optimizer these projected gradients, of the directions 0, 1, ..."""
+    state, horizon = optimizer.state_dict(), len(grads)
+    for group in state["param_groups"]:
+        group.update(
+            directions=list(range(horizon))[::-1],
+            projected_grads=list(grads),
+            steps=horizon,
+            next_direction=horizon,
+        )
+    optimizer.load_state_dict(state)
+
+
 @torch.no_grad()
-def two_forwards(closure: Closure) -> object:
-    return closure() + closure()
+def bare_forwards(count: int, closure: Closure) -> object:
+    return sum(closure() for _ in range(count))
 
 
 def backpropagation(optimizer: torch.optim.Optimizer, closure: Closure) -> object:
@@ -186,6 +216,7 @@ def backpropagation(optimizer: torch.optim.Optimizer, closure: Closure) -> objec
 
 
 BARE = Method("forward", "bare")
+NINE = Method("forward", "nine bare")
 MEZO = Method("ours", "MeZO", 1)
 ADAMEZO, ADAMEZO_20 = (Method("ours", "AdaMeZO", horizon) for horizon in (10, 20))
 OUT_OF_PLACE = Method("ours, out of place", "AdaMeZO", 10)
@@ -226,9 +257,22 @@ METHODS = [
 PEAKS = [MEZO, ADAMEZO, OUT_OF_PLACE, RELEASED[MEZO], RELEASED[ADAMEZO], ADAMW]
 H_JOBS = [replace(job, benchmark="horizon") for job in (SHORT, GPU_JOBS[1])]
 H_PEAKS = [BY_HORIZON[h] for h in (1, 10, 64)]
+BATCHES = [
+    replace(SHORT, benchmark="regenerated", batch=batch, length=length)
+    for batch, length in ((1, 32), (4, 32), (16, 32), (16, 128))
+]
+IN_BATCH = "ours, regenerated in one batch"
+BY_PERTURBATION = [
+    BARE,
+    *(Method(variant, "AdaMeZO", 10) for variant in ("ours", "ours, out of place")),
+    *(Method(variant, "AdaMeZO", 10) for variant in ("ours, low rank", "ours, regenerated")),
+    Method(IN_BATCH, "AdaMeZO", 10),
+    *(NINE, Method("ours, regenerated", "FZOO", 1), Method(IN_BATCH, "FZOO", 1)),
+]
 PLANS = {
     "step_cpu": Plan([SHORT, LONG], [m for m in METHODS if m != RELEASED[ADAMEZO_20]], PEAKS),
     "paper_gpu": Plan(GPU_JOBS, METHODS, [*PEAKS, ADAMEZO_20, ONLY_GPU[2]]),
+    "regenerated_cpu": Plan(BATCHES, BY_PERTURBATION, BY_PERTURBATION[2:6]),
     "horizon_cpu": Plan(H_JOBS[:1], list(BY_HORIZON.values()), H_PEAKS),
     "horizon_gpu": Plan(H_JOBS[1:], list(BY_HORIZON.values()), H_PEAKS),
 }

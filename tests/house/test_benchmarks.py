@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adamezo import AdaMeZO
+from adamezo import AdaMeZO, batched
 from adamezo_kernels import PhiloxState, ops
 from benchmarks import (
     harness,
@@ -492,7 +493,7 @@ def test_a_method_is_put_where_its_history_is_full(toy, monkeypatch):
 
     def closure():
         backends.append(os.environ["ADAMEZO_BACKEND"])
-        return toy.closure(model)()
+        return batched(toy.losses(model))()
 
     monkeypatch.setattr(step_jobs, "AdaMeZO", Noted)
     monkeypatch.delenv("ADAMEZO_BACKEND", raising=False)
@@ -516,7 +517,7 @@ def test_weights_are_back_at_their_addresses_after_the_released_way(toy, monkeyp
 
     def bare(closure):
         addresses.append([p.data_ptr() for p in models[-1].parameters()])
-        return step_jobs.two_forwards(closure)
+        return step_jobs.bare_forwards(2, closure)
 
     make = Method.make
     monkeypatch.setattr(Method, "make", lambda m, *rest: bare if m == BARE else make(m, *rest))
@@ -532,7 +533,7 @@ def test_a_step_that_was_none_is_not_timed(times, value, message):
     def some(closure):
         return sum(closure() for _ in range(times))
 
-    split = step.Split(MEZO, some, lambda: torch.tensor(value), "cpu")
+    split = step.Split(MEZO, some, lambda batch: torch.tensor([value]), "cpu")
     with pytest.raises(RuntimeError, match=message):
         split.once()
 
@@ -540,7 +541,8 @@ def test_a_step_that_was_none_is_not_timed(times, value, message):
 def test_a_step_is_split_where_its_closure_begins_and_ends(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
-    split = step.Split(MEZO, step_jobs.two_forwards, lambda: torch.tensor(1.0), "cpu")
+    two = functools.partial(step_jobs.bare_forwards, 2)
+    split = step.Split(MEZO, two, lambda batch: torch.ones(1), "cpu")
     split.once()
     assert split.seconds == {"perturbation": [1 + 4], "forwards": [2 + 8], "update": [16]}
     assert split.total == [31.0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..engine.batched import PerturbedBatch, batched
 from ..engine.check_closure import check_closure
 from ..integrations import transformers as language_models
 from ..methods import AdaMeZO
@@ -113,12 +114,13 @@ def _train(
     bar = tqdm(plan[done:], desc="training", unit="step", initial=done, total=len(plan))
     for number, rows in enumerate(bar, start=done + 1):
 
-        def closure(rows: list[int] = rows) -> Tensor:
+        @batched
+        def closure(batch: PerturbedBatch, rows: list[int] = rows) -> Tensor:
             start = now(device)
-            loss = train.loss(rows)
+            losses = train.losses(rows, batch)
             measured.forward_seconds += now(device) - start
-            measured.forward_passes += 1
-            return loss
+            measured.forward_passes += batch.count
+            return losses
 
         memory.reset()
         start = now(device)

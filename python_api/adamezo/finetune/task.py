@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ..engine.batched import PerturbedBatch
 from ..integrations.transformers import LabelScorer
 from .data import Example
 
@@ -40,8 +41,13 @@ class Task:
 
     def loss(self, rows: Sequence[int]) -> Tensor:
         """Mean cross entropy over the label words, in nats."""
-        scores = self.scorer([self.prompts[row] for row in rows])
-        return cross_entropy(scores, self.targets[list(rows)].to(scores.device))
+        return self.losses(rows, PerturbedBatch(1))[0]
+
+    def losses(self, rows: Sequence[int], batch: PerturbedBatch) -> Tensor:
+        """The same for each perturbation of a batch, of shape (perturbations,)."""
+        scores = self.scorer([self.prompts[row] for row in rows] * batch.count)
+        targets = self.targets[list(rows)].to(scores.device)
+        return torch.stack([cross_entropy(block, targets) for block in batch.split(scores)])
 
     @torch.inference_mode()
     def evaluate(self, batch_size: int, *, describe: str = "held-out") -> Evaluation:

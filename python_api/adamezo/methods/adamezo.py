@@ -55,6 +55,8 @@ class AdaMeZO(ZerothOrder):
         perturbation: ``"inplace"`` writes the perturbed weights and restores them, up to rounding
             in 16 bits; ``"out_of_place"`` never writes them: modules read perturbed copies while
             they run (docs/perturbation.md). ``"exact"`` is a former name of the latter.
+            ``"regenerated"`` corrects what modules compute, which needs low-rank directions, and
+            evaluates both sides in one forward if the closure is :func:`adamezo.batched`.
         rounding: of 16-bit weights as a step leaves them, by group: ``"stochastic"``, so that steps
             far below a weight's last place move it now and then, or ``"nearest"``, where they never
             do. Perturbed weights are always rounded to nearest.
@@ -69,8 +71,8 @@ class AdaMeZO(ZerothOrder):
             so that a step can be captured in a CUDA graph (docs/adamezo.md).
         seed: 64-bit key of all directions; None draws one from torch's default generator.
         differentiable: refused; a forward-only step has no graph.
-        model: what the closure evaluates; ``perturbation="out_of_place"`` needs it. All ``params``
-            must be its. :meth:`for_model` takes both from one model.
+        model: what the closure evaluates; all perturbations but ``"inplace"`` need it. All
+            ``params`` must be its. :meth:`for_model` takes both from one model.
 
     Both evaluations see the same random numbers (dropout masks included), and leave the generators
     of torch, and the global ones of Python and numpy, where one evaluation would have: directions
