@@ -7,6 +7,7 @@
 #   WORKERS=2             processes that share the tests; as many as there are cores, if not given
 #   NVCC=pip              `make nvcc` with CUDA 13.0 from pip, for a machine without a toolkit
 #   PY=python             use this environment as it is: nothing is created or installed
+#   COUNT=5000 SEED=7     how many random calls `make ptx-check` makes, and the first of them
 #   OUT=build/gpu         where `make gpu-check` leaves its logs and measurements
 
 PYTHON ?= python3
@@ -15,10 +16,12 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 WORKERS ?= auto
+COUNT ?= 300
+SEED ?= 1
 OUT ?= build/gpu
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CPP_TESTS = $(wildcard tests/contract/*.cpp)
+CPP_TESTS = $(wildcard tests/contract/*.cpp tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu)
 
 ifdef PY
 READY =
@@ -31,7 +34,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all stress lint format docs bench nvcc wheel gpu-check gpu-bench clean
+.PHONY: help setup demo test test-all stress lint format docs bench nvcc ptx-check wheel gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -113,8 +116,8 @@ $(TOOLKIT)/stamp: $(READY)
 	    nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm)
 	@ln -sfn lib $(TOOLKIT)/nvidia/cu13/lib64
 	@touch $@
-nvcc: $(TOOLKIT)/stamp
-nvcc: export CUDACXX := $(abspath $(TOOLKIT)/nvidia/cu13/bin/nvcc)
+nvcc ptx-check: $(TOOLKIT)/stamp
+nvcc ptx-check: export CUDACXX := $(abspath $(TOOLKIT)/nvidia/cu13/bin/nvcc)
 endif
 
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
@@ -122,6 +125,10 @@ nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into b
 	    -DPython_EXECUTABLE="$$(command -v $(PY))"
 	cmake --build build/nvcc
 	@PYTHONPATH=build/nvcc $(PY) -c 'import torch, _native; print("imports:", _native.__file__)'
+
+# In the same folder, with which it shares the CPU's kernels.
+ptx-check: $(READY) ## the CUDA kernels launched on the CPU, from their PTX, with every access checked; minutes
+	@$(PY) tests/ptx/check.py --count $(COUNT) --seed $(SEED)
 
 # Built in an environment of its own, where there is no torch: a package for others.
 wheel: $(READY) ## a wheel without CUDA, in build/wheel
