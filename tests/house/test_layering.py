@@ -36,8 +36,9 @@ DEPARTMENTS: dict[str, set[str]] = {
     "engine": set(),
     "methods": {"engine"},
     "fused_step": {"engine", "methods"},
-    "runlog": {"engine", "methods", "integrations"},
     "integrations": {"engine", "methods"},
+    "adapters": set(),
+    "runlog": {"engine", "methods", "integrations"},
     "finetune": {"engine", "methods", "runlog", "integrations"},
 }
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}
