@@ -37,7 +37,7 @@ DEPARTMENTS: dict[str, set[str]] = {
     "methods": {"engine"},
     "fused_step": {"engine", "methods"},
     "integrations": {"engine", "methods"},
-    "adapters": set(),
+    "adapters": {"integrations"},
     "runlog": {"engine", "methods", "integrations"},
     "finetune": {"engine", "methods", "runlog", "integrations"},
 }
