@@ -37,9 +37,9 @@ DEPARTMENTS: dict[str, set[str]] = {
     "methods": {"engine"},
     "fused_step": {"engine", "methods"},
     "integrations": {"engine", "methods"},
-    "adapters": {"integrations"},
-    "runlog": {"engine", "methods", "integrations"},
-    "finetune": {"engine", "methods", "runlog", "integrations"},
+    "adapters": {"engine", "integrations"},
+    "runlog": {"engine", "methods", "integrations", "adapters"},
+    "finetune": {"engine", "methods", "runlog", "integrations", "adapters"},
 }
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}
 
