@@ -6,7 +6,8 @@
     python -m benchmarks.methods --costs                 bytes and seconds of a step
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
-Each method trains all weights ("full") and LoRA adapters ("lora"), with every lr of a grid by
+Each method trains all weights ("full"), LoRA adapters ("lora") and AdaZeta's tensor-train adapters
+("tensor-train"), with every lr of a grid by
 factors of sqrt(10) and three seeds; of the main job, whose runs are long, lr is searched with the
 first seed, and the best lr is run with all three. The seed decides the order of the rows, the
 directions and the adapters, the same for all methods. The grid grows on a side until the best lr is
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 BUDGETS = {"layer": 216, "main": 72}
 """Forward passes of a run. 2, 3, 8 and 9 forwards a step, and POINTS, divide both."""
 POINTS = 3  # where the test rows are scored: thirds of the budget
-MODES = ("full", "lora")
+MODES = ("full", "lora", "tensor-train")
 SEEDS = (0, 1, 2)
 SEARCHING = {"layer": 3, "main": 1}
 """With how many of the seeds lr is searched."""
@@ -106,7 +107,7 @@ class Entry:
 
 
 def _rates(full: float, lora: float, main_full: float) -> dict[str, float]:
-    return {"full": full, "lora": lora, "main full": main_full}
+    return {"full": full, "lora": lora, "tensor-train": lora, "main full": main_full}
 
 
 ENTRIES = [
