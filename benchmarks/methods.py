@@ -238,9 +238,14 @@ class Search:
     searching: int | None = None
     """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
     where: dict[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    """With these lrs alone, if there are some, and without a search."""
 
     def run(self, entry: Entry, mode: str) -> None:
         """Makes the runs that are not there yet."""
+        if self.rates:
+            self._runs(entry, mode, self.rates, self.seeds)
+            return
         seeds = self.seeds[: self.searching]
         places = list(PLACES)
         while True:
@@ -339,6 +344,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", metavar="METHOD", choices=names, default=names)
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    options.add_argument("--rates", type=float, nargs="+", default=[], help="no search over lr")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
     options.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
@@ -355,7 +361,7 @@ def main() -> None:
     if arguments.output == RESULTS:
         arguments.output /= "methods_costs.csv" if arguments.costs else "methods.csv"
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    search = Search(job, arguments.output, seeds, SEARCHING[arguments.job], where)
+    search = Search(job, arguments.output, seeds, SEARCHING[arguments.job], where, arguments.rates)
     for mode, entry in itertools.product(arguments.modes, entries):
         if arguments.costs:
             new = cost(job, entry, mode, arguments.repeats, where)

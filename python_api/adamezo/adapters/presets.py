@@ -28,30 +28,31 @@ class Preset(NamedTuple):
     source: str
 
 
-_MEZO_OPT = "MeZO (arXiv 2305.17333), its search for OPT-13B, 20,000 steps"
-_MEZO_ROBERTA = "MeZO (arXiv 2305.17333), its search for RoBERTa-large, 100,000 steps"
+_MEZO_OPT = "MeZO (arXiv 2305.17333), the commands of its code for OPT-13B"
+_MEZO_ROBERTA = "MeZO (arXiv 2305.17333), the commands of its code for RoBERTa-large"
 _ADAZETA = "AdaZeta (arXiv 2406.18060), its released run"
 _OURS = "docs/methods.md, SmolLM2-135M, 72 forward passes, lr searched and zo_eps not"
+_LAYER = "docs/methods.md, the last layer of SmolLM2-135M, 216 forward passes, lr searched"
 _DEFAULT = "AdaMeZO's default, for thousands of steps"
 
 PRESETS = (
     Preset("MeZO", FULL, 1e-7, 1e-3, _MEZO_OPT),
-    Preset("MeZO", FULL, 1e-6, 1e-3, _MEZO_OPT),
-    Preset("MeZO", FULL, 1e-5, 1e-3, _MEZO_ROBERTA),
+    Preset("MeZO", FULL, 1e-6, 1e-3, _MEZO_ROBERTA),
     Preset("MeZO", FULL, 1e-4, 1e-3, _OURS),
     Preset("MeZO", "lora", 5e-5, 1e-2, _MEZO_OPT),
-    Preset("MeZO", "lora", 1e-4, 1e-2, _MEZO_OPT),
-    Preset("MeZO", "lora", 1e-5, 1e-3, _MEZO_ROBERTA),
+    Preset("MeZO", "lora", 1e-4, 1e-3, _MEZO_ROBERTA),
     Preset("MeZO", "lora", 3.16e-3, 1e-3, _OURS),
     Preset("MeZO", "prefix", 1e-3, 1e-1, _MEZO_OPT),
-    Preset("MeZO", "prefix", 1e-2, 1e-1, _MEZO_OPT),
-    Preset("MeZO", "prefix", 5e-3, 1e-1, _MEZO_ROBERTA),
+    Preset("MeZO", "prefix", 1e-2, 1e-1, _MEZO_ROBERTA),
     Preset("AdaZeta", "tensor-train", 1e-4, 1e-3, _ADAZETA),
+    Preset("MeZO", "tensor-train", 3.16e-3, 1e-3, _LAYER),
+    Preset("AdaZeta", "tensor-train", 1e-2, 1e-3, _LAYER),
     Preset("AdaZeta", FULL, 3.16e-4, 1e-3, _OURS),
     Preset("AdaZeta", "lora", 1e-2, 1e-3, _OURS),
     Preset("AdaMeZO", FULL, 1e-5, 1e-3, _DEFAULT),
     Preset("AdaMeZO", FULL, 1e-3, 1e-3, _OURS),
     Preset("AdaMeZO", "lora", 1e-2, 1e-3, _OURS),
+    Preset("AdaMeZO", "tensor-train", 1e-2, 1e-3, _LAYER),
 )
 """Not one best value each, as that depends on the model and on the number of steps: what was used,
 to begin a search from."""
