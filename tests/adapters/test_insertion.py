@@ -218,6 +218,21 @@ def test_targets_are_patterns_of_names():
     assert len(places("*_proj", "tensor-train-linear")) == 14
 
 
+def test_a_layer_that_is_never_called_is_no_target():
+    """nn.MultiheadAttention reads the weight of its out_proj, whose adapter would never run."""
+    model = nn.TransformerEncoderLayer(8, 2, 16).eval()
+    with pytest.raises(
+        ValueError, match="'out_proj' matches no linear layer.*'linear1', 'linear2'"
+    ):
+        adapt(model, targets="out_proj")
+    x = torch.randn(3, 1, 8)
+    with torch.no_grad():
+        untouched = model(x)
+        # Its fast path, which reads weights without a call too, is not taken where there are hooks.
+        move(adapt(model, targets=["linear1", "linear2"], seed=1))
+        assert not torch.equal(model(x), untouched)
+
+
 def test_a_target_with_its_side():
     model = adapt(make("llama"), targets={"mlp.up_proj": "output"})
     assert model.model.layers[0].mlp.up_proj.tensor_train.down.in_features == 40

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 SIDES = ("input", "output")
 
@@ -98,6 +99,10 @@ def find(model: nn.Module, sides: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that is called, and not one whose weight
+    nn.MultiheadAttention reads without a call, so that an adapter would never run."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes)
 
