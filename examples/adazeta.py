@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64, help="reviews to train on")
     parser.add_argument("--held-out", type=int, default=200, help="reviews to measure on")
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-to", type=Path, help="folder for the adapters")
     chosen = parser.parse_args()
