@@ -156,6 +156,16 @@ def test_relative_and_late_imports_are_understood():
     ]
 
 
+def test_every_folder_of_modules_is_installed():
+    listed = set(
+        re.findall(r'"(adamezo[a-z_.]*)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    )
+    folders = {
+        package for part in ("adamezo_kernels", "adamezo") for package, _ in modules(part)
+    } | {"adamezo.integrations"}
+    assert listed == folders
+
+
 def test_torch_is_the_only_hard_dependency():
     """What the extras bring is imported when a command or a function needs it, not before."""
     code = (
