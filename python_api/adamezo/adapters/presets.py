@@ -47,6 +47,7 @@ PRESETS = (
     Preset("AdaZeta", "tensor-train", 1e-4, 1e-3, _ADAZETA),
     Preset("MeZO", "tensor-train", 3.16e-3, 1e-3, _LAYER),
     Preset("AdaZeta", "tensor-train", 1e-2, 1e-3, _LAYER),
+    Preset("AdaZeta", "tensor-train", 1e-3, 1e-3, _OURS),
     Preset("AdaZeta", FULL, 3.16e-4, 1e-3, _OURS),
     Preset("AdaZeta", "lora", 1e-2, 1e-3, _OURS),
     Preset("AdaMeZO", FULL, 1e-5, 1e-3, _DEFAULT),
