@@ -94,6 +94,7 @@ setup(
         "adamezo.engine",
         "adamezo.engine.perturb",
         "adamezo.methods",
+        "adamezo.adapters",
         "adamezo.runlog",
         "adamezo.finetune",
         "adamezo.integrations",

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from adamezo.adapters import FAMILIES, adapt
 from adamezo.finetune import Example, Options, Task, read_examples, split
 from adamezo.integrations import transformers as language_models
 from examples.demo import HELD_OUT, REVIEWS, options
 
-# Of peft; the weights of B are 0 at first, so that a run starts at the untouched model.
-LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+# Where each mode but "full" trains adapters: as in a Llama model, as the last layer alone has no
+# config that says so. They add nothing at first, so that a run starts at the untouched model.
+PLACES: dict[str, Any] = {
+    "lora": FAMILIES["llama"].beside,
+    "tensor-train": FAMILIES["llama"].residual,
+}
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Job:
         """Forward passes of a run."""
 
     def start(self, mode: str, seed: int) -> Start:
-        """The same model for the same mode ("full" or "lora") and seed."""
+        """The same model for the same mode (one of MODES) and seed."""
         raise NotImplementedError
 
 
@@ -59,13 +64,6 @@ def three_parts(validation: int) -> tuple[list[Example], dict[str, list[Example]
     training, test = split(read_examples(REVIEWS), HELD_OUT)
     training, held_out = split(training, validation)
     return training, {"validation": held_out, "test": test}
-
-
-def adapt(model: nn.Module) -> None:
-    """Puts LoRA adapters into a model; of its weights, theirs alone are trained then."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    inject_adapter_in_model(LoraConfig(**LORA), model)
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -155,8 +153,8 @@ class Layer(Job):
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)
         model = LastLayer(self._model, self._words).eval()
-        if mode == "lora":
-            adapt(model)
+        if mode != "full":
+            adapt(model, mode, targets=PLACES[mode], seed=seed)
 
         def loss(rows: Sequence[int]) -> Tensor:
             hidden, lengths, labels = self._parts["training"].batch(rows)
@@ -193,8 +191,8 @@ class Main(Job):
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)
         model = copy.deepcopy(self._model)
-        if mode == "lora":
-            adapt(model)
+        if mode != "full":
+            adapt(model, mode, targets=PLACES[mode], seed=seed)
         scorer = language_models.LabelScorer(
             model, self._tokenizer, self._options.template, self._options.label_words
         )

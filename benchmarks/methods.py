@@ -6,7 +6,8 @@
     python -m benchmarks.methods --costs                 bytes and seconds of a step
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
-Each method trains all weights ("full") and LoRA adapters ("lora"), with every lr of a grid by
+Each method trains all weights ("full"), LoRA adapters ("lora") and AdaZeta's tensor-train adapters
+("tensor-train"), with every lr of a grid by
 factors of sqrt(10) and three seeds; of the main job, whose runs are long, lr is searched with the
 first seed, and the best lr is run with all three. The seed decides the order of the rows, the
 directions and the adapters, the same for all methods. The grid grows on a side until the best lr is
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 BUDGETS = {"layer": 216, "main": 72}
 """Forward passes of a run. 2, 3, 8 and 9 forwards a step, and POINTS, divide both."""
 POINTS = 3  # where the test rows are scored: thirds of the budget
-MODES = ("full", "lora")
+MODES = ("full", "lora", "tensor-train")
 SEEDS = (0, 1, 2)
 SEARCHING = {"layer": 3, "main": 1}
 """With how many of the seeds lr is searched."""
@@ -106,7 +107,8 @@ class Entry:
 
 
 def _rates(full: float, lora: float, main_full: float) -> dict[str, float]:
-    return {"full": full, "lora": lora, "main full": main_full}
+    centres = {"full": full, "lora": lora, "tensor-train": lora, "main full": main_full}
+    return centres | {"main tensor-train": lora / 10}
 
 
 ENTRIES = [
@@ -237,9 +239,14 @@ class Search:
     searching: int | None = None
     """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
     where: dict[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    """With these lrs alone, if there are some, and without a search."""
 
     def run(self, entry: Entry, mode: str) -> None:
         """Makes the runs that are not there yet."""
+        if self.rates:
+            self._runs(entry, mode, self.rates, self.seeds)
+            return
         seeds = self.seeds[: self.searching]
         places = list(PLACES)
         while True:
@@ -338,6 +345,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", metavar="METHOD", choices=names, default=names)
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    options.add_argument("--rates", type=float, nargs="+", default=[], help="no search over lr")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
     options.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
@@ -354,7 +362,7 @@ def main() -> None:
     if arguments.output == RESULTS:
         arguments.output /= "methods_costs.csv" if arguments.costs else "methods.csv"
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    search = Search(job, arguments.output, seeds, SEARCHING[arguments.job], where)
+    search = Search(job, arguments.output, seeds, SEARCHING[arguments.job], where, arguments.rates)
     for mode, entry in itertools.product(arguments.modes, entries):
         if arguments.costs:
             new = cost(job, entry, mode, arguments.repeats, where)

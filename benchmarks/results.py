@@ -151,7 +151,7 @@ def load(path: Path) -> list[Row]:
     """The rows of a file; none if it is not there. Other columns than a Row's are an error."""
     if not path.exists() or path.stat().st_size == 0:
         return []
-    empty = {name: "" for name in NUMBERS}
+    empty = {name: ["", "nan"] for name in NUMBERS}  # of a run whose loss was lost
     types = dict.fromkeys(COLUMNS, str) | dict.fromkeys(NUMBERS, float) | {"repeats": int}
     table = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
     if list(table.columns) != COLUMNS:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import kernels, steps, training
+from benchmarks.render import adapters, kernels, steps, training
 from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
 from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
@@ -79,6 +79,11 @@ PAGES: dict[str, dict[str, Block]] = {
             for job in training.BUDGETS
             for mode in training.MODES
         },
+    },
+    "docs/adapters.md": {
+        "adapters_conditions": partial(conditions, benchmarks=["adapters"]),
+        "adapters_costs": adapters.costs,
+        "adapters_inits": adapters.inits,
     },
     "docs/reliability.md": {"counts": training.attacks},
 }

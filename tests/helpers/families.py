@@ -1,77 +1,68 @@
-"""Tiny models of many families of transformers, and a loss for each row of their outputs."""
+"""Tiny models of each family that has published places for adapters, with real configurations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
-IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
-LABELS = torch.tensor([1, 0, 1])
-IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-
-_SMALL = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-_GROUPED = dict(_SMALL, intermediate_size=24, num_key_value_heads=2)
-_GPT = dict(vocab_size=60, n_embd=16, n_layer=2, n_head=4, n_positions=64)
-_SEQ2SEQ = dict(
-    vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-    decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
-)  # fmt: skip
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "GPT2LMHeadModel": _GPT,
-    "GPTJForCausalLM": dict(_GPT, rotary_dim=4),
-    "GPTNeoXForCausalLM": dict(_SMALL, intermediate_size=24),
-    "LlamaForCausalLM": _GROUPED,
-    "MistralForCausalLM": _GROUPED,
-    "Qwen2ForCausalLM": _GROUPED,
-    "Gemma2ForCausalLM": dict(_GROUPED, head_dim=4),
-    "OPTForCausalLM": dict(
-        _SMALL, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64
-    ),
-    "PhiForCausalLM": dict(_SMALL, intermediate_size=24),
-    "BloomForCausalLM": dict(vocab_size=60, hidden_size=16, n_layer=2, n_head=4),
-    "FalconForCausalLM": _SMALL,
-    "BertForSequenceClassification": dict(_SMALL, intermediate_size=24),
-    "RobertaForSequenceClassification": dict(
-        _SMALL, intermediate_size=24, max_position_embeddings=64
-    ),
-    "DistilBertForSequenceClassification": dict(
-        vocab_size=60, dim=16, n_layers=2, n_heads=4, hidden_dim=24
-    ),
-    "DebertaV2ForSequenceClassification": dict(_SMALL, intermediate_size=24),
-    "ElectraForSequenceClassification": dict(_SMALL, intermediate_size=24, embedding_size=16),
-    "BartForConditionalGeneration": _SEQ2SEQ,
-    "ViTForImageClassification": dict(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
-        image_size=16, patch_size=8,
-    ),
-}  # fmt: skip
+VOCABULARY = 50
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,  # the usual 0.02 would give next to equal logits
+}
 
 
-def build(name: str, **more: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    kind = getattr(transformers, name)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kind(kind.config_class(**FAMILIES[name], **more)).eval()
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
 
 
-def losses(model: nn.Module, batch: Any) -> Tensor:
-    """The loss of each block of a batch of perturbations."""
-    if "Image" in type(model).__name__:
-        logits = model(pixel_values=batch.repeat(IMAGES)).logits
-    elif "Conditional" in type(model).__name__:
-        ids = batch.repeat(IDS)
-        logits = model(input_ids=ids, decoder_input_ids=ids).logits
-    else:
-        logits = model(input_ids=batch.repeat(IDS)).logits
-    if logits.dim() == 2:
-        return batch.mean(F.cross_entropy(logits, batch.repeat(LABELS), reduction="none"))
-    next_ids = batch.repeat(IDS)[:, 1:]
-    return batch.mean(
-        F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), next_ids, reduction="none")
+def qwen2() -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2))
+
+
+def qwen3() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=6))
+
+
+def opt() -> OPTForCausalLM:
+    sizes = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "initializer_range")}
+    config = OPTConfig(
+        **sizes, ffn_dim=40, word_embed_proj_dim=24, init_std=0.2, max_position_embeddings=32
     )
+    return OPTForCausalLM(config)
+
+
+def roberta() -> RobertaForSequenceClassification:
+    return RobertaForSequenceClassification(RobertaConfig(**SIZES, max_position_embeddings=34))
+
+
+MODELS: dict[str, Callable[[], Any]] = {f.__name__: f for f in (llama, qwen2, qwen3, opt, roberta)}
+
+
+def make(family: str, seed: int = 0) -> Any:
+    """A model in evaluation mode, the same for the same seed."""
+    torch.manual_seed(seed)
+    return MODELS[family]().eval()
+
+
+def tokens(rows: int = 3, length: int = 7) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(4, VOCABULARY, (rows, length), generator=generator)

@@ -66,6 +66,8 @@ def test_rows_survive_the_csv(tmp_path):
     ]
     results.write(path, made)
     assert results.load(path) == made
+    results.write(path, [ROW, replace(ROW, median=math.nan)])  # the score of a run that was lost
+    assert results.load(path) == [ROW, replace(ROW, median=None)]
 
 
 def test_a_row_is_found_by_its_settings_and_its_x():

@@ -36,9 +36,10 @@ DEPARTMENTS: dict[str, set[str]] = {
     "engine": set(),
     "methods": {"engine"},
     "fused_step": {"engine", "methods"},
-    "runlog": {"engine", "methods", "integrations"},
     "integrations": {"engine", "methods"},
-    "finetune": {"engine", "methods", "runlog", "integrations"},
+    "adapters": {"engine", "integrations"},
+    "runlog": {"engine", "methods", "integrations", "adapters"},
+    "finetune": {"engine", "methods", "runlog", "integrations", "adapters"},
 }
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}
 
@@ -153,6 +154,16 @@ def test_relative_and_late_imports_are_understood():
         "adamezo_kernels.backends.native",
         "x.y",
     ]
+
+
+def test_every_folder_of_modules_is_installed():
+    listed = set(
+        re.findall(r'"(adamezo[a-z_.]*)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    )
+    folders = {
+        package for part in ("adamezo_kernels", "adamezo") for package, _ in modules(part)
+    } | {"adamezo.integrations"}
+    assert listed == folders
 
 
 def test_torch_is_the_only_hard_dependency():

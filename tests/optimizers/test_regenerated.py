@@ -16,7 +16,7 @@ import adamezo
 from adamezo import FZOO, AdaMeZO, AdaZeta, HiZOO, MeZO, ZOAdaMU, batched, fused_adamezo_step
 from adamezo.engine.perturb import regenerated
 from adamezo_kernels import PhiloxState, Plan, sample_
-from helpers import families
+from helpers import many_families as families
 from helpers.models import MODELS, MORE_MODELS, built
 
 SEED, ZO_EPS = 5, 1e-2

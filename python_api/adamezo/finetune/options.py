@@ -9,6 +9,8 @@ from typing import Any
 
 from adamezo_kernels import DISTRIBUTIONS, ROUNDINGS, kind_of
 
+from ..adapters.presets import FULL
+from ..adapters.schemes import SCHEMES
 from ..engine.perturb import PERTURBATIONS, perturbation_named
 from ..methods.history import NORMALIZATIONS
 
@@ -57,6 +59,11 @@ class Options:
     )
     batch_size: int = _option(16, "texts in a step")
     max_tokens: int = _option(256, "longer prompts lose their beginning")
+    adapt: str = _option(
+        FULL,
+        "adapters that are trained in place of all weights (docs/adapters.md)",
+        choices=(FULL, *SCHEMES),
+    )
     lr: float = _option(1e-5, "learning rate")
     lr_schedule: str = _option(
         "constant", "learning rate over the steps; linear ends at zero", choices=SCHEDULES
@@ -91,7 +98,9 @@ class Options:
         0, "steps between evaluations of the held-out rows; 0: before and after only"
     )
     show: int = _option(5, "number of held-out texts to show with the model's answers")
-    save_to: str | None = _option(None, "folder for the trained model")
+    save_to: str | None = _option(
+        None, "folder for the trained model; with --adapt for the adapters alone"
+    )
     log: str | None = _option(
         None, "file that gets a few bytes a step; if it exists, the run continues where it ended"
     )
@@ -101,6 +110,8 @@ class Options:
         fixed = {name: value for name, value in asdict(self).items() if name not in _MAY_CHANGE}
         if self.lr_schedule == "constant":
             del fixed["steps"]  # more of them may follow
+        if self.adapt == FULL:
+            del fixed["adapt"]  # as in logs of a time when there were no adapters
         return fixed
 
     def lr_factor(self, step: int) -> float:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..adapters import adapt, check_lr, save_adapters
+from ..adapters.presets import FULL
 from ..engine.batched import PerturbedBatch, batched
 from ..engine.check_closure import check_closure
 from ..integrations import transformers as language_models
@@ -38,6 +40,8 @@ def finetune(options: Options) -> dict[str, Any]:
     model, tokenizer = language_models.load(
         options.model, dtype=getattr(torch, options.dtype), device=_device(options.device)
     )
+    if options.adapt != FULL:
+        adapt(model, options.adapt, seed=options.seed)
     scorer = language_models.LabelScorer(
         model, tokenizer, options.template, words, max_tokens=options.max_tokens
     )
@@ -57,6 +61,7 @@ def finetune(options: Options) -> dict[str, Any]:
         model=model,
         seed=options.seed,
     )
+    check_lr(optimizer, model)
     loaded = time.perf_counter()
 
     before = test.evaluate(2 * options.batch_size, describe="held-out, before")
@@ -64,7 +69,9 @@ def finetune(options: Options) -> dict[str, Any]:
     with _log(optimizer, options, training) as done:
         measured = _train(optimizer, train, test, options, done)
     after = test.evaluate(2 * options.batch_size, describe="held-out, after")
-    if options.save_to:
+    if options.save_to and options.adapt != FULL:
+        save_adapters(model, options.save_to)
+    elif options.save_to:
         language_models.save(model, tokenizer, options.save_to)
     seconds = {
         "load": loaded - began,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor
@@ -20,14 +21,15 @@ class AdaZeta(MeZO):
         Q_k = min(max(floor(alpha epoch^exponent), 1), queries)
         theta <- theta (1 - lr weight_decay) - lr / Q_k sum_q p_q z_q
 
-    The authors' code has ``exponent = ln(NUM / alpha) / ln(epochs)`` with NUM = 20, so that the
-    bare power comes to NUM in the last epoch.
+    The authors' code has ``exponent = ln(NUM / alpha) / ln(epochs)`` with NUM = 20, for which
+    :meth:`schedule` is: with it, the published run is
+    ``AdaZeta(params, **AdaZeta.schedule(loader, epochs))`` at a batch size of 16.
 
     ``capturable`` is refused, as a captured step has a fixed number of directions.
 
     Deviations: the mean is never formed as a gradient. Epochs are whole, counted from 0 by steps
-    that were not skipped. The paper trains tensor-train adapters, which are not part of this: give
-    ``params`` of any adapter.
+    that were not skipped. The paper trains tensor-train adapters, which ``adamezo.adapters`` has;
+    ``params`` may be any.
 
     Args:
         params, lr, zo_eps, common: as for :class:`MeZO`, but for ``capturable``.
@@ -66,6 +68,34 @@ class AdaZeta(MeZO):
             zo_eps=zo_eps,
         )
         Memoryless.__init__(self, params, own, common)  # MeZO's own has another schedule
+
+    @staticmethod
+    def schedule(
+        batches: int | Sized, epochs: int, *, alpha: float = 0.85, last: float = 20.0
+    ) -> dict[str, Any]:
+        """The options of the published schedule over a run.
+
+        Args:
+            batches: how many an epoch has, or a data loader, whose length that is.
+            epochs: of the run, two or more.
+            alpha: the option.
+            last: NUM, which the bare power comes to after the last epoch; fewer than 1 direction
+                and more than ``queries`` are never taken.
+
+        Returns:
+            ``steps_per_epoch``, ``exponent`` and ``alpha``.
+        """
+        if epochs < 2:
+            raise ValueError(
+                f"Invalid epochs: {epochs}, expected two or more, as the schedule grows from the "
+                "second epoch on. MeZO has a constant number of directions"
+            )
+        if not 0.0 < alpha < last:
+            raise ValueError(f"Invalid alpha: {alpha}, expected a number between 0 and {last}")
+        steps = batches if isinstance(batches, int) else len(batches)
+        check_count("steps_per_epoch", steps)
+        exponent = math.log(last / alpha) / math.log(epochs)
+        return {"steps_per_epoch": steps, "exponent": exponent, "alpha": alpha}
 
     def queries_at(self, step: int, options: dict[str, Any]) -> int:
         """Q_k at a step, counted from 0."""

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..adapters import adapt, adapters_of, save_adapters
+from ..adapters.insertion import is_adapted
 from ..engine.optimizer import ZerothOrder
 from ..engine.records import StepRecord
-from .format import Log, LogError, is_completed, read
+from .format import Header, Log, LogError, is_completed, read
 from .header import check_same, header_of, optimizer_for
 
 Progress = Callable[[Sequence[StepRecord]], Iterable[StepRecord]]
@@ -104,23 +106,51 @@ def replay_file(
     if is_model:
         from ..integrations import transformers as language_models
 
-        dtypes = {entry.dtype for entry in contents.header.manifest}
-        if len(dtypes) != 1:
-            raise LogError(
-                f"the log has weights of the types {sorted(dtypes)}, but a model is loaded in one "
-                "type: pass its weights in a file"
-            )
-        model, tokenizer = language_models.load(base, dtype=getattr(torch, dtypes.pop()))
+        model, tokenizer = language_models.load(base, dtype=_dtype(contents.header))
+        if "adapt" in contents.header.run:
+            _adapt(model, contents.header)
         tensors = dict(model.named_parameters())
     else:
         tensors = _load(base)
     optimizer = optimizer_for(contents.header, tensors)
     steps = take_steps(contents, optimizer, until, progress)
-    if is_model and not out.suffix:
+    if is_model and is_adapted(model):
+        tensors = dict(adapters_of(model))
+    elif is_model:
+        tensors = model.state_dict()
+    if is_model and is_adapted(model) and not out.suffix:
+        save_adapters(model, out)
+    elif is_model and not out.suffix:
         language_models.save(model, tokenizer, out)
     else:
-        _save(model.state_dict() if is_model else tensors, out)
+        _save(tensors, out)
     return steps
+
+
+def _dtype(header: Header) -> torch.dtype:
+    """The type of the weights of the model that a log is of."""
+    if "adapt" in header.run:  # adapters are float32 in models of any type
+        dtypes = {str(header.run.get("dtype"))}
+    else:
+        dtypes = {entry.dtype for entry in header.manifest}
+    if len(dtypes) != 1:
+        raise LogError(
+            f"the log has weights of the types {sorted(dtypes)}, but a model is loaded in one "
+            "type: pass its weights in a file"
+        )
+    name = dtypes.pop()
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise LogError(f"the log is of weights of the type {name!r}, which torch does not have")
+    return dtype
+
+
+def _adapt(model: nn.Module, header: Header) -> None:
+    """Puts those adapters into a model that ``adamezo finetune`` had begun the log with."""
+    try:
+        adapt(model, header.run["adapt"], seed=header.run["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LogError(f"the adapters of the log cannot be made: {error}") from error
 
 
 def _load(path: Path) -> dict[str, Tensor]:

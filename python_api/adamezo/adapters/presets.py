@@ -1,0 +1,121 @@
+"""Learning rates and perturbation scales that were used for each kind of adapters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..engine.optimizer import ZerothOrder
+from .insertion import is_adapted, record_of
+
+FULL = "none"
+"""The scheme of a model without adapters, all weights of which are trained."""
+
+FAR = 30
+"""The factor of an lr from all those of its scheme at which :func:`check_lr` warns."""
+
+
+class Preset(NamedTuple):
+    """An lr and a zo_eps, and who used them for what."""
+
+    method: str
+    scheme: str
+    lr: float
+    zo_eps: float
+    source: str
+
+
+_MEZO_OPT = "MeZO (arXiv 2305.17333), the commands of its code for OPT-13B"
+_MEZO_ROBERTA = "MeZO (arXiv 2305.17333), the commands of its code for RoBERTa-large"
+_ADAZETA = "AdaZeta (arXiv 2406.18060), its released run"
+_OURS = "docs/methods.md, SmolLM2-135M, 72 forward passes, lr searched and zo_eps not"
+_LAYER = "docs/methods.md, the last layer of SmolLM2-135M, 216 forward passes, lr searched"
+_DEFAULT = "AdaMeZO's default, for thousands of steps"
+
+PRESETS = (
+    Preset("MeZO", FULL, 1e-7, 1e-3, _MEZO_OPT),
+    Preset("MeZO", FULL, 1e-6, 1e-3, _MEZO_ROBERTA),
+    Preset("MeZO", FULL, 1e-4, 1e-3, _OURS),
+    Preset("MeZO", "lora", 5e-5, 1e-2, _MEZO_OPT),
+    Preset("MeZO", "lora", 1e-4, 1e-3, _MEZO_ROBERTA),
+    Preset("MeZO", "lora", 3.16e-3, 1e-3, _OURS),
+    Preset("MeZO", "prefix", 1e-3, 1e-1, _MEZO_OPT),
+    Preset("MeZO", "prefix", 1e-2, 1e-1, _MEZO_ROBERTA),
+    Preset("AdaZeta", "tensor-train", 1e-4, 1e-3, _ADAZETA),
+    Preset("MeZO", "tensor-train", 3.16e-3, 1e-3, _LAYER),
+    Preset("AdaZeta", "tensor-train", 1e-2, 1e-3, _LAYER),
+    Preset("AdaZeta", "tensor-train", 1e-3, 1e-3, _OURS),
+    Preset("AdaZeta", FULL, 3.16e-4, 1e-3, _OURS),
+    Preset("AdaZeta", "lora", 1e-2, 1e-3, _OURS),
+    Preset("AdaMeZO", FULL, 1e-5, 1e-3, _DEFAULT),
+    Preset("AdaMeZO", FULL, 1e-3, 1e-3, _OURS),
+    Preset("AdaMeZO", "lora", 1e-2, 1e-3, _OURS),
+    Preset("AdaMeZO", "tensor-train", 1e-2, 1e-3, _LAYER),
+)
+"""Not one best value each, as that depends on the model and on the number of steps: what was used,
+to begin a search from."""
+
+
+def presets(method: str, scheme: str) -> tuple[Preset, ...]:
+    """Those of a method, by the name of its class, and of a scheme, or ``"none"`` for all weights.
+
+    MeZO's are those of AdaZeta too, which takes its steps. Empty where none is known.
+    """
+    taken = ("MeZO", "AdaZeta") if method in ("MeZO", "AdaZeta") else (method,)
+    return tuple(p for p in PRESETS if p.method in taken and p.scheme == scheme)
+
+
+def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
+    """Warns where an lr looks like that of another scheme.
+
+    Good learning rates differ by a factor of 1,000 and more between all weights, LoRA and prefixes.
+    There is a warning if a group's lr is a factor of 30 or more from all presets of the method for
+    the model's adapters. Nothing is said where no preset is known.
+
+    Args:
+        optimizer: of the model's adapters, or of all its weights.
+        model: with or without adapters of :func:`adamezo.adapters.adapt`.
+    """
+    scheme = record_of(model).scheme if is_adapted(model) else FULL
+    for group in optimizer.param_groups:
+        method, lr = _method(optimizer, group), float(group["lr"])
+        known = presets(method, scheme)
+        if not known or lr <= 0:
+            continue
+        near = min(known, key=lambda preset: _factor(preset.lr, lr))
+        # Floats: 3e-3 over 1e-4 is 29.999999999999996.
+        if _factor(near.lr, lr) < FAR * (1 - 1e-9):
+            continue
+        others = (p for p in PRESETS if p in presets(method, p.scheme) and p.scheme != scheme)
+        other = min(others, key=lambda preset: _factor(preset.lr, lr), default=None)
+        hint = ""
+        if other is not None and _factor(other.lr, lr) < _factor(near.lr, lr):
+            hint = f" It looks like one for {_name(other.scheme)} ({other.lr:g}, {other.source})."
+        warnings.warn(
+            f"{method} has lr={lr:g} on {_name(scheme)}, for which {near.lr:g} is the nearest that "
+            f"is known (with zo_eps={near.zo_eps:g}; {near.source}): a factor of "
+            f"{_factor(near.lr, lr):.0f}.{hint} adamezo.adapters.presets({method!r}, {scheme!r}) "
+            "has all of them",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _method(optimizer: ZerothOrder, group: dict[str, Any]) -> str:
+    """The method whose learning rates an optimizer has."""
+    name = type(optimizer).__name__
+    if name == "AdaMeZO" and group["betas"][1] == 0:  # v is 1, and nothing divides the steps
+        name = "MeZO"
+    scaled = group.get("normalization") == "official"  # 100 times as long
+    return f"{name}, official" if scaled else name
+
+
+def _factor(a: float, b: float) -> float:
+    return math.exp(abs(math.log(a / b)))
+
+
+def _name(scheme: str) -> str:
+    return "all weights" if scheme == FULL else f"{scheme} adapters"

@@ -1,0 +1,124 @@
+"""Learning rates that are known, and the warning of those of another scheme."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import adamezo
+from adamezo import FZOO, AdaMeZO, AdaZeta, MeZO
+from adamezo.adapters import PRESETS, SCHEMES, adapt, adapters_of, check_lr, presets
+from helpers.families import make
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_presets_are_of_methods_and_schemes_that_there_are():
+    for preset in PRESETS:
+        assert hasattr(adamezo, preset.method)
+        assert preset.scheme in ("none", *SCHEMES)
+        assert 0 < preset.lr < 1
+        assert preset.source
+    assert {p.scheme for p in PRESETS} >= {"none", "lora", "prefix", "tensor-train"}
+
+
+def test_mezos_published_values_are_there():
+    """Of the commands in its code, for OPT-13B and RoBERTa-large."""
+    found = {(p.scheme, p.lr, p.zo_eps) for p in PRESETS if "2305.17333" in p.source}
+    assert found == {
+        *{("none", 1e-7, 1e-3), ("none", 1e-6, 1e-3)},
+        *{("lora", 5e-5, 1e-2), ("lora", 1e-4, 1e-3)},
+        *{("prefix", 1e-3, 1e-1), ("prefix", 1e-2, 1e-1)},
+    }
+
+
+def test_our_own_are_the_best_of_the_committed_search():
+    """The lr of the tables in docs/methods.md."""
+    tables = (ROOT / "docs" / "methods.md").read_text()
+    modes = {"none": "full", "lora": "lora", "tensor-train": "tensor-train"}
+    ours = [p for p in PRESETS if p.source.startswith("docs/methods.md")]
+    assert len(ours) >= 9
+    for preset in ours:
+        job = "layer" if "layer" in preset.source else "main"
+        name = f"methods_{job}_{modes[preset.scheme]}"
+        table = tables.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+        (row,) = re.findall(rf"^\| {preset.method} \|.*$", table, re.MULTILINE)
+        assert float(row.split("|")[-3].split("(")[0]) == pytest.approx(preset.lr)
+
+
+def test_adazeta_has_mezos_too():
+    assert set(presets("MeZO", "lora")) <= set(presets("AdaZeta", "lora"))
+    assert presets("FZOO", "lora") == ()
+
+
+def check(method, scheme, **options):
+    """Whether there is a warning, and its text."""
+    model = make("llama")
+    if scheme != "none":
+        adapt(model, scheme)
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if method is AdaZeta:
+        options |= AdaZeta.schedule(10, epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_lr(method(params, **options), model)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "lr", "hint"),
+    [
+        (MeZO, "none", 1e-2, r"all weights.*prefix adapters \(0\.01"),
+        (MeZO, "none", 9.48e-3, r"factor of 30\. .*prefix adapters \(0\.01"),
+        (
+            MeZO,
+            "lora",
+            1e-7,
+            r"lora adapters, for which 5e-05.*factor of 500\..*all weights \(1e-07",
+        ),
+        (MeZO, "prefix", 1e-6, r"zo_eps=0\.1; MeZO.*factor of 1000"),
+        (AdaZeta, "tensor-train", 1e-6, r"AdaZeta.*all weights \(1e-06"),
+        (AdaMeZO, "lora", 1e-5, r"for which 0\.01.*all weights \(1e-05, AdaMeZO's default"),
+    ],
+)
+def test_an_lr_of_another_scheme_is_warned_of(method, scheme, lr, hint):
+    (message,) = check(method, scheme, lr=lr)
+    assert re.search(hint, message)
+    assert f"presets({method.__name__!r}, {scheme!r})" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "options"),
+    [
+        (MeZO, "none", dict(lr=9.1e-3)),  # 29 times the nearest, 3.16e-4
+        (MeZO, "none", dict(lr=1e-6)),
+        (MeZO, "lora", dict(lr=torch.tensor(1e-4))),
+        (MeZO, "none", dict(lr=0.0)),
+        (AdaMeZO, "none", dict(lr=1e-5)),
+        (AdaMeZO, "none", dict(lr=1e-7, betas=(0.7, 0.0))),  # MeZO with momentum
+        (AdaMeZO, "none", dict(lr=1e-8, normalization="official")),  # nothing is known
+        (FZOO, "none", dict(lr=1e3)),
+        (AdaMeZO, "tensor-train-linear", dict(lr=1e3)),
+    ],
+)
+def test_others_are_not(method, scheme, options):
+    assert check(method, scheme, **options) == []
+
+
+def test_the_published_lr_of_every_preset_is_not_warned_of():
+    for preset in PRESETS:
+        method = getattr(adamezo, preset.method)
+        assert check(method, preset.scheme, lr=preset.lr) == []
+
+
+def test_each_group_is_looked_at():
+    model = adapt(make("llama"), "lora")
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(
+        adapters_of(model).values(), (1e-4, 1e-8), strict=False)]  # fmt: skip
+    with pytest.warns(UserWarning, match="lr=1e-08") as caught:
+        check_lr(MeZO(groups), model)
+    assert len(caught) == 1
