@@ -93,6 +93,7 @@ setup(
         "adamezo",
         "adamezo.engine",
         "adamezo.engine.perturb",
+        "adamezo.engine.perturb.served",
         "adamezo.methods",
         "adamezo.adapters",
         "adamezo.runlog",
