@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels                  about 6 minutes on two cores
     python -m benchmarks.kernels --device cuda    minutes; CUDA's and Triton's kernels on a GPU
+    python -m benchmarks.kernels --low-rank       a minute; low-rank directions beside the others
     python -m benchmarks.kernels --quick          under a minute; fewer sizes, types and repeats
 
-Writes benchmarks/results/kernels_cpu.csv or kernels_gpu.csv: the time of a call against the number
-of elements. Everything compared is timed in turn in the same run, after its bits have been compared
+Writes benchmarks/results/kernels_cpu.csv, kernels_gpu.csv or kernels_low_rank.csv: the time of a
+call against the number of elements. Everything compared is timed in turn in the same run, after its bits have been compared
 with the reference's.
 """
 
@@ -36,6 +37,8 @@ HORIZONS = (1, 5, 10, 20, 50)
 SEED = 2026
 # A step so small that thousands of calls leave the weights ordinary numbers.
 TINY = 1e-9
+ROW = 4096
+LOW_RANK_SIZE = 2048 * ROW
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Case:
     horizon: int
     columns: tuple[Column, ...]
     repeats: int = 7
+    benchmark: str = "kernels"
 
 
 def cpu_cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Case]:
@@ -94,6 +98,22 @@ def cpu_cases(isas: Sequence[str], threads: int, *, quick: bool) -> Iterator[Cas
         yield Case("perturb", kind, n, 1, (*columns, *copies), repeats)
         for h in HORIZONS if n <= 10**7 else (10,):
             yield Case("update", kind, n, h, tuple(columns), repeats)
+
+
+def low_rank_cases(*, quick: bool) -> Iterator[Case]:
+    """Matrices of rows of 4096 elements, on one thread."""
+    kinds = ("exact", "rademacher", "lowrank", "lowrank:4")
+    columns = tuple(
+        Column(f"native, {kind}", options={"backend": "native", "distribution": kind})
+        for kind in kinds
+    )
+    for kind in ("float32",) if quick else ("float32", "bfloat16"):
+        cases = [("perturb", 1), *(("update", h) for h in ((1, 10) if quick else (1, 10, 20, 50)))]
+        for what, horizon in cases:
+            yield Case(
+                what, kind, LOW_RANK_SIZE, horizon, (*columns, Column("memcpy")),
+                benchmark="low_rank",
+            )  # fmt: skip
 
 
 def gpu_cases(backends: Sequence[str], *, quick: bool) -> Iterator[Case]:
@@ -160,6 +180,8 @@ def call_of(
 def variants(case: Case, device: str = "cpu") -> list[Variant]:
     """The columns of a case as things to time, all on the same weights."""
     weights = torch.randn(case.elements, device=device).mul_(0.02).to(TYPES[case.type])
+    if case.elements % ROW == 0:
+        weights = weights.view(-1, ROW)
 
     @functools.cache  # shared, as all of them would not fit into a GPU's memory
     def buffers(kind: str) -> list[Tensor]:
@@ -183,17 +205,20 @@ def rows_of(case: Case, timed: Iterable[Variant], where: dict[str, Any]) -> Iter
             threads=None if gpu else v.threads,
             isa=v.isa,
         )
-        key = ("gpu_kernels" if gpu else "kernels", "time", "s", v.name, columns, "elements")
+        key = ("gpu_kernels" if gpu else case.benchmark, "time", "s", v.name, columns, "elements")
         yield Row(*key, case.elements, **spread(v.seconds), **where)
 
 
 def main() -> None:
     options = parser(__doc__, "")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options.add_argument("--low-rank", action="store_true", help="low-rank directions, on a CPU")
     arguments = options.parse_args()
     device, quick, output = arguments.device, arguments.quick, arguments.output
+    low_rank = arguments.low_rank and device == "cpu"
     if output == RESULTS:
-        output /= {"cpu": "kernels_cpu.csv", "cuda": "kernels_gpu.csv"}[device]
+        of = "low_rank" if low_rank else {"cpu": "cpu", "cuda": "gpu"}[device]
+        output /= f"kernels_{of}.csv"
     start = time.perf_counter()
     backends = [
         name
@@ -208,7 +233,9 @@ def main() -> None:
             with native.use_isa(isa) if isa else nullcontext():
                 gate(TYPES.values(), backend=backend, device=device, label=f"{backend} {isa}")
             print(f"bits equal the reference's: {backend} {isa}", flush=True)
-    if device == "cpu":
+    if low_rank:
+        cases = low_rank_cases(quick=quick)
+    elif device == "cpu":
         cases = cpu_cases(isas, torch.get_num_threads(), quick=quick)
     else:
         cases = gpu_cases(backends, quick=quick)

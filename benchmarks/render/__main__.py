@@ -40,7 +40,9 @@ PAGES: dict[str, dict[str, Block]] = {
         ),
     },
     "docs/performance.md": {
-        "conditions": partial(conditions, benchmarks=["kernels", "step", "budget"]),
+        "conditions": partial(
+            conditions, benchmarks=["kernels", "low_rank", "step", "regenerated", "budget"]
+        ),
         "kernels": partial(kernels.speeds, columns=kernels.ISAS, cases=kernels.ALL),
         "baselines": BASELINES,
         "kinds": partial(
@@ -50,7 +52,11 @@ PAGES: dict[str, dict[str, Block]] = {
             kernels.speeds, columns=kernels.THREADS, cases=BOTH_OPERATIONS, sizes=[1e6, 1e7, 1e8]
         ),
         "fits": kernels.fits,
+        "low_rank": kernels.low_rank,
         "step": partial(steps.parts, benchmark="step"),
+        "regenerated": partial(STEP, benchmark="regenerated", reference=BARE),
+        "regenerated_split": partial(steps.parts, benchmark="regenerated"),
+        "regenerated_memory": partial(MEMORY, benchmark="regenerated", reference=BARE),
         "memory": partial(MEMORY, benchmark="step", reference=BARE),
         "budget": kernels.budget,
     },

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pandas
 
-from benchmarks.render.style import COLOURS, figure, markdown, over, save
+from benchmarks.render.style import COLOURS, NOT_YET, figure, markdown, over, save
 from benchmarks.results import pick
 
 LINES = ("torch", "portable", "avx2", "avx512")
@@ -87,6 +87,27 @@ def speeds(
             if any(cells):
                 body.append((f"{named(what, horizon)}, {kind}", f"{size:,.0f}", *cells))
     return markdown(("M elements/s", "elements", *columns), body)
+
+
+def low_rank(rows: pandas.DataFrame) -> str:
+    """Million elements a second of each kind of directions, and in brackets the multiple of a
+    copy's time."""
+    some = pick(rows, benchmark="low_rank")
+    if some.empty:
+        return NOT_YET
+    kinds = [v for v in some.variant.drop_duplicates() if v != "memcpy"]
+    body = []
+    cases = pick(some, variant=kinds[0])[["what", "type", "horizon", "elements"]]
+    for case in cases.drop_duplicates().itertuples(index=False):
+        at = pick(some, type=case.type).reset_index(drop=True)
+        copies = pick(at, variant="memcpy")["median"].median()
+        cells = []
+        for kind in kinds:
+            seconds = pick(at, variant=kind, what=case.what, horizon=case.horizon)["median"].iloc[0]
+            cells.append(f"{case.elements / seconds / 1e6:,.0f} ({seconds / copies:.2g}x)")
+        body.append((f"{named(case.what, case.horizon)}, {case.type}", *cells))
+    titles = [kind.removeprefix("native, ") for kind in kinds]
+    return markdown(("M elements/s", *titles), body)
 
 
 def fits(rows: pandas.DataFrame) -> str:

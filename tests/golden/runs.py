@@ -153,6 +153,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     horizons = ({**two[0], "horizon": 7}, {**two[1], "betas": (0.5, 0.8), "eps": 1e-3})
     yield case("AdaMeZO, two groups", a, groups=horizons, schedule=True)
     yield case("AdaMeZO, signs", {**a, "distribution": "rademacher"})
+    yield case("AdaMeZO, low rank", {**a, "distribution": "lowrank"})
+    yield case("AdaMeZO, low rank 3, two groups", {**a, "distribution": "lowrank:3"}, groups=two)
     yield case("AdaMeZO, nearest", {**a, "rounding": "nearest"})
     yield case("AdaMeZO, out of place", {**a, **out_of_place})
     signs = {**a, **out_of_place, "distribution": "rademacher", "rounding": "nearest"}
@@ -233,6 +235,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("ZOAdam, bfloat16 buffers", {"lr": 0.01, "buffer_dtype": "bfloat16"})
     nearest = {"lr": 0.01, "buffer_dtype": "bfloat16", "rounding": "nearest", "betas": (0.5, 0.75)}
     yield case("ZOAdam, bfloat16 buffers, nearest", nearest)
+    yield case("ZOAdam, low rank", {"lr": 0.01, "distribution": "lowrank"})
     yield case("ZOAdam, signs", {"lr": 0.01, "distribution": "rademacher"})
     yield case("ZOAdam, out of place", {"lr": 0.01, **out_of_place})
     yield case("ZOAdam, two groups, skipped and failed", {}, groups=two, events=bad, schedule=True)
@@ -512,6 +515,29 @@ def directions(backend: str | None = None) -> dict[str, str]:
                 state = PhiloxState(SEED, 21)
                 perturb_(plan, state, 1.0, distribution=distribution, backend=backend)
                 found[f"{kind}: {what}"] = hashlib.sha256(bits_of(z)).hexdigest()
+    return found
+
+
+_MATRICES = {
+    "37 x 7": ((37, 7), Shard(columns=7), 0),
+    "3 x 700": ((3, 700), Shard(columns=700), 0),
+    "2 x 3 x 5 x 4": ((2, 3, 5, 4), Shard(columns=60), 0),
+    "5 rows of 130 from row 2^33": ((5, 130), Shard(columns=130), 130 * 2**33),
+    "rows of 9 of 1000 from (6, 995) on": ((7, 5), Shard(6995, 7, 1000, 1000), 0),
+    "from the middle of a row of 2^34": ((300,), Shard(2**34 - 150, columns=2**34), 0),
+    "a vector": ((41,), Shard(5, columns=0), 2**34 - 20),
+}
+
+
+def low_rank_directions(backend: str | None = None) -> dict[str, str]:
+    """The same of low-rank directions, which a GPU's backends do not have."""
+    found = {}
+    for distribution in ("lowrank", "lowrank:3"):
+        for what, (shape, shard, offset) in _MATRICES.items():
+            z = torch.zeros(shape)
+            plan, state = Plan([z], parameters=[13], shards=[shard]), PhiloxState(SEED, 21, offset)
+            perturb_(plan, state, 1.0, distribution=distribution, backend=backend)
+            found[f"{distribution}: {what}"] = hashlib.sha256(bits_of(z)).hexdigest()
     return found
 
 

@@ -81,11 +81,12 @@ def _add(y: Tensor, t: Tensor, u: Tensor, blocks: Blocks) -> Tensor:
     blocks.types.add(y.dtype)
     t = t.float() * blocks.scales.to(t.device).view(-1, 1, 1)
     n = u.shape[2]
+    result = y.float().contiguous()  # y itself, as a rule: nobody else has it
     if u.shape[0] == 1:
-        result = torch.addmm(y.float().reshape(-1, n), t.reshape(-1, t.shape[2]), u[0])
+        result.view(-1, n).addmm_(t.view(-1, t.shape[2]), u[0])
     else:
-        result = torch.baddbmm(y.float().reshape(blocks.count, -1, n), t, u)
-    return result.view(y.shape).to(y.dtype)
+        result.view(blocks.count, -1, n).baddbmm_(t, u)
+    return result.to(y.dtype)
 
 
 def _times(x: Tensor, v: Tensor, matrix: StandIn, function: Any) -> Tensor:
