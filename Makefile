@@ -34,7 +34,8 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all stress lint format docs bench nvcc ptx-check wheel gpu-check gpu-bench clean
+.PHONY: help setup demo test test-all stress lint format docs bench nvcc ptx-check wheel gpu-check gpu-bench \
+    gpu-bench-kernels gpu-bench-steps clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -138,10 +139,19 @@ wheel: $(READY) ## a wheel without CUDA, in build/wheel
 gpu-check: $(READY) ## build, test and time on a CUDA device, under ten minutes; an error where there is none
 	@$(PY) tests/gpu/check.py --output $(OUT)
 
-gpu-bench: $(READY) ## kernels and whole steps on a CUDA device, beside torch and the paper; CSV and plots
-	$(PY) -m benchmarks.step paper_gpu
-	$(PY) -m benchmarks.step horizon_gpu
-	$(PY) -m benchmarks.kernels --device cuda
+# The module may be built in place, and the package not installed.
+gpu-bench-kernels gpu-bench-steps: export PYTHONPATH := python_api:$(PYTHONPATH)
+gpu-bench-kernels: $(READY) ## the kernels on a CUDA device, beside torch; CSV in OUT
+	@mkdir -p $(OUT)
+	$(PY) -m benchmarks.kernels --device cuda --output $(OUT)/kernels_gpu.csv
+
+gpu-bench-steps: $(READY) ## whole steps on a CUDA device, beside the paper; CSV in OUT
+	@mkdir -p $(OUT)
+	$(PY) -m benchmarks.step paper_gpu --output $(OUT)/paper_gpu.csv
+	$(PY) -m benchmarks.step horizon_gpu --output $(OUT)/horizon_gpu.csv
+
+gpu-bench: gpu-bench-kernels gpu-bench-steps ## both, and the tables and plots of this checkout
+	cp $(OUT)/*_gpu.csv benchmarks/results
 	$(PY) -m benchmarks.render
 
 clean: ## remove what was built; `rm -rf .venv` removes the environment

@@ -6,8 +6,8 @@
     python -m benchmarks.kernels --quick          under a minute; fewer sizes, types and repeats
 
 Writes benchmarks/results/kernels_cpu.csv, kernels_gpu.csv or kernels_low_rank.csv: the time of a
-call against the number of elements. Everything compared is timed in turn in the same run, after its bits have been compared
-with the reference's.
+call against the number of elements. Everything compared is timed in turn in the same run, after its
+bits have been compared with the reference's.
 """
 
 from __future__ import annotations
