@@ -39,17 +39,26 @@ class Blocks:
         return len(self.which)
 
 
-_SERVED = (
-    "linear, addmm and matmul with a matrix or its transpose, embedding, convolutions of one "
-    "group, layer_norm, rms_norm, and elementwise arithmetic"
-)
+class NotServed(Exception):
+    """A function in this form is not served, and needs the perturbed weight itself."""
 
 
 def refused(blocks: Blocks, name: str, function: Callable[..., Any], why: str = "") -> NoReturn:
+    """Raises NotServed, or in a batch, in which there is no one perturbed weight, refuses."""
+    if blocks.count == 1:
+        raise NotServed
     blocks.refuse(
-        f"{name} is read by {name_of(function)}{why}, and perturbation='regenerated' serves "
-        f"{_SERVED}. Take perturbation='out_of_place' for this model"
+        f"{name} is read by {name_of(function)}{why}, which perturbation='regenerated' does not "
+        f"serve in a batch of {blocks.count} perturbations: pass a closure that is not batched, or "
+        "take perturbation='out_of_place'"
     )
+
+
+def writes(function: Callable[..., Any], kwargs: Any) -> bool:
+    """Whether a function writes to a tensor that it is given."""
+    name = getattr(function, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name.startswith("__i") or kwargs.get("out") is not None
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -10,11 +10,29 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .blocks import Blocks, binary, bound, getter, leaves, properties, refused, same, unary, uneven
+from .blocks import (
+    Blocks,
+    NotServed,
+    binary,
+    bound,
+    getter,
+    leaves,
+    name_of,
+    properties,
+    refused,
+    same,
+    unary,
+    uneven,
+    writes,
+)
 from .vectors import Stacked, stacked, with_bias
 
 _T = torch.Tensor
+
+SMALL = 2**16
+"""How many elements a matrix may have of which a batch has a copy for each perturbation."""
 
 
 class StandIn(nn.Parameter):
@@ -41,11 +59,14 @@ class StandIn(nn.Parameter):
         kwargs = kwargs or {}
         serve = _functions().get(function)
         with torch._C.DisableTorchFunctionSubclass():
-            if serve is not None:
-                return serve(function, args, kwargs)
             if function in properties():
                 return function(*args, **kwargs)
-            _refuse(function, args, kwargs, "")
+            try:
+                if serve is not None:
+                    return serve(function, args, kwargs)
+            except NotServed:
+                pass
+            return _of_small_ones(function, args, kwargs)
 
     def factor(self) -> tuple[Tensor, Tensor]:
         """u and v, of shape (blocks, rank, rows) and (blocks, rank, columns), or with 1 in place of
@@ -158,7 +179,7 @@ def _embedding(function: Any, args: Any, kwargs: Any) -> Any:
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
     )  # fmt: skip
     if max_norm is not None:
-        refused(weight.blocks, weight.label, function, " with max_norm")
+        _refuse_to_write(function, weight)
     blocks = weight.blocks
     count = blocks.count
     with blocks.working():
@@ -216,7 +237,10 @@ def _convolution(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _whole(function: Any, args: Any, kwargs: Any) -> Any:
-    """An elementwise function of a matrix, of which every element is read."""
+    """A function of the perturbed matrices themselves, which exist while it runs."""
+    found = next(t for t in leaves(args, kwargs) if isinstance(t, StandIn))
+    if writes(function, kwargs):
+        _refuse_to_write(function, found)
 
     def of(value: Any) -> Any:
         if not isinstance(value, StandIn):
@@ -225,10 +249,27 @@ def _whole(function: Any, args: Any, kwargs: Any) -> Any:
             whole = value.whole()
         return whole[0] if value.blocks.count == 1 else stacked(whole, value.label, value.blocks)
 
-    args = tuple(of(a) for a in args)
-    if any(isinstance(a, Stacked) for a in args):
+    args, kwargs = tree_map(of, (args, kwargs))
+    if found.blocks.count > 1:
         return Stacked.__torch_function__(function, (Stacked,), args, kwargs)
     return function(*args, **kwargs)
+
+
+def _of_small_ones(function: Any, args: Any, kwargs: Any) -> Any:
+    """A function that is not served: of the perturbed matrices, but of large ones not in a batch,
+    which would take the memory of all perturbations."""
+    for matrix in leaves(args, kwargs):
+        if isinstance(matrix, StandIn) and matrix.numel() > SMALL:
+            if matrix.blocks.count > 1:
+                refused(matrix.blocks, matrix.label, function)
+    return _whole(function, args, kwargs)
+
+
+def _refuse_to_write(function: Any, matrix: StandIn) -> NoReturn:
+    matrix.blocks.refuse(
+        f"{matrix.label} is written in a forward, by {name_of(function)}: with "
+        "perturbation='regenerated' that would be lost. Do it outside of the step"
+    )
 
 
 def _transposed(function: Any, args: Any, kwargs: Any) -> Any:

@@ -78,6 +78,22 @@ def elementwise(function: Any, args: Any, kwargs: Any) -> Any:
     return result.flatten(0, 1) if in_batch else stacked(result, some.label, blocks)
 
 
+def _matmul(function: Any, args: Any, kwargs: Any) -> Any:
+    """A product of matrices of each block, or of rows of the batch with one on the right."""
+    a, b = bound(args, kwargs, ("input", "other"))
+    some = a if isinstance(a, Stacked) else b
+    blocks, count = some.blocks, some.blocks.count
+    if isinstance(a, Stacked):
+        if a.dim() < 2 or b.dim() != a.dim():
+            refused(blocks, some.label, function, " of these shapes in a batch of perturbations")
+        right = b.stack if isinstance(b, Stacked) else b
+        return stacked(torch.matmul(a.stack, right), some.label, blocks)
+    if b.dim() != 2 or a.dim() < 2 or a.shape[0] % count:
+        refused(blocks, some.label, function, uneven(a.shape[0], blocks))
+    matrices = b.stack.view(count, *[1] * (a.dim() - 2), *b.shape)
+    return torch.matmul(a.unflatten(0, (count, -1)), matrices).flatten(0, 1)
+
+
 def _each(function: Any, args: Any, kwargs: Any) -> Any:
     """A function of one tensor, element by element or to another type."""
     first, *rest = args
@@ -240,4 +256,5 @@ def _functions() -> dict[Any, Callable[..., Any]]:
     table.update(dict.fromkeys((*unary(), *casts), _each))
     table.update(dict.fromkeys(binary(), elementwise))
     table.update(dict.fromkeys((_T.__iadd__, _T.add_), _added))
+    table.update(dict.fromkeys((torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__), _matmul))
     return table
