@@ -14,6 +14,7 @@ from torch import nn
 
 import adamezo
 from adamezo import FZOO, AdaMeZO, AdaZeta, HiZOO, MeZO, ZOAdaMU, batched, fused_adamezo_step
+from adamezo.adapters import adapt
 from adamezo.engine.perturb import regenerated
 from adamezo_kernels import PhiloxState, Plan, sample_
 from helpers import many_families as families
@@ -54,19 +55,8 @@ def identities(model: nn.Module) -> list[int]:
 
 # --- what modules compute -------------------------------------------------------------------------
 
-REFUSED = {
-    "attention": "in_proj_weight is read by .*multi_head_attention_forward",
-    "attention, fast path": "in_proj_weight is read by .*multi_head_attention_forward",
-    "encoder layer": "self_attn.in_proj_weight is read by",
-    "encoder layer, fast path": "self_attn.in_proj_weight is read by",
-    "attention, other keys": "in_proj_weight is read by",
-    "encoder": "layers.0.self_attn.in_proj_weight is read by",
-    "parametrized": "0.parametrizations.weight.original is read by torch.Tensor.triu",
-    "weight norm": "parametrizations.weight.original1 is read by _weight_norm",
-    "old weight norm": "0.weight_v is read by _weight_norm",
-    "orthogonal": "parametrizations.weight.original is read by torch.Tensor.tril",
-    "LSTM": "the model is a LSTM, whose weights are read inside of torch",
-}
+# One perturbation at a time; elsewhere a function without a correction gets the perturbed weight.
+REFUSED = {"LSTM": "the model is a LSTM, whose weights are read inside of torch"}
 ALL_MODELS = {**MODELS, **MORE_MODELS}
 
 
@@ -148,6 +138,32 @@ def test_families(name):
     for kind, losses in found.items():
         for got, loss in zip(losses, expected, strict=True):
             assert abs(got - loss) < 2.0**-18 * loss, kind
+
+
+@pytest.mark.parametrize("scheme", ["tensor-train", "tensor-train-linear", "lora", "prefix"])
+def test_adapters(scheme):
+    """One by one and in a batch, on Llama."""
+    found = {}
+    for kind in ("out_of_place", "regenerated", "batched"):
+        model = families.build("LlamaForCausalLM", pad_token_id=0)
+        torch.manual_seed(1)
+        adapt(model, scheme)
+        with torch.no_grad():
+            for p in model.parameters():  # or the first perturbation would change nothing
+                if p.requires_grad:
+                    p += 0.1 * torch.randn(p.shape)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        optimizer = MeZO(
+            trained, model=model, lr=0.0, zo_eps=ZO_EPS, seed=SEED, distribution="lowrank",
+            perturbation="out_of_place" if kind == "out_of_place" else "regenerated",
+        )  # fmt: skip
+        closure = batched(lambda batch, model=model: families.losses(model, batch))
+        optimizer.step(closure if kind == "batched" else lambda closure=closure: closure())
+        found[kind] = optimizer.losses
+    expected = found.pop("out_of_place")
+    assert abs(expected[0] - expected[1]) > 2.0**-16 * expected[0]
+    for losses in found.values():
+        assert losses == pytest.approx(expected, rel=2.0**-19)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -452,13 +468,61 @@ def test_a_refusal_that_the_closure_catches():
 
     def closure():
         try:
-            (model[0].weight.triu()).sum()
+            model[0].weight.mul_(2.0)
         except RuntimeError:
             return 1.0
         return 2.0
 
-    with pytest.raises(RuntimeError, match="0.weight is read by torch.Tensor.triu"):
+    with pytest.raises(RuntimeError, match="0.weight is written in a forward, by torch.*mul_"):
         make(model).step(closure)
+
+
+LARGE = 2**16 + 256
+
+
+def test_what_a_batch_does_not_serve():
+    """Functions of large matrices without a correction; of small ones it has all perturbations."""
+    for width in (8, 16):
+        attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        x = torch.randn(6, 5, width)
+
+        @batched
+        def closure(batch, attention=attention, x=x):
+            y = batch.repeat(x)
+            return batch.mean(attention(y, y, y)[0].square().mean((1, 2)))
+
+        refusal = "in_proj_.* is read by .*attention_forward.* of 2 perturbations: pass a closure"
+        with pytest.raises(RuntimeError, match=refusal):
+            make(attention).step(closure)
+        make(attention).step(lambda closure=closure: closure())
+    for rows, served in ((16, True), (LARGE // 16, False)):
+        model = Rolled(rows)
+        losses = []
+        for perturbation in ("out_of_place", "regenerated"):
+            optimizer = make(model, FZOO, queries=2, perturbation=perturbation, lr=0.0)
+            closure = rows_loss(model)
+            optimizer.step(lambda closure=closure: closure())
+            losses.append(optimizer.losses)
+        assert losses[1] == pytest.approx(losses[0], rel=2.0**-19)
+        if served:
+            optimizer.step(rows_loss(model))
+        else:
+            with pytest.raises(RuntimeError, match="weight is read by torch.Tensor.reshape"):
+                optimizer.step(rows_loss(model))
+
+
+class Rolled(nn.Module):
+    """Its weight is reshaped before it is used, as the cores of a tensor train are."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(rows // 4, 4, 16) / 4)
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.weight.reshape(-1, 16)[:8, :4] @ torch.eye(4)
+        return x @ wide + self.bias
 
 
 def test_rows_that_mix_are_refused():

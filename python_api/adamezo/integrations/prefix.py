@@ -35,8 +35,10 @@ class Prefix(nn.Module):
 
     def forward(self, rows: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """For each layer its keys and values, of shape (rows, heads, positions, size)."""
-        states = self.states.to(dtype)[:, :, None].expand(-1, -1, rows, -1, -1, -1)
-        return [(keys, values) for keys, values in states]
+        return [
+            (keys[None].expand(rows, -1, -1, -1), values[None].expand(rows, -1, -1, -1))
+            for keys, values in self.states.to(dtype)
+        ]
 
     def extra_repr(self) -> str:
         return f"{self.states.shape[3]} positions"

@@ -275,7 +275,7 @@ def _refuse_to_write(function: Any, matrix: StandIn) -> NoReturn:
 def _transposed(function: Any, args: Any, kwargs: Any) -> Any:
     matrix = args[0]
     if matrix.dim() != 2:
-        refused(matrix.blocks, matrix.label, function, f" with {matrix.dim()} dimensions")
+        return _of_small_ones(function, args, kwargs)
     if function is torch.Tensor.transpose or function is torch.transpose:
         dims = {d % 2 for d in (*args[1:], *kwargs.values())}
         if dims != {0, 1}:

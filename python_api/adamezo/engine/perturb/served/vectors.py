@@ -38,7 +38,7 @@ class Stacked(nn.Parameter):
             if function in properties():
                 return function(*args, **kwargs)
             found = next(t for t in leaves(args, kwargs) if isinstance(t, Stacked))
-            refused(found.blocks, found.label, function, " in a batch of perturbations")
+            refused(found.blocks, found.label, function)
 
     def shaped(self, *shape: int) -> Stacked:
         return stacked(self.stack.reshape(self.blocks.count, *shape), self.label, self.blocks)
@@ -85,7 +85,7 @@ def _matmul(function: Any, args: Any, kwargs: Any) -> Any:
     blocks, count = some.blocks, some.blocks.count
     if isinstance(a, Stacked):
         if a.dim() < 2 or b.dim() != a.dim():
-            refused(blocks, some.label, function, " of these shapes in a batch of perturbations")
+            refused(blocks, some.label, function, " of these shapes")
         right = b.stack if isinstance(b, Stacked) else b
         return stacked(torch.matmul(a.stack, right), some.label, blocks)
     if b.dim() != 2 or a.dim() < 2 or a.shape[0] % count:
@@ -98,7 +98,7 @@ def _each(function: Any, args: Any, kwargs: Any) -> Any:
     """A function of one tensor, element by element or to another type."""
     first, *rest = args
     if any(isinstance(a, Stacked) for a in rest):
-        refused(first.blocks, first.label, function, " in a batch of perturbations")
+        refused(first.blocks, first.label, function)
     return stacked(function(first.stack, *rest, **kwargs), first.label, first.blocks)
 
 
@@ -143,7 +143,7 @@ def _added(function: Any, args: Any, kwargs: Any) -> Any:
     first, *rest = args
     found = next(a for a in args if isinstance(a, Stacked))
     if isinstance(first, Stacked):
-        refused(found.blocks, found.label, function, " in a batch of perturbations")
+        refused(found.blocks, found.label, function)
     return first.copy_(elementwise(torch.add, (first, *rest), kwargs))
 
 
@@ -158,6 +158,12 @@ def _indexed(function: Any, args: Any, kwargs: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     whole = (slice(None), *index)
     return stacked(first.stack[whole], first.label, first.blocks)
+
+
+def _unbound(function: Any, args: Any, kwargs: Any) -> Any:
+    first, dim = bound(args, kwargs, ("input", "dim"))
+    pieces = first.stack.unbind((dim or 0) % first.dim() + 1)
+    return tuple(stacked(piece, first.label, first.blocks) for piece in pieces)
 
 
 def _unsqueezed(function: Any, args: Any, kwargs: Any) -> Any:
@@ -188,7 +194,7 @@ def _biased(function: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias = bound(args, kwargs, ("input", "weight", "bias"))
     if isinstance(x, Stacked) or isinstance(weight, Stacked):
         found = next(t for t in (x, weight) if isinstance(t, Stacked))
-        refused(found.blocks, found.label, function, " in a batch of perturbations")
+        refused(found.blocks, found.label, function)
     more = {name: value for name, value in kwargs.items() if name not in ("weight", "bias")}
     y = function(x, weight, None, *args[3:], **more)
     return with_bias(y, bias, -1 if function is F.linear else 1)
@@ -246,6 +252,8 @@ def _functions() -> dict[Any, Callable[..., Any]]:
         _T.__getitem__: _indexed,
         torch.unsqueeze: _unsqueezed,
         _T.unsqueeze: _unsqueezed,
+        torch.unbind: _unbound,
+        _T.unbind: _unbound,
         torch.permute: _permuted,
         _T.permute: _permuted,
         F.scaled_dot_product_attention: _attention,
