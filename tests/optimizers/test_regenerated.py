@@ -386,6 +386,26 @@ def test_a_forward_that_raises(error):
     optimizer.step(rows_loss(model))
 
 
+def test_gradients_in_the_closure_do_not_disturb():
+    model = mlp()
+    closure = rows_loss(model)
+    optimizer = make(model, lr=0.0)
+    optimizer.step(closure)
+    expected = optimizer.losses
+
+    @batched
+    def with_gradients(batch):
+        with torch.enable_grad():
+            x = X.clone().requires_grad_()
+            out = model(batch.repeat(x))
+            return batch.mean(F.cross_entropy(out, batch.repeat(Y), reduction="none"))
+
+    again = make(model, lr=0.0)
+    again.step(with_gradients)
+    assert again.losses == expected
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_fused_step_and_check_closure():
     model = mlp()
     closure = rows_loss(model)

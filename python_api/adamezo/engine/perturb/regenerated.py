@@ -84,8 +84,7 @@ class Corrected:
         ]
         self._vectors_in_plans = _by_kind(segments, self.vectors)
         self._factors: list[tuple[Direction | None, Factors]] = []
-        self._copies: list[list[Tensor]] = []
-        self._calls: list[list[Call]] = []
+        self._copies: dict[int, list[tuple[list[Tensor], list[Call]]]] = {}
 
     def are_of(self, model: nn.Module, plans: Sequence[Plan], distribution: str) -> bool:
         """Whether modules, parameters, their memory and the directions are still the same."""
@@ -107,8 +106,8 @@ class Corrected:
     @property
     def scratch_bytes(self) -> int:
         """The memory of factors and of perturbed vectors."""
-        copies = sum(copy.nbytes for some in self._copies for copy in some)
-        return copies + sum(factors.bytes for _, factors in self._factors)
+        copies = [copy for made in self._copies.values() for some, _ in made for copy in some]
+        return sum(c.nbytes for c in copies) + sum(f.bytes for _, f in self._factors)
 
     def forget(self) -> None:
         """The next step has directions of its own."""
@@ -116,32 +115,32 @@ class Corrected:
 
     def vectors_at(self, points: Sequence[Point]) -> dict[int, Tensor]:
         """The perturbed vectors, by their place: of shape (points, *shape)."""
-        count = len(points)
-        if not self._copies or self._copies[0][0].shape[0] != count:
-            self._copies = [
-                [
-                    torch.empty(count, *t.shape, dtype=t.dtype, device=t.device)
-                    for t in (self.tensors[i] for i in some)
-                ]
-                for some in self._vectors_in_plans
-            ]
+        made = self._copies.get(len(points))
+        if made is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._calls = [
-                    [
-                        Call("perturb", plan.into([copy[k] for copy in copies]), _terms(points[k]))
-                        for k in range(count)
-                    ]
-                    for plan, copies in zip(self._vector_plans, self._copies, strict=True)
-                ]
+                made = self._copies[len(points)] = self._make_copies(points)
         found: dict[int, Tensor] = {}
-        for some, copies, calls in zip(
-            self._vectors_in_plans, self._copies, self._calls, strict=True
-        ):
+        for some, (copies, calls) in zip(self._vectors_in_plans, made, strict=True):
             for point, call in zip(points, calls, strict=True):
-                # A vector's direction has exact normals.
                 run(call.vary(terms=_terms(point), scale=point[1]), self.backend)
             found.update(zip(some, copies, strict=True))
         return found
+
+    def _make_copies(self, points: Sequence[Point]) -> list[tuple[list[Tensor], list[Call]]]:
+        """Memory for the vectors of each plan at so many points, and the calls that fill it. A
+        vector's direction has exact normals, whatever the rank."""
+        made = []
+        for plan in self._vector_plans:
+            like = [segment.tensor for segment in plan]
+            copies = [
+                torch.empty(len(points), *t.shape, dtype=t.dtype, device=t.device) for t in like
+            ]
+            calls = [
+                Call("perturb", plan.into([copy[k] for copy in copies]), _terms(point))
+                for k, point in enumerate(points)
+            ]
+            made.append((copies, calls))
+        return made
 
     def weight_under(self, tensor: Tensor) -> int | None:
         """The place of the weight that shares memory with a tensor, if any."""
@@ -245,7 +244,7 @@ class Regenerated:
     def _stand_in(self, i: int, blocks: Blocks, vectors: Tensor | None) -> Tensor:
         tensor = self._of.tensors[i]
         if vectors is None:
-            return StandIn.of(tensor, self._of.names[i], i, blocks)
+            return StandIn.of(tensor.detach(), self._of.names[i], i, blocks)
         if len(blocks.which) == 1:
             return nn.Parameter(vectors[0], requires_grad=False)
         return stacked(vectors, self._of.names[i], blocks)
