@@ -27,7 +27,6 @@ from adamezo_kernels.stream import ROUNDINGS
 from helpers.backends import needs_native
 from helpers.operations import (
     KEY,
-    KINDS,
     OFFSET,
     TYPES,
     UPDATES,
@@ -38,12 +37,16 @@ from helpers.operations import (
     weights,
     zoo,
 )
+from helpers.operations import (
+    KINDS as ALL_KINDS,
+)
 from helpers.rules import EPS, LR, NUMBERS, RESTORE, by_reference, run, terms_of, with_buffers
 
 pytestmark = needs_native
 
 # (blocks, threads): one warp for everything, a few, more warps than windows.
 SAME_BITS = [kind for kind in cuda.DISTRIBUTIONS if kind in reference.DISTRIBUTIONS]
+KINDS = [kind for kind in ALL_KINDS if kind.values[0][0] in SAME_BITS]
 SHAPES = [(1, 32), (2, 96), (5, 64), (40, 256)]
 
 

@@ -1,4 +1,4 @@
-// A kernel with a fault of every kind that a launch is checked for; test_faults.py runs them.
+// A kernel with a fault of every kind that a launch is checked for; test_found_faults.py runs them.
 #include <cuda_runtime.h>
 
 #include <string>
