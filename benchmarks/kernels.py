@@ -198,10 +198,11 @@ def variants(case: Case, device: str = "cpu") -> list[Variant]:
 def rows_of(case: Case, timed: Iterable[Variant], where: dict[str, Any]) -> Iterator[Row]:
     for v in timed:
         copy, gpu = v.name == "memcpy", v.device == "cuda"
+        beside = copy and case.benchmark == "low_rank"  # a copy is timed beside each case
         columns = settings(
-            what="memcpy" if copy else case.what,
+            what=f"memcpy beside {case.what}" if beside else "memcpy" if copy else case.what,
             type=case.type,
-            horizon=None if copy else case.horizon,
+            horizon=None if copy and not beside else case.horizon,
             threads=None if gpu else v.threads,
             isa=v.isa,
         )
