@@ -14,6 +14,5 @@
 namespace adamezo {
 
 constexpr int64_t kLargestRank = 64;
-constexpr int64_t kLogFactor = 34;  // of the largest number of rows or columns
 
 }  // namespace adamezo

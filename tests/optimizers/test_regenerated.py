@@ -497,6 +497,20 @@ def test_a_refusal_that_the_closure_catches():
         make(model).step(closure)
 
 
+class Clamps(nn.Linear):
+    def forward(self, x):
+        self.bias.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def test_a_vector_that_a_forward_writes():
+    """It would be written in a copy, and lost."""
+    torch.manual_seed(0)
+    model = Clamps(8, 4)
+    with pytest.raises(RuntimeError, match="bias is written in a forward"):
+        make(model).step(lambda: apply_loss(model))
+
+
 LARGE = 2**16 + 256
 
 

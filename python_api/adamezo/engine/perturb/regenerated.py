@@ -73,16 +73,16 @@ class Corrected:
         for i, tensor in enumerate(self.tensors):
             if has_memory(tensor):
                 self._by_storage.setdefault(storage_of(tensor), []).append(i)
-        self.vectors = [i for i, segment in enumerate(segments) if segment.columns == 0]
+        vectors = [i for i, segment in enumerate(segments) if segment.columns == 0]
+        self._vectors_in_plans = _by_kind(segments, vectors)
         self._vector_plans = [
             Plan(
                 [segments[i].tensor for i in some],
                 parameters=[segments[i].parameter for i in some],
                 names=[self.names[i] for i in some],
             )
-            for some in _by_kind(segments, self.vectors)
+            for some in self._vectors_in_plans
         ]
-        self._vectors_in_plans = _by_kind(segments, self.vectors)
         self._factors: list[tuple[Direction | None, Factors]] = []
         self._copies: dict[int, list[tuple[list[Tensor], list[Call]]]] = {}
 
@@ -216,6 +216,7 @@ class Regenerated:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             blocks = self._blocks(points)
             vectors = of.vectors_at(points)
+            versions = {i: vector._version for i, vector in vectors.items()}
             stand_ins = {i: self._stand_in(i, blocks, vectors.get(i)) for i in of.read}
             stack.callback(self._put_back)
             for parameters, name, _, i in of.readers:
@@ -227,6 +228,12 @@ class Regenerated:
             yield
         if self._refusal is not None:  # even if the closure has caught it
             raise self._refusal
+        for i, version in versions.items():
+            if vectors[i]._version != version:
+                self._refuse(
+                    f"{of.names[i]} is written in a forward: with perturbation='regenerated' that "
+                    "would be lost. Do it outside of the step"
+                )
 
     def _blocks(self, points: Sequence[Point]) -> Blocks:
         directions: list[Direction] = []
