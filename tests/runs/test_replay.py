@@ -551,18 +551,18 @@ def test_a_job_that_stopped_goes_on(model_folder, data_file, tmp_path, monkeypat
         )
     )
     calls = itertools.count(1)
-    real = finetune.Task.loss
+    real = finetune.Task.losses
 
-    def loss(self, rows):
+    def losses(self, rows, batch):
         # Two for its memory, two to check the loss, then the first of the third step.
         if next(calls) == 2 + 2 + 5:
             raise MemoryError("no room")
-        return real(self, rows)
+        return real(self, rows, batch)
 
     settings = options(
         model_folder, data_file, log=str(tmp_path / "b"), save_to=str(tmp_path / "B"), **job
     )
-    monkeypatch.setattr(finetune.Task, "loss", loss)
+    monkeypatch.setattr(finetune.Task, "losses", losses)
     with pytest.raises(MemoryError):
         finetune.finetune(settings)
     monkeypatch.undo()
