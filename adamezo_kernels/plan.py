@@ -131,8 +131,16 @@ class Launch:
         return max(segment.last_index for segment in self.segments)
 
     @cached_property
-    def copies(self) -> dict[int, Tensor]:
-        """Copies of the table on a GPU, by the handle of the stream that made and uses each."""
+    def matrices_and_vectors(self) -> tuple[Launch, Launch]:
+        """Its segments of parameters with two or more dimensions, and the others."""
+        matrices = tuple(segment for segment in self.segments if segment.columns)
+        vectors = tuple(segment for segment in self.segments if not segment.columns)
+        return replace(self, segments=matrices), replace(self, segments=vectors)
+
+    @cached_property
+    def copies(self) -> dict[tuple[str, int, int], tuple[Tensor, int]]:
+        """Copies of the table on a GPU and the number of what each counts: by what that is, the
+        call's offset, and the handle of the stream that made and uses the copy."""
         return {}
 
     @cached_property

@@ -25,7 +25,7 @@ from typing import Any
 import adamezo_kernels
 from adamezo_kernels.backends import triton as triton_backend
 from benchmarks.results import Row, conditions, load, parser, settings, write
-from benchmarks.sass import cuobjdump, instructions, loop_sizes, nvcc, run
+from benchmarks.sass import cuobjdump, instructions, loop_of_products, loop_sizes, nvcc, run
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 RULES = {name: rule for name, rule in adamezo_kernels.RULES.items() if name != "moments"}
@@ -114,6 +114,7 @@ BODIES = {
     "perturb": "Instance<Perturb<{}, {}>, bfloat16>",
     "update": "Instance<Update<{}, true, {}>, bfloat16>",
 }
+TILE_BODIES = {"perturb": "TilePerturb<{}>", "update": "TileUpdate<true, {}>"}
 RULE_BODIES = {"perturb": "ByRule<{}, {}, false>", "update": "ByRule<{}, {}, true>"}
 KEPT_TYPES = {"float32": "kFloat32", "bfloat16": "kBFloat16"}
 ELEMENTS_OF_A_THREAD = 16
@@ -145,16 +146,17 @@ def without_cuda() -> str:
     return ""
 
 
-def compiled_by_nvcc(architecture: str, bodies: Sequence[str]) -> Iterator[tuple[int, int, list]]:
+def compiled_by_nvcc(
+    architecture: str, bodies: Sequence[str], kernel: str = "kernel<{}>"
+) -> Iterator[tuple[int, int, list]]:
     """(registers, bytes spilled, instructions) of each body, compiled in one file. There are no
     instructions where cuobjdump is missing."""
     lines = ['#include "cuda/kernels.cuh"', "namespace adamezo::cuda {", ASSUMED]
     for i, body in enumerate(bodies):
         # A type of its own gives each kernel a name by which it is found in the output.
         lines.append(f"struct Body{i}_ : {body} {{}};")
-        lines.append(
-            f"template __global__ void kernel<Body{i}_>(const __grid_constant__ DeviceJob);"
-        )
+        instance = kernel.format(f"Body{i}_")
+        lines.append(f"template __global__ void {instance}(const __grid_constant__ DeviceJob);")
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernels.cu"), str(Path(folder, "kernels.cubin"))
         source.write_text("\n".join([*lines, "}"]))
@@ -187,6 +189,21 @@ def cuda_sums(architecture: str) -> tuple[Budget, ...]:
         counts = (loop / ELEMENTS_OF_A_THREAD, (window - loop) / ELEMENTS_OF_A_THREAD)
         made.append(Budget(kernel, *used, *counts, accesses(code)))
     return tuple(made)
+
+
+TILES = [Kernel(o, "lowrank", s) for o in TILE_BODIES for s in (False, True)]
+
+
+@functools.cache
+def cuda_tiles(architecture: str) -> tuple[Budget, ...]:
+    """The kernels of low-rank directions of matrices. Counted is the loop over terms of rank 1
+    alone: what is done once for a tile, or for an element, is spread over many loops."""
+    bodies = [TILE_BODIES[k.operation].format(ROUNDINGS[k.stochastic]) for k in TILES]
+    compiled = compiled_by_nvcc(architecture, bodies, "low_rank_kernel<{}, bfloat16>")
+    return tuple(
+        Budget(kernel, *used, loop_of_products(code) / ELEMENTS_OF_A_THREAD, 0.0, accesses(code))
+        for kernel, (*used, code) in zip(TILES, compiled, strict=True)
+    )
 
 
 def rule_body(kernel: Kernel) -> str:

@@ -84,6 +84,21 @@ def loop_sizes(code: Sequence[Instruction], *, whole_program: bool) -> tuple[int
     return size(window), size(largest_loop(inside))
 
 
+def loop_of_products(code: Sequence[Instruction]) -> int:
+    """How many instructions the smallest loop has that multiplies sixteen numbers and makes none:
+    that over the terms of low-rank directions. Stores of the first direction are not counted."""
+    at = {instruction.address: n for n, instruction in enumerate(code)}
+    sizes = []
+    for n, i in enumerate(code):
+        if i.name.startswith("BRA") and i.target in at and at[i.target] <= n:
+            names = [j.name for j in code[at[i.target] : n + 1]]
+            if sum(name == "FMUL" for name in names) >= 16 and not any(
+                name.startswith("IMAD.WIDE.U32") for name in names
+            ):
+                sizes.append(sum(name != "STS" for name in names))
+    return min(sizes, default=0)
+
+
 def _is_rare(block: Sequence[Instruction], leaves: Instruction) -> bool:
     """Whether a block is off the usual path; `leaves` is its last instruction."""
     # Single float32 elements are read and written under a condition or in a block of their own.

@@ -114,6 +114,17 @@ PYBIND11_MODULE(_native, m) {
   m.def("rules", &rules);
   m.def("build_report", &build_report);
 
+  const auto counting = [&](const char* name, auto count) {
+    m.def(
+        name,
+        [count](uint64_t table, int64_t segments, uint64_t offset) {
+          return count(reinterpret_cast<Segment*>(table), segments, offset);
+        },
+        "Sets `first` of a table on the host, and returns the number of all.", py::arg("table"),
+        py::arg("segments"), py::arg("offset"));
+  };
+  counting("count_windows", &count_windows);
+  counting("count_tiles", &count_tiles);
   m.def(
       "cuda_on_host",
       [](const Job& job, const HighWords& highs, int64_t blocks, int threads) {

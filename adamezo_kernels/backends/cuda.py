@@ -1,8 +1,10 @@
 """The CUDA kernels of the compiled module, queued on the caller's current stream.
 
-No call waits for the device. Besides the weights a kernel reads two tensors on the device:
+No call waits for the device, but the first of a plan on a stream. Besides the weights a kernel
+reads two tensors on the device:
 
-- the table of segments, copied once for each plan and stream;
+- the table of segments, copied once for each plan and stream: a capture on any stream may use the
+  copy later, so it is waited for;
 - the words of adamezo_kernels.terms. Words on the host are copied for each call: one small copy
   from pinned memory serves any number of directions, where kernel parameters would end at 4 KB.
   Words on the device are read there, also by a captured call.
@@ -30,8 +32,7 @@ from .native import compiled
 
 NAME = "cuda"
 
-DISTRIBUTIONS: tuple[str, ...] = ("exact", "fast", "rademacher")
-"""The index of a name is its number in csrc/adamezo/job.h."""
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "fast", "rademacher", "lowrank")
 
 # The elements of a launch have indices that agree above these bits: 2**32 Philox calls of 4 each.
 _LOG_ELEMENTS_PER_HIGH = 34
@@ -99,6 +100,10 @@ class Place:
         """A copy on the device, without waiting for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
+    def wait(self) -> None:
+        """Until all that was queued here is done."""
+        torch.cuda.current_stream(self.device).synchronize()
+
     def run(self, job: Any, highs: Sequence[int]) -> None:
         compiled.cuda_launch(job, highs, self.device.index, self.stream)
 
@@ -110,10 +115,10 @@ def run(call: Call) -> None:
         place = Place(launch.device)
         try:
             with place.guard:
-                # Both references last until the launch: after it their memory may be reused.
-                table, words = _table(launch, place), words_for(call.terms, place)
-                job = native.job(call, launch, table, words)
-                place.run(job, high_words(launch, call.terms.offset))
+                # References last until the launches: after them their memory may be reused.
+                words = words_for(call.terms, place)
+                for part, distribution in _parts(launch, call.distribution):
+                    _run(call, part, distribution, place, words)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{failed(call, launch)}: {error}. The module was built by "
@@ -122,18 +127,41 @@ def run(call: Call) -> None:
         native.mark_written(launch)
 
 
-def _table(launch: Launch, place: Place) -> Tensor:
-    """The launch's table on the device, copied once for each stream that it is used on."""
-    table = launch.copies.get(place.stream)
-    if table is None and place.capturing():
-        # A graph would repeat the copy at each replay, from memory freed long before. The device is
-        # idle before a capture, so a copy made on any stream is complete.
-        table = next(iter(launch.copies.values()), None)
-        if table is None:
+def _run(call: Call, launch: Launch, distribution: str, place: Place, words: Tensor) -> None:
+    tiles, offset = distribution.startswith("lowrank"), call.terms.offset
+    table, count = _table(launch, "tiles" if tiles else "windows", offset, place)
+    # The kernels that take tiles find the high words themselves.
+    highs = [0] if tiles else high_words(launch, offset)
+    place.run(native.job(call, launch, table, words, distribution=distribution, count=count), highs)
+
+
+def _parts(launch: Launch, distribution: str) -> list[tuple[Launch, str]]:
+    """The launches of kernels for one launch of a call, with the distribution of each: of low-rank
+    directions, vectors have exact normals and matrices kernels of their own."""
+    if not distribution.startswith("lowrank"):
+        return [(launch, distribution)]
+    kinds = zip(launch.matrices_and_vectors, (distribution, "exact"), strict=True)
+    return [(part, kind) for part, kind in kinds if part.elements]
+
+
+def _table(launch: Launch, unit: str, offset: int, place: Place) -> tuple[Tensor, int]:
+    """The launch's table on the device with counts of windows or tiles, copied once for each stream
+    that it is used on, and the number of all."""
+    kind = unit, offset
+    found = launch.copies.get((unit, offset, place.stream))
+    if found is None and place.capturing():
+        # A graph would repeat the copy at each replay, from memory freed long before. Any copy will
+        # do, as each was complete when it was made.
+        found = next((copy for (*of, _), copy in launch.copies.items() if tuple(of) == kind), None)
+        if found is None:
             raise RuntimeError("a capture cannot copy the table: run the same call once before")
-    if table is None:
-        table = launch.copies[place.stream] = place.copy(launch.table)
-    return table
+    if found is None:
+        table = launch.table.clone()
+        make = compiled.count_tiles if unit == "tiles" else compiled.count_windows
+        count = make(table.data_ptr(), len(table), offset)
+        found = launch.copies[unit, offset, place.stream] = place.copy(table), count
+        place.wait()
+    return found
 
 
 def words_for(terms: Terms, place: Place) -> Tensor:

@@ -103,12 +103,21 @@ def use_isa(name: str) -> Iterator[None]:
         _forced_instruction_set = before
 
 
-def job(call: Call, launch: Launch, table: Tensor, words: Tensor) -> Any:
+def job(
+    call: Call,
+    launch: Launch,
+    table: Tensor,
+    words: Tensor,
+    *,
+    distribution: str | None = None,
+    count: int | None = None,
+) -> Any:
     """The Job of a call on one launch, for the compiled module; ``table`` and ``words`` are on the
-    device that runs it."""
+    device that runs it. ``distribution``: if not the call's; ``count``: of what the table counts,
+    if not elements."""
     terms = call.terms
     segments, elements, dtype, buffer_dtype = launch.kind
-    distribution, rank = kind_of(call.distribution)
+    distribution, rank = kind_of(distribution or call.distribution)
     # Positional: the names of so many arguments cost as much as a kernel of a few hundred elements.
     return compiled.Job(
         OPERATIONS.index(call.operation),
@@ -116,7 +125,7 @@ def job(call: Call, launch: Launch, table: Tensor, words: Tensor) -> Any:
         rank,
         table.data_ptr(),
         segments,
-        elements,
+        elements if count is None else count,
         dtype,
         terms.key,
         terms.offset,

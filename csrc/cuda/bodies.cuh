@@ -62,6 +62,33 @@ ADAMEZO_HD void store_words(const Words16& from, T* to, [[maybe_unused]] bool na
   *reinterpret_cast<Words16*>(to) = from;
 }
 
+// Reads those elements of a chunk for which inside(i) holds: all in one access if it is `whole`.
+template <class T, class Inside>
+ADAMEZO_HD void load_chunk(const T* chunk, bool whole, Inside inside, T elements[kChunk<T>]) {
+  if (whole) {
+    const Words16 words = *reinterpret_cast<const Words16*>(chunk);
+    std::memcpy(elements, &words, sizeof words);
+  } else {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kChunk<T>; ++i)
+      if (inside(i)) elements[i] = chunk[i];
+  }
+}
+
+template <class T, class Inside>
+ADAMEZO_HD void store_chunk(const T elements[kChunk<T>], T* chunk, bool whole, bool named,
+                            Inside inside) {
+  if (whole) {
+    Words16 words;
+    std::memcpy(&words, elements, sizeof words);
+    store_words(words, chunk, named);
+  } else {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kChunk<T>; ++i)
+      if (inside(i)) chunk[i] = elements[i];
+  }
+}
+
 // A thread's sixteen elements of a window, of which a run holds all or some. A member that a body
 // does not use costs nothing.
 template <class T>
@@ -90,16 +117,10 @@ struct Elements {
 #endif
     ADAMEZO_UNROLL
     for (int c = 0; c < kChunks<T>; ++c) {
-      const T* const chunk = from + chunk_in_window<T>(lane, c);
       T elements[kChunk<T>] = {};
-      if (whole(from, c)) {
-        const Words16 words = *reinterpret_cast<const Words16*>(chunk);
-        std::memcpy(elements, &words, sizeof words);
-      } else {
-        ADAMEZO_UNROLL
-        for (int i = 0; i < kChunk<T>; ++i)
-          if (inside(c, i)) elements[i] = chunk[i];
-      }
+      load_chunk(
+          from + chunk_in_window<T>(lane, c), whole(from, c), [&](int i) { return inside(c, i); },
+          elements);
       ADAMEZO_UNROLL
       for (int i = 0; i < kChunk<T>; ++i) values[c * kChunk<T> + i] = to_float32(elements[i]);
     }
@@ -110,18 +131,10 @@ struct Elements {
   ADAMEZO_HD void store(const Round& round) const {
     ADAMEZO_UNROLL
     for (int c = 0; c < kChunks<T>; ++c) {
-      T* const chunk = window + chunk_in_window<T>(lane, c);
       T elements[kChunk<T>];
       round(c * kChunk<T>, elements);
-      if (whole(window, c)) {
-        Words16 words;
-        std::memcpy(&words, elements, sizeof words);
-        store_words(words, chunk, c == 0);
-      } else {
-        ADAMEZO_UNROLL
-        for (int i = 0; i < kChunk<T>; ++i)
-          if (inside(c, i)) chunk[i] = elements[i];
-      }
+      store_chunk(elements, window + chunk_in_window<T>(lane, c), whole(window, c), c == 0,
+                  [&](int i) { return inside(c, i); });
     }
   }
 };
@@ -152,45 +165,58 @@ ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Elements<T>& to, ui
   });
 }
 
-// A window of which a run holds [low, high). The positions in `run` are those of `low`.
+// A window, of which a row of a segment holds [low, high). The distances are those of its first
+// element from the segment's: of weights, where they are read, and among the segment's elements row
+// by row, which buffers follow without gaps between rows.
 struct Window {
   const Segment& segment;
-  const Run& run;
-  uint64_t index;  // of the window's first element in the parameter
+  int64_t memory, source, position;
+  uint64_t index;  // of its first element in the parameter
   int low, high, lane;
 };
 
-// The windows of a worker's share: calls visit(window) for each. Shares are whole windows
-// of the concatenated segments, so that a large tensor is cut where its windows begin. Windows are
-// aligned in the parameter, not in memory: none straddles two high block words, and all elements of
-// a Philox call are in one window. A share is below 2^31 elements.
+// How many windows a row of a segment may need. They are aligned in the parameter, not in memory:
+// none straddles two high block words, and all elements of a Philox call are in one window.
+ADAMEZO_HD int64_t windows_of_row(const Segment& segment, uint64_t offset) {
+  if (segment.row_length == 0) return 0;
+  const bool alike = segment.rows == 1 || segment.index_stride % kWindow == 0;
+  const int64_t before =
+      alike ? int64_t((uint64_t(segment.index_offset) + offset) % kWindow) : kWindow - 1;
+  return (before + segment.row_length + kWindow - 1) / kWindow;
+}
+
+// The windows of a worker's share, of which job.elements and the segments' `first` are counts:
+// calls visit(window) for each. Shares differ by one window at most. The windows are those of rows,
+// so that a tensor of odd size moves none of the next one's.
 //
 // Few values live from one window to the next, and the others are computed again: each takes a
 // register from the loop over directions.
 template <class Visit>
 ADAMEZO_HD void walk_windows(const DeviceJob& job, int64_t worker, int64_t workers, Visit visit) {
-  const int64_t windows = (job.elements + kWindow - 1) / kWindow, warps = workers / kWarp;
-  const int64_t share = (windows + warps - 1) / warps * kWindow;
-  int64_t position = worker / kWarp * share;
-  if (position >= job.elements) return;
-  int left = int(job.elements - position < share ? job.elements - position : share);
-  int s = int(segment_at(job.segments, job.segment_count, position));
-  while (left > 0) {
+  const int64_t warp = worker / kWarp, warps = workers / kWarp;
+  int64_t next = job.elements * warp / warps;
+  int left = int(job.elements * (warp + 1) / warps - next);
+  if (left == 0) return;
+  int s = int(segment_at(job.segments, job.segment_count, next));
+  for (; left > 0; --left, ++next) {
+    while (s + 1 < job.segment_count && job.segments[s + 1].first <= next) ++s;
     const Segment& segment = job.segments[s];
-    const int64_t start = position - segment.first, size = segment.rows * segment.row_length;
-    if (start >= size) {
-      ++s;
-      continue;
+    int64_t window = next - segment.first, memory = 0, source = 0, position = 0;
+    uint64_t index = uint64_t(segment.index_offset) + job.offset;
+    if (segment.rows > 1) {
+      const int64_t of_row = windows_of_row(segment, job.offset), row = window / of_row;
+      window -= row * of_row;
+      memory = row * segment.row_stride, source = row * segment.source_stride;
+      position = row * segment.row_length;
+      index += uint64_t(row) * uint64_t(segment.index_stride);
     }
-    const Run run = run_at(job.segments, s, start, start + left < size ? start + left : size);
-    const uint64_t index = run.index + job.offset;
-    const int low = int(index % kWindow);
-    const int high = run.count < kWindow - low ? low + int(run.count) : kWindow;
-    const int lane = int(worker % kWarp);
-    position += high - low;
-    left -= high - low;
-    if (uint32_t(index >> kLogElementsPerHigh) != job.high) continue;
-    visit(Window{segment, run, index - low, low, high, lane});
+    const int before = int(index % kWindow);
+    const int64_t start = window * kWindow - before, end = segment.row_length - start;
+    const int low = window == 0 ? before : 0, high = end < kWindow ? int(end) : kWindow;
+    index += uint64_t(start);
+    if (high <= low || uint32_t(index >> kLogElementsPerHigh) != job.high) continue;
+    visit(Window{segment, memory + start, source + start, position + start, index, low, high,
+                 int(worker % kWarp)});
   }
 }
 
@@ -200,8 +226,8 @@ ADAMEZO_HD void for_each_window(const DeviceJob& job, int64_t worker, int64_t wo
                                 Visit visit) {
   walk_windows(job, worker, workers, [&](const Window& of) {
     const uint32_t parameter = uint32_t(of.segment.parameter);
-    T* const first = reinterpret_cast<T*>(of.segment.address) + of.run.memory - of.low;
-    const T* const source = reinterpret_cast<const T*>(of.segment.source) + of.run.source - of.low;
+    T* const first = reinterpret_cast<T*>(of.segment.address) + of.memory;
+    const T* const source = reinterpret_cast<const T*>(of.segment.source) + of.source;
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(first));  // unknown of an address read from a table
 #endif
@@ -279,6 +305,12 @@ ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
   }
 }
 
+// A weight after a step, with its value of the newest direction, along which it is restored.
+ADAMEZO_HD float updated(const DeviceJob& job, float theta, float newest, float step) {
+  if (job.scale != 0.0f) theta = ScalarLanes::fma(job.scale, newest, theta);
+  return descend<ScalarLanes>(theta, step, job.step[0], job.step[1]);
+}
+
 // Restore, moments and update in one pass.
 template <class D, bool kSecond, Rounding kRounding>
 struct Update {
@@ -298,15 +330,12 @@ struct Update {
           sum_directions<D, T, kSecond>(job, space, place, moments);
           float values[kThreadElements];
           theta.load(theta.window, values);
-          const float minus_lr = job.step[0], decay = job.step[1];
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i) {
             const auto& four = moments[i / 4];
-            const float newest = space.newest[i * space.stride];
-            if (job.scale != 0.0f) values[i] = ScalarLanes::fma(job.scale, newest, values[i]);
             const float step =
                 preconditioned<ScalarLanes, kSecond>(four.s1[i % 4], four.s2[i % 4], job.eps);
-            values[i] = descend<ScalarLanes>(values[i], step, minus_lr, decay);
+            values[i] = updated(job, values[i], space.newest[i * space.stride], step);
           }
           if constexpr (kRounding == Rounding::kStochastic)
             store_stochastic(job, theta, uint64_t(space.scratch[0]) * kWindow,
@@ -340,8 +369,10 @@ struct Moment {
 };
 
 // A body for one type of weights.
-template <class Body, class T>
+template <class Of, class T>
 struct Instance {
+  using Body = Of;
+  using Element = T;
   using Directions = typename Body::Directions;
 
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,

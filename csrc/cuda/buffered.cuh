@@ -105,34 +105,48 @@ ADAMEZO_HD void narrow(const float values[kQuad], const uint32_t random[kQuad],
   std::memcpy(words, elements, sizeof elements);
 }
 
-// Four elements of a window: their weights, directions and the buffers of rule R.
-template <class R>
-struct Quad {
-  const DeviceJob& job;
+// Where four elements of a window are, of which a row may hold some.
+struct QuadInWindow {
   const Window& window;
   int first;  // the place of its first element in the window
+
+  ADAMEZO_HD const Segment& segment() const { return window.segment; }
+  ADAMEZO_HD uint64_t index() const { return window.index + uint64_t(first); }
+  ADAMEZO_HD int low() const { return window.low - first; }
+  ADAMEZO_HD int high() const { return window.high - first; }
+  ADAMEZO_HD int64_t memory() const { return window.memory + first; }
+  ADAMEZO_HD int64_t source() const { return window.source + first; }
+  ADAMEZO_HD int64_t position() const { return window.position + first; }
+  // The words of stochastic rounding: those of store_stochastic in bodies.cuh.
+  ADAMEZO_HD void random_words(const DeviceJob& job, uint32_t parameter, uint32_t x[kQuad]) const {
+    const PhiloxStream stream = philox_stream(job.round_keys, job.directions[0], job.high);
+    Exact::quad_words(job.round_keys, index(), parameter, stream, x);
+  }
+};
+
+// Four elements: their weights, directions and the buffers of rule R.
+template <class R, class Where>
+struct Quad {
+  const DeviceJob& job;
+  Where at;
   float theta[kQuad], z[R::kDirections][kQuad], buffers[kBufferCapacity<R>][kQuad];
 
-  template <class D>
-  ADAMEZO_HD void load(D, const Direction* table, const Array& from) {
+  // direction(k, z) makes the values of direction k.
+  template <class Direction>
+  ADAMEZO_HD void load(const Array& from, Direction direction) {
     uint32_t weights[kQuad], words[kBufferCapacity<R>][kQuad];
     from.load(weights);
     ADAMEZO_UNROLL
     for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(words[i]);
     ADAMEZO_UNROLL
-    for (int k = 0; k < R::kDirections; ++k)
-      D::quad(job.round_keys, index(), parameter_for(Purpose::kDirection), table[k], z[k]);
+    for (int k = 0; k < R::kDirections; ++k) direction(k, z[k]);
     widen(job.type, weights, theta);
     ADAMEZO_UNROLL
     for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, words[i], buffers[i]);
   }
 
-  ADAMEZO_HD Array source() const {
-    return array(window.segment.source, window.run.source, job.type);
-  }
-  ADAMEZO_HD Array weights() const {
-    return array(window.segment.address, window.run.memory, job.type);
-  }
+  ADAMEZO_HD Array source() const { return array(at.segment().source, at.source(), job.type); }
+  ADAMEZO_HD Array weights() const { return array(at.segment().address, at.memory(), job.type); }
   ADAMEZO_HD void store_theta() const { store(weights(), Purpose::kRounding, theta); }
   ADAMEZO_HD void store_buffers() const {
     ADAMEZO_UNROLL
@@ -141,39 +155,32 @@ struct Quad {
   }
 
   // All values of one element.
-  ADAMEZO_HD void get(int at, float of_z[R::kDirections],
+  ADAMEZO_HD void get(int element, float of_z[R::kDirections],
                       float of_buffers[kBufferCapacity<R>]) const {
     ADAMEZO_UNROLL
-    for (int k = 0; k < R::kDirections; ++k) of_z[k] = z[k][at];
+    for (int k = 0; k < R::kDirections; ++k) of_z[k] = z[k][element];
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) of_buffers[i] = buffers[i][at];
+    for (int i = 0; i < R::kBuffers; ++i) of_buffers[i] = buffers[i][element];
   }
-  ADAMEZO_HD void set(int at, const float of_buffers[kBufferCapacity<R>]) {
+  ADAMEZO_HD void set(int element, const float of_buffers[kBufferCapacity<R>]) {
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) buffers[i][at] = of_buffers[i];
+    for (int i = 0; i < R::kBuffers; ++i) buffers[i][element] = of_buffers[i];
   }
 
  private:
-  ADAMEZO_HD uint64_t index() const { return window.index + uint64_t(first); }
-  ADAMEZO_HD uint32_t parameter_for(Purpose purpose) const {
-    return uint32_t(window.segment.parameter) | uint32_t(purpose) << 24;
-  }
-  // `run` is where the run begins, in elements from the segment's address.
-  ADAMEZO_HD Array array(uint64_t segment, int64_t run, ElementType type) const {
+  // `distance` is that of the first element from the address, in elements.
+  ADAMEZO_HD Array array(uint64_t base, int64_t distance, ElementType type) const {
     const int64_t size = type == ElementType::kFloat32 ? 4 : 2;
-    auto* const address =
-        reinterpret_cast<unsigned char*>(segment) + (run + (first - window.low)) * size;
+    auto* const address = reinterpret_cast<unsigned char*>(base) + distance * size;
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(address));
 #endif
-    return {address, type, window.low - first, window.high - first};
+    return {address, type, at.low(), at.high()};
   }
-  // Buffers follow a segment's elements row by row, without the gaps that rows of weights may have.
   ADAMEZO_HD Array buffer(int i) const {
-    return array(window.segment.buffers[i], window.run.position, job.buffer_type);
+    return array(at.segment().buffers[i], at.position(), job.buffer_type);
   }
 
-  // The words are those of store_stochastic in bodies.cuh, with a buffer's own purpose.
   ADAMEZO_HD void store(const Array& to, Purpose purpose, const float values[kQuad]) const {
     uint32_t words[kQuad];
     if (to.type == ElementType::kFloat32) {
@@ -183,8 +190,7 @@ struct Quad {
                                         : narrow<float16>(values, words);
     } else {
       uint32_t random[kQuad];
-      const PhiloxStream stream = philox_stream(job.round_keys, job.directions[0], job.high);
-      Exact::quad_words(job.round_keys, index(), parameter_for(purpose), stream, random);
+      at.random_words(job, uint32_t(at.segment().parameter) | uint32_t(purpose) << 24, random);
       to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, random, words)
                                         : narrow<float16>(values, random, words);
     }
@@ -192,52 +198,61 @@ struct Quad {
   }
 };
 
-// The quads of a worker's share that hold elements of a run: calls use(quad, n) for each, with the
-// numbers of the step in registers. These are read for each quad, out of the nearest cache: held
-// from one to the next they would take too many registers.
-template <class R, class Use>
+// The quads of a worker's share that hold elements of a run: calls use(where) for each.
+template <class Use>
 ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t workers, Use use) {
   walk_windows(job, worker, workers, [&](const Window& window) {
     ADAMEZO_NO_UNROLL
     for (int c = 0; c < kThreadElements / kQuad; ++c) {
       const int first = chunk_in_window<float>(window.lane, c);
       if (first + kQuad <= window.low || first >= window.high) continue;
-      Quad<R> quad{job, window, first, {}, {}, {}};
-      float n[kRuleNumbers];
-      ADAMEZO_UNROLL
-      for (int i = 0; i < kRuleNumbers; ++i) n[i] = job.numbers[i];
-      use(quad, n);
+      use(QuadInWindow{window, first});
     }
   });
 }
 
-// By rule R: theta = theta + scale d, read where the source is, where d is the rule's direction;
-// and in an update, where that restores if scale is not 0, its step in the same pass, so that
-// weights and buffers are read once and written once.
+// Four elements by rule R: theta = theta + scale d, read where the source is, where d is the rule's
+// direction; and in an update, where that restores if scale is not 0, its step in the same pass, so
+// that weights and buffers are read once and written once. The numbers of the step are read for
+// each quad, out of the nearest cache: held from one to the next they would take too many
+// registers.
+template <class R, bool kUpdate, class Where, class Direction>
+ADAMEZO_HD void quad_by_rule(const DeviceJob& job, const Where& where, Direction direction) {
+  Quad<R, Where> quad{job, where, {}, {}, {}};
+  float n[kRuleNumbers];
+  ADAMEZO_UNROLL
+  for (int i = 0; i < kRuleNumbers; ++i) n[i] = job.numbers[i];
+  const float minus_lr = job.step[0], decay = job.step[1];
+  quad.load(kUpdate ? quad.weights() : quad.source(), direction);
+  ADAMEZO_UNROLL
+  for (int i = 0; i < kQuad; ++i) {
+    float z[R::kDirections], b[kBufferCapacity<R>];
+    quad.get(i, z, b);
+    float& value = quad.theta[i];
+    if (!kUpdate || job.scale != 0.0f)
+      value = ScalarLanes::fma(job.scale, rule_direction<R, ScalarLanes>(z, b, n), value);
+    if constexpr (kUpdate) {
+      const float step = R::template step<ScalarLanes>(z, b, n, job.eps);
+      quad.set(i, b);
+      value = descend<ScalarLanes>(value, step, minus_lr, decay);
+    }
+  }
+  if constexpr (kUpdate) quad.store_buffers();
+  quad.store_theta();
+}
+
 template <class D, class R, bool kUpdate>
 struct ByRule {
   using Directions = D;
 
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
-    const float minus_lr = job.step[0], decay = job.step[1];
-    for_each_quad<R>(job, worker, workers, [&](Quad<R>& quad, const float* n) {
-      quad.load(D(), space.table, kUpdate ? quad.weights() : quad.source());
-      ADAMEZO_UNROLL
-      for (int i = 0; i < kQuad; ++i) {
-        float z[R::kDirections], b[kBufferCapacity<R>];
-        quad.get(i, z, b);
-        float& value = quad.theta[i];
-        if (!kUpdate || job.scale != 0.0f)
-          value = ScalarLanes::fma(job.scale, rule_direction<R, ScalarLanes>(z, b, n), value);
-        if constexpr (kUpdate) {
-          const float step = R::template step<ScalarLanes>(z, b, n, job.eps);
-          quad.set(i, b);
-          value = descend<ScalarLanes>(value, step, minus_lr, decay);
-        }
-      }
-      if constexpr (kUpdate) quad.store_buffers();
-      quad.store_theta();
+    for_each_quad(job, worker, workers, [&](const QuadInWindow& where) {
+      const uint32_t parameter = uint32_t(where.segment().parameter) | uint32_t(Purpose::kDirection)
+                                                                           << 24;
+      quad_by_rule<R, kUpdate>(job, where, [&](int k, float z[kQuad]) {
+        D::quad(job.round_keys, where.index(), parameter, space.table[k], z);
+      });
     });
   }
 };

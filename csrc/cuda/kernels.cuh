@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/buffered.cuh"
 #include "cuda/launch.h"
+#include "cuda/low_rank.cuh"
 
 namespace adamezo {
 namespace cuda {
@@ -30,6 +30,41 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads);
 }
 
+// The threads of a block, on a GPU: this one.
+template <class State>
+struct ThisThread {
+  State& state;
+
+  template <class Do>
+  __device__ __forceinline__ void each(Do act) const {
+    act(int(threadIdx.x), state);
+  }
+  __device__ __forceinline__ void barrier() const { __syncthreads(); }
+};
+
+// A thread has sixteen independent chains of operations, so that 16 warps keep a multiprocessor
+// busy, and 128 registers a thread hold the sums beside what finding an element takes.
+constexpr int kBlocksOfTiles = 2;
+
+template <class Body, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOfTiles)
+    low_rank_kernel(const __grid_constant__ DeviceJob job) {
+  using State = typename Body::template State<T>;
+  constexpr int kKept = State::kKept;
+  __shared__ alignas(16) float factors[kFactorFloats<kKept>];
+  __shared__ float kept[kKept == 0 ? 1 : kKept * kThreadElements][kThreads];
+  __shared__ alignas(8) float coefficients[2 * kMostTerms];
+  __shared__ alignas(Tile) unsigned char tile[sizeof(Tile)];
+  State state;
+  walk_tiles<State>(job,
+                    {*reinterpret_cast<Tile*>(tile),
+                     factors,
+                     coefficients,
+                     &kept[0][0],
+                     kThreads},
+                    blockIdx.x, gridDim.x, ThisThread<State>{state});
+}
+
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the error is reported here; it must not surface in torch's next call
@@ -37,19 +72,19 @@ inline void check(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
-// Enough blocks to keep all multiprocessors busy to the end, each with enough windows to be worth
-// its table of directions.
-inline int64_t blocks_for(int64_t elements, int device) {
-  constexpr int64_t kWavesWanted = 8, kMostWindowsPerWarp = 16;
+// How many blocks share `count` windows or tiles, of which a block takes `at_once`. They come in
+// whole waves of those that run at the same time, as a wave in part leaves multiprocessors idle; in
+// several of them, each with enough work to be worth what a block does once, as no two blocks take
+// the same time.
+inline int64_t blocks_for(int64_t count, int64_t at_once, int blocks_at_once, int device) {
+  constexpr int64_t kMostWaves = 8, kLeastRounds = 4;
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "asking for the number of multiprocessors");
-  constexpr int64_t kWarps = kThreads / kWarp;
-  const int64_t windows = (elements + kWindow - 1) / kWindow;
-  const int64_t wanted = kWavesWanted * multiprocessors * kBlocksPerMultiprocessor * kWarps;
-  const int64_t share =
-      std::min(std::max(windows / wanted, int64_t(1)), kMostWindowsPerWarp) * kWarps;
-  return (windows + share - 1) / share;
+  const int64_t wave = int64_t(multiprocessors) * blocks_at_once;
+  const int64_t rounds = (count + at_once - 1) / at_once;
+  const int64_t waves = std::clamp(rounds / (kLeastRounds * wave), int64_t(1), kMostWaves);
+  return std::min(rounds, waves * wave);
 }
 
 template <class Body>
@@ -58,16 +93,26 @@ void launch_body(Body, const Job& job, const HighWords& highs, int device, uint6
   // The caller's runtime has made the device current already, and restores its own afterwards; this
   // call tells the copy of the runtime that is linked into this module.
   check(cudaSetDevice(device), "choosing the device");
-  const int64_t blocks = blocks_for(job.elements, device);
+  const int64_t blocks =
+      blocks_for(job.elements, kThreads / kWarp, kBlocksPerMultiprocessor, device);
   const size_t table = size_t(job.horizon) * sizeof(Direction);
   const auto function = kernel<Body>;
   constexpr size_t kWithoutAsking = 48 << 10,
                    kStatic = (kThreadElements + kScratchWords) * kThreads * 4;
-  if (kStatic + table > kWithoutAsking)
+  if (kStatic + table > kWithoutAsking) {
+    // All that the device has: two threads that ask for as much as each needs would race.
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking for the size of shared memory");
+    const int64_t room = most - int64_t(kStatic);
+    if (int64_t(table) > room)
+      throw std::runtime_error(
+          std::to_string(job.horizon) + " directions need " + std::to_string(table) +
+          " bytes of shared memory, and the device has " + std::to_string(room));
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(table)),
-          ("asking for " + std::to_string(table) + " bytes of shared memory, 32 a direction")
-              .c_str());
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(room)),
+          "asking for shared memory");
+  }
   for (const uint32_t high : highs)
     function<<<unsigned(blocks), kThreads, table, reinterpret_cast<cudaStream_t>(stream)>>>(
         DeviceJob(job, high));

@@ -9,6 +9,7 @@ extern template void launch<Rademacher>(const Job&, const HighWords&, int, uint6
 extern template bool launch_rule<Exact>(const Job&, const HighWords&, int, uint64_t);
 extern template bool launch_rule<Fast>(const Job&, const HighWords&, int, uint64_t);
 extern template bool launch_rule<Rademacher>(const Job&, const HighWords&, int, uint64_t);
+void launch_tiles(const Job&, int, uint64_t);
 
 namespace {
 
@@ -39,7 +40,7 @@ void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t st
     case Distribution::kRademacher:
       return launch(cuda::Rademacher());
     case Distribution::kLowRank:
-      throw std::invalid_argument("the CUDA kernels have no `lowrank` directions");
+      return cuda::launch_tiles(job, device, stream);
   }
 }
 

@@ -12,6 +12,13 @@ namespace adamezo {
 // Philox blocks.
 using HighWords = std::vector<uint32_t>;
 
+// In a job for a GPU, `first` of its segments and `elements` count what its threads share: windows
+// of elements, or of a job with `lowrank` directions tiles of matrices (adamezo/low_rank.h), the
+// only parameters that there are such kernels for. These set `first` of a table on the host, and
+// return the number of all.
+int64_t count_windows(Segment* segments, int64_t count, uint64_t offset);
+int64_t count_tiles(Segment* segments, int64_t count, uint64_t offset);
+
 // Queues the job on a stream (a cudaStream_t) of a device and returns. All pointers are to memory
 // of that device, and must stay valid until the stream is done with the job. Leaves `device`
 // current for this thread.

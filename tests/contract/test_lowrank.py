@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -13,26 +12,9 @@ from adamezo_kernels import Call, PhiloxState, Plan, Shard, Terms, kind_of, pert
 from adamezo_kernels.backends import choose, native, reference
 from adamezo_kernels.stream import LARGEST_FACTOR, LARGEST_RANK
 from helpers.backends import BACKENDS, INSTRUCTION_SETS
-from helpers.operations import (
-    assert_same_bits,
-    run_moments,
-    run_perturb,
-    run_update,
-    unguarded,
-    weights,
-)
+from helpers.low_rank import KEY, RANKS, SHAPES, STATE, of_reference, operations, pieces
+from helpers.operations import assert_same_bits, run_perturb, run_update, unguarded, weights
 from helpers.rules import NUMBERS, terms_of, with_buffers
-
-KEY = 0x9E3779B97F4A7C15
-STATE = PhiloxState(KEY, 2**32 - 2)
-RANKS = ("lowrank", "lowrank:2", "lowrank:5")
-
-# Narrow and wide matrices, of fewer and more rows than a block of factors has, with rows of whole
-# groups of lanes and others, one longer than a window of columns; and those that are vectors.
-SHAPES = [
-    (1, 1), (3, 5), (2, 64), (70, 1), (1, 70), (65, 127), (130, 129), (300, 8), (7, 576),
-    (33, 1000), (3, 9000), (2, 3, 4, 5), (5,), (),
-]  # fmt: skip
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -103,22 +85,6 @@ def test_the_bits_of_the_reference(isa, shape, distribution, dtype):
         assert_same_bits(mine, expected)
 
 
-@functools.cache
-def of_reference(shape, distribution, dtype) -> list[torch.Tensor]:
-    return operations(shape, distribution, dtype, "reference")
-
-
-def operations(shape, distribution, dtype, backend) -> list[torch.Tensor]:
-    """The weights after a perturbation and updates, and the moments."""
-    kind = (distribution, "stochastic")
-    w = weights(math.prod(shape), dtype, 3).view(shape)
-    plan = Plan([w], parameters=[77])
-    run_perturb(plan, kind, backend)
-    for case in ((3, True, 1e-3, 0.1), (1, False, 0.0, 0.0), (2, False, 1e-3, 0.0)):
-        run_update(plan, case, backend, kind)
-    return [w, *(m[0] for m in run_moments(plan, 4, True, distribution, backend))]
-
-
 @pytest.mark.parametrize("rule", NUMBERS)
 @pytest.mark.parametrize("shape", [(30, 8), (9, 130), (40,)], ids=str)
 def test_rules(isa, rule, shape):
@@ -156,17 +122,7 @@ def test_threads_and_many_shares(isa, threads):
 def test_pieces_of_a_parameter(backend, columns):
     """By rows, by columns, from the middle of a row, and as rows shorter than the matrix's."""
     whole = sample_(torch.empty(24, columns), STATE, distribution="lowrank:2", backend=backend)
-    flat, half = whole.flatten(), columns // 2
-    for piece, shard in (
-        (whole[5:], Shard(5 * columns, columns=columns)),
-        (whole[:, half:].contiguous(), Shard(half, 24, columns, columns)),
-        (whole[:, half:], Shard(half, 24, columns, columns)),
-        (whole[::2], Shard(0, 12, 2 * columns, columns)),
-        (flat[3:-2], Shard(3, columns=columns)),
-        (flat[columns - 1 :][: 2 * columns], Shard(columns - 1, 4, columns // 2, columns)),
-    ):
-        if shard.rows == 4 and columns % 2:
-            continue
+    for piece, shard in pieces(whole):
         got = torch.full(piece.shape, math.nan)
         plan = Plan([got], shards=[shard])
         run(Call("sample", plan, Terms.of([STATE]), "lowrank:2"), backend)
@@ -242,9 +198,7 @@ def test_a_piece_of_unknown_shape_is_refused():
         perturb_(long, STATE, 1.0, distribution="lowrank")
 
 
-def test_backends_without_it():
-    """Until the CUDA and Triton kernels have it, a GPU has the reference."""
-    assert choose([torch.device("cuda")], distribution="lowrank:2") is reference
+def test_a_backend_without_a_distribution():
     with pytest.raises(
         RuntimeError, match="'reference' has no distribution 'fast', expected one of"
     ):

@@ -4,6 +4,7 @@ kernels, whatever the shape of the launch. What is left for a GPU is in test_cud
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from adamezo_kernels import (
     RULES,
+    Call,
     PhiloxState,
     Plan,
     Shard,
@@ -22,8 +24,10 @@ from adamezo_kernels import (
     update_,
     update_terms_,
 )
+from adamezo_kernels import run as run_call
 from adamezo_kernels.backends import BACKENDS, choose, cuda, native, reference
 from adamezo_kernels.stream import ROUNDINGS
+from helpers import low_rank
 from helpers.backends import needs_native
 from helpers.operations import (
     KEY,
@@ -32,6 +36,7 @@ from helpers.operations import (
     UPDATES,
     assert_same_bits,
     coefficients,
+    run_update,
     states,
     unguarded,
     weights,
@@ -65,6 +70,9 @@ class OnHost:
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
+
+    def wait(self) -> None:
+        pass
 
     def run(self, call, highs) -> None:
         native.compiled.cuda_on_host(call, highs, *self.shape)
@@ -261,6 +269,81 @@ def test_random_words_beyond_one_high_word(on_host, guarded, distribution, offse
             rounding="stochastic",
             backend=backend,
         )
+        results.append(w)
+    assert_same_bits(*results)
+
+
+# --- low-rank directions of matrices --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launched", SHAPES, ids=str)
+@pytest.mark.parametrize("distribution", low_rank.RANKS)
+@pytest.mark.parametrize("shape", low_rank.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_low_rank_of_every_shape(on_host, shape, distribution, dtype, launched):
+    on_host(launched)
+    got = low_rank.operations(shape, distribution, dtype, "cuda")
+    expected = low_rank.of_reference(shape, distribution, dtype)
+    for mine, right in zip(got, expected, strict=True):
+        assert_same_bits(mine, right)
+
+
+@pytest.mark.parametrize("columns", [7, 40, 200])
+def test_low_rank_pieces_of_a_parameter(on_host, guarded, columns):
+    on_host((3, 64))
+    options = {"distribution": "lowrank:2", "backend": "native"}
+    whole = sample_(torch.empty(24, columns), low_rank.STATE, **options)
+    for dtype in TYPES:
+        for shift, (piece, shard) in enumerate(low_rank.pieces(whole)):
+            got = guarded(piece.numel(), dtype, shift).view(piece.shape)
+            plan = Plan([got], shards=[shard])
+            run_call(Call("sample", plan, Terms.of([low_rank.STATE]), "lowrank:2"), "cuda")
+            assert_same_bits(got, piece.to(dtype).contiguous(), shard)
+
+
+@pytest.mark.parametrize("count", [20, 100])
+@pytest.mark.parametrize("rank", [3, 64])
+def test_more_terms_than_shared_memory_holds(on_host, count, rank):
+    """The factors are then made in parts, also within a direction."""
+    on_host((2, 64))
+    kind = (f"lowrank:{rank}", "nearest")
+    results = []
+    for backend in ("cuda", "native"):
+        shapes = [(70, 140), (900,), (300, 8)]
+        tensors = [weights(math.prod(s), torch.bfloat16, i).view(s) for i, s in enumerate(shapes)]
+        run_update(Plan(tensors), (count, True, 1e-3, 0.1), backend, kind)
+        results.append(tensors)
+    for got, right in zip(*results, strict=True):
+        assert_same_bits(got, right)
+
+
+@pytest.mark.parametrize("rule", NUMBERS)
+@pytest.mark.parametrize("shape", [(300, 8), (9, 130), (64, 64), (40,)], ids=str)
+def test_rules_along_low_rank_directions(on_host, rule, shape):
+    on_host((2, 96))
+    results = []
+    for backend in ("cuda", "native"):
+        w = weights(math.prod(shape), torch.bfloat16, 3).view(shape)
+        plan, own = with_buffers(rule, [w], {}, torch.float16, unguarded)
+        terms, options = terms_of(rule), {"rounding": "stochastic"}
+        run_call(Call("perturb", plan, terms, "lowrank:20", scale=1e-2, **options), backend)
+        if RULES[rule].updates:
+            call = Call("update", plan, terms, "lowrank:20", scale=-1e-2, eps=EPS, **options)
+            run_call(call, backend)
+        results.append([w, *(b for each in own for b in each)])
+    for got, right in zip(*results, strict=True):
+        assert_same_bits(got, right)
+
+
+def test_tables_of_tiles_belong_to_an_offset(on_host):
+    """Where a matrix has other rows at another offset, it has other tiles."""
+    results = []
+    for backend in ("cuda", "native"):
+        w = weights(700 * 9, torch.float32, 3).view(700, 9)
+        plan = Plan([w])
+        for offset in (0, 9 * 130, 2**33 + 5, 0):
+            state = PhiloxState(KEY, 3, offset)
+            perturb_(plan, state, 1e-2, distribution="lowrank", backend=backend)
         results.append(w)
     assert_same_bits(*results)
 

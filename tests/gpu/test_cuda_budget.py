@@ -63,6 +63,24 @@ def test_sixteen_bytes_at_a_time(architecture):
         assert (counted.accesses["LDG.E.128"], counted.accesses["STG.E.128"]) == (2, 2), counted
 
 
+# Of a term 1, of the sums 3; of sixteen elements 5 reads of shared memory and what steps.
+MOST_SLOTS_OF_A_TERM = 5.6
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_low_rank_kernels(architecture):
+    """Sixteen warps live on a multiprocessor. A thread reads and writes sixteen bytes at a time."""
+    for kernel in budget.cuda_tiles(architecture):
+        assert kernel.spilled_bytes == 0, kernel
+        assert 16 < kernel.registers <= 128, kernel
+        if not budget.without_cuda():
+            assert (kernel.accesses["LDG.E.128"], kernel.accesses["STG.E.128"]) == (2, 2), kernel
+            if kernel.kernel.operation == "update":
+                most = MOST_SLOTS_OF_A_TERM
+                assert 2 / 3 * most < kernel.per_normal <= most, kernel
+
+
 # --- rules that keep numbers for each weight -----------------------------------------------------
 
 # Of a direction 8.5 and 24.6; of a quotient or a root 10; of a rounding as above; and 26 of finding

@@ -86,9 +86,9 @@ def memory_of(call, launch, table: Tensor, words: Tensor) -> list[Tensor]:
 _job = native.job
 
 
-def job_with_memory(call, launch, table: Tensor, words: Tensor):
+def job_with_memory(call, launch, table: Tensor, words: Tensor, **options):
     allow(memory_of(call, launch, table, words))
-    return _job(call, launch, table, words)
+    return _job(call, launch, table, words, **options)
 
 
 native.job = job_with_memory
@@ -117,6 +117,9 @@ class Place:
 
     def copy(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
+
+    def wait(self) -> None:
+        pass
 
     def run(self, job, highs) -> None:
         launch(job, highs)
