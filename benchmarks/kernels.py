@@ -7,7 +7,8 @@
 
 Writes benchmarks/results/kernels_cpu.csv, kernels_gpu.csv or kernels_low_rank.csv: the time of a
 call against the number of elements. Everything compared is timed in turn in the same run, after its
-bits have been compared with the reference's.
+bits have been compared with the reference's. On a GPU our kernels are replayed from a CUDA graph,
+so that no Python is timed, and the clock is measured after each case.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from adamezo_kernels import RULES, ops
 from adamezo_kernels.backends import BACKENDS, native
 from adamezo_kernels.plan import Plan
 from adamezo_kernels.stream import PhiloxState
-from benchmarks.harness import RULE_NUMBERS, Variant, gate, interleave, rule_terms
+from adamezo_kernels.terms import Terms
+from benchmarks.harness import RULE_NUMBERS, Variant, gate, interleave, replayed, rule_terms
 from benchmarks.library_calls import AsReleased, Fair, LibraryCalls, Update, coefficients
-from benchmarks.results import RESULTS, Row, on, parser, settings, spread, write
+from benchmarks.results import RESULTS, Row, gpu_clock, on, parser, settings, spread, write
 
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 LIBRARY: dict[str, type[LibraryCalls]] = {"torch": Fair, "as released": AsReleased}
@@ -168,13 +170,25 @@ def call_of(
     plan = Plan([weights])
     if what == "sample":
         return functools.partial(ops.sample_, weights, states[0], **options)
-    if what == "perturb":
-        return functools.partial(ops.perturb_, plan, states[0], TINY, **options)
     if rule:
         plan, terms = plan.with_buffers([buffers(kept)]), rule_terms(rule, TINY)
-        return functools.partial(ops.update_terms_, plan, terms, restore=TINY, **options)
-    update = dict(lr=TINY, restore=TINY, **options)
-    return functools.partial(ops.update_, plan, states, first, second, **update)
+    elif what == "perturb":
+        terms = Terms.of(states)
+    else:
+        terms = Terms.of(states, first, second, minus_lr=-TINY)
+    if weights.is_cuda:  # a graph reads them there
+        terms = Terms(
+            terms.key,
+            horizon=terms.horizon,
+            with_second=terms.with_second,
+            rule=terms.rule,
+            words=terms.words.to(weights.device),
+        )
+    if what == "perturb":
+        call = functools.partial(ops.perturb_, plan, terms, TINY, **options)
+    else:
+        call = functools.partial(ops.update_terms_, plan, terms, eps=1e-8, restore=TINY, **options)
+    return replayed(call) if weights.is_cuda else call
 
 
 def variants(case: Case, device: str = "cpu") -> list[Variant]:
@@ -246,6 +260,8 @@ def main() -> None:
         torch.manual_seed(SEED)
         timed = variants(case, device)
         interleave(timed, repeats=min(case.repeats, 5) if quick else case.repeats)
+        if device == "cuda":
+            where["clock_hz"] = gpu_clock()
         new = list(rows_of(case, timed, where))
         made += new
         shown = ", ".join(

@@ -209,10 +209,21 @@ def conditions(**other: Any) -> dict[str, Any]:
 
 
 def on(device: str) -> dict[str, Any]:
-    """The conditions of a run on "cpu" or on "cuda", whose clock nobody has measured."""
+    """The conditions of a run on "cpu" or on "cuda"."""
     if device == "cpu":
         return conditions()
-    return conditions(device=torch.cuda.get_device_name(), clock_hz=None)
+    return conditions(device=torch.cuda.get_device_name(), clock_hz=gpu_clock())
+
+
+def gpu_clock(cycles: int = 2_000_000) -> float:
+    """The clock of the current device in Hz, as one multiprocessor counts it right after what the
+    device did before: a kernel that waits for that many of its cycles, between two events."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles / (begin.elapsed_time(end) * 1e-3)
 
 
 def device_name() -> str:

@@ -59,6 +59,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "regenerated_memory": partial(MEMORY, benchmark="regenerated", reference=BARE),
         "memory": partial(MEMORY, benchmark="step", reference=BARE),
         "budget": kernels.budget,
+        "gpu": kernels.gpu,
     },
     "docs/paper.md": {
         "paper_conditions": partial(conditions, benchmarks=BOTH),

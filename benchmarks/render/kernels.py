@@ -129,8 +129,10 @@ def fits(rows: pandas.DataFrame) -> str:
     return markdown((*header, "farthest point off the line"), body)
 
 
-# An H100: four schedulers in each multiprocessor issue one instruction for 32 elements a cycle.
-ISSUED_PER_S = 132 * 4 * 32 * 1.7e9
+# An H100 or H200: four schedulers in each multiprocessor issue one instruction for 32 elements a
+# cycle. The clock is assumed; `gpu` has measured ones.
+MULTIPROCESSORS = 132
+ISSUED_PER_S = MULTIPROCESSORS * 4 * 32 * 1.7e9
 BYTES_PER_S = 3.0e12  # of a copy, read and written
 
 
@@ -158,6 +160,41 @@ def budget(rows: pandas.DataFrame) -> str:
             body.append((name, by, *cells, f"{at_best_ms(kernel, horizon):.2f}"))
     header = ("kernel", "compiler", "registers", "instructions a normal", "a weight besides")
     return markdown((*header, "ms at best"), body)
+
+
+def gpu(rows: pandas.DataFrame) -> str:
+    """Kernels on a GPU at the largest size: their speed, and the part of the time that the slower
+    of two things needs at least: their bytes at the speed of a copy of the same run, and their
+    instructions at the measured clock."""
+    some = pick(rows, benchmark="gpu_kernels", type="bfloat16")
+    if some.empty:
+        return NOT_YET
+    made = pick(rows, benchmark="budget").pivot(
+        index=["what", "variant", "by"], columns="metric", values="median"
+    )
+    largest = some[some.elements == some.elements.max()]
+    copies = pick(largest, variant="memcpy")
+    rate = 4 * copies.elements.iloc[0] / copies["median"].min()  # bytes read and written
+    body = []
+    for row in largest[largest.variant != "memcpy"].itertuples(index=False):
+        name, by = row.variant, "CUDA"
+        if name.endswith(", Triton"):
+            name, by = name.removesuffix(", Triton"), "Triton"
+        key = row.what, name.removesuffix(", nearest"), by
+        part, bound = "", ""
+        if key in made.index and row.clock_hz > 0:
+            kernel = made.loc[key]
+            horizon = row.horizon if row.what == "update" else 0
+            issued = horizon * kernel["instructions a normal"] + kernel["instructions a weight"]
+            needs = {
+                "memory": kernel["bytes moved a weight"] / rate,
+                "issue": issued / (MULTIPROCESSORS * 4 * 32 * row.clock_hz),
+            }
+            bound = max(needs, key=needs.__getitem__)
+            part = f"{needs[bound] * row.elements / row.median:.0%}"
+        speed = f"{row.elements / row.median / 1e9:.3g}"
+        body.append((f"{named(row.what, row.horizon)}, {row.variant}", speed, part, bound))
+    return markdown(("bfloat16", "G weights/s", "of the bound", "bound by"), body)
 
 
 def plot(rows: pandas.DataFrame, folder: Path) -> None:

@@ -314,6 +314,27 @@ def test_the_gpus_cases_can_be_called():
         assert len({identity(row) for row in made}) == len(case.columns)
 
 
+def test_a_gpus_kernels_are_set_beside_what_bounds_them():
+    of = settings(what="update", by="CUDA", type="bfloat16", target="sm_90")
+    counts = {
+        "registers": 79,
+        "bytes moved a weight": 4,
+        "instructions a normal": 33,
+        "instructions a weight": 42,
+    }
+    made = [Row("budget", name, "1", "exact", of, median=n) for name, n in counts.items()]
+    seconds = {"exact, nearest": 0.040, "exact, nearest, Triton": 0.050, "memcpy": 0.004}
+    for variant, median in seconds.items():
+        copy = variant == "memcpy"
+        of = settings(what=variant if copy else "update", type="bfloat16", horizon=10 - 10 * copy)
+        key = ("gpu_kernels", "time", "s", variant, of, "elements", 10**9)
+        made.append(Row(*key, median=median, device="a GPU", clock_hz=1.5e9))
+    lines = kernel_tables.gpu(frame(made)).splitlines()[2:]
+    # 372 instructions for 32 elements each, 132 * 4 of them a cycle, are 14.7 ms.
+    assert lines[0].split("|")[2:5] == [" 25 ", " 37% ", " issue "]
+    assert lines[1].split("|")[2:5] == [" 20 ", "  ", "  "]  # Triton's was not counted
+
+
 # What is rendered --------------------------------------------------------------------------------
 
 
