@@ -2,13 +2,15 @@
 
     python -m benchmarks.kernels                  about 6 minutes on two cores
     python -m benchmarks.kernels --device cuda    minutes; CUDA's and Triton's kernels on a GPU
-    python -m benchmarks.kernels --low-rank       a minute; low-rank directions beside the others
+    python -m benchmarks.kernels --only low_rank  a minute; low-rank directions beside the others
+    python -m benchmarks.kernels --only normals   seconds; directions beside oneMKL's normals
     python -m benchmarks.kernels --quick          under a minute; fewer sizes, types and repeats
 
-Writes benchmarks/results/kernels_cpu.csv, kernels_gpu.csv or kernels_low_rank.csv: the time of a
-call against the number of elements. Everything compared is timed in turn in the same run, after its
-bits have been compared with the reference's. On a GPU our kernels are replayed from a CUDA graph,
-so that no Python is timed, and the clock is measured after each case.
+Writes benchmarks/results/kernels_cpu.csv, kernels_gpu.csv, kernels_low_rank.csv or
+kernels_normals.csv: the time of a call against the number of elements. Everything compared is
+timed in turn in the same run, after its bits have been compared with the reference's. On a GPU our
+kernels are replayed from a CUDA graph, so that no Python is timed, and the clock is measured after
+each case.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from adamezo_kernels.backends import BACKENDS, native
 from adamezo_kernels.plan import Plan
 from adamezo_kernels.stream import PhiloxState
 from adamezo_kernels.terms import Terms
+from benchmarks import mkl
 from benchmarks.harness import RULE_NUMBERS, Variant, gate, interleave, replayed, rule_terms
 from benchmarks.library_calls import AsReleased, Fair, LibraryCalls, Update, coefficients
 from benchmarks.results import RESULTS, Row, gpu_clock, on, parser, settings, spread, write
@@ -118,6 +121,16 @@ def low_rank_cases(*, quick: bool) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def normal_cases(isas: Sequence[str]) -> Iterator[Case]:
+    """Normals alone, on one thread, beside torch's and those of oneMKL where that is installed."""
+    ours = [Column("native", isa, options={"backend": "native"}) for isa in isas]
+    theirs = [Column(f"MKL, {name}") for name in mkl.GENERATORS if mkl.library()]
+    for n in (10**6, 10**7):
+        yield Case(
+            "sample", "float32", n, 1, (*ours, Column("torch"), *theirs), 15, benchmark="normals"
+        )
+
+
 def gpu_cases(backends: Sequence[str], *, quick: bool) -> Iterator[Case]:
     """All kinds of directions and roundings of each backend, and updates by rules with buffers."""
     sizes = [10**n for n in ((7, 8) if quick else (6, 7, 8, 9))]
@@ -155,6 +168,8 @@ def call_of(
     first, second = coefficients([0.5 * (-1) ** age for age in range(horizon)], (0.7, 0.9))
     if column.name == "memcpy":
         return functools.partial(torch.empty_like(weights).copy_, weights)
+    if column.name.startswith("MKL"):
+        return mkl.normals(weights, column.name.removeprefix("MKL, "))
     if column.name in LIBRARY:
         if what == "sample":
             return lambda: weights.normal_(generator=torch.Generator().manual_seed(SEED))
@@ -227,13 +242,13 @@ def rows_of(case: Case, timed: Iterable[Variant], where: dict[str, Any]) -> Iter
 def main() -> None:
     options = parser(__doc__, "")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options.add_argument("--low-rank", action="store_true", help="low-rank directions, on a CPU")
+    options.add_argument("--only", choices=("low_rank", "normals"), help="on a CPU")
     arguments = options.parse_args()
     device, quick, output = arguments.device, arguments.quick, arguments.output
-    low_rank = arguments.low_rank and device == "cpu"
+    if arguments.only and device != "cpu":
+        raise SystemExit(f"kernels: --only {arguments.only} is for a CPU, got --device {device}")
     if output == RESULTS:
-        of = "low_rank" if low_rank else {"cpu": "cpu", "cuda": "gpu"}[device]
-        output /= f"kernels_{of}.csv"
+        output /= f"kernels_{arguments.only or {'cpu': 'cpu', 'cuda': 'gpu'}[device]}.csv"
     start = time.perf_counter()
     backends = [
         name
@@ -248,8 +263,10 @@ def main() -> None:
             with native.use_isa(isa) if isa else nullcontext():
                 gate(TYPES.values(), backend=backend, device=device, label=f"{backend} {isa}")
             print(f"bits equal the reference's: {backend} {isa}", flush=True)
-    if low_rank:
+    if arguments.only == "low_rank":
         cases = low_rank_cases(quick=quick)
+    elif arguments.only == "normals":
+        cases = normal_cases(isas)
     elif device == "cpu":
         cases = cpu_cases(isas, torch.get_num_threads(), quick=quick)
     else:

@@ -41,7 +41,8 @@ PAGES: dict[str, dict[str, Block]] = {
     },
     "docs/performance.md": {
         "conditions": partial(
-            conditions, benchmarks=["kernels", "low_rank", "step", "regenerated", "budget"]
+            conditions,
+            benchmarks=["kernels", "low_rank", "normals", "step", "regenerated", "budget"],
         ),
         "kernels": partial(kernels.speeds, columns=kernels.ISAS, cases=kernels.ALL),
         "baselines": BASELINES,
@@ -53,6 +54,7 @@ PAGES: dict[str, dict[str, Block]] = {
         ),
         "fits": kernels.fits,
         "low_rank": kernels.low_rank,
+        "normals": kernels.normals,
         "step": partial(steps.parts, benchmark="step"),
         "regenerated": partial(STEP, benchmark="regenerated", reference=BARE),
         "regenerated_split": partial(steps.parts, benchmark="regenerated"),

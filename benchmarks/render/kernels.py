@@ -110,6 +110,22 @@ def low_rank(rows: pandas.DataFrame) -> str:
     return markdown(("M elements/s", *titles), body)
 
 
+def normals(rows: pandas.DataFrame) -> str:
+    """Million normals a second of each generator, and in brackets the multiple of ours."""
+    some = pick(rows, benchmark="normals")
+    if some.empty:
+        return NOT_YET
+    some = some.assign(line=some.variant + ("; " + some.isa).fillna(""))
+    sizes = sorted(some.elements.unique())
+    ours = {n: pick(some, elements=n).iloc[0]["median"] for n in sizes}  # the fastest set first
+    body = []
+    for line in some.line.drop_duplicates():
+        seconds = {n: pick(some, line=line, elements=n)["median"].iloc[0] for n in sizes}
+        cells = [f"{n / t / 1e6:,.0f} ({ours[n] / t:.2f}x)" for n, t in seconds.items()]
+        body.append((line.replace("native; ", "ours, "), *cells))
+    return markdown(("M normals/s", *(f"{n:,.0f}" for n in sizes)), body)
+
+
 def fits(rows: pandas.DataFrame) -> str:
     """The update's time as a straight line over the horizon, and over the elements. Points weigh
     1 / seconds^2, as a time's noise is proportional to it."""
