@@ -23,16 +23,16 @@ constexpr int kNormalStages = 7;
 template <class L, class Between>
 ADAMEZO_HD void normals(const typename L::I x[4], typename L::F z[4], Between&& between) {
   using F = typename L::F;
-  F u[2], f[2], g[2], exponent[2];
+  F u[2], f[2], g[2], exponent[2];  // u is 2^31 times that of the formula, which costs nothing
   // Bit 31 of a word is a sign; bit 0 of the first is set so that u is never 0.
-  for (int i = 0; i < 2; ++i)
-    u[i] = L::mul(L::to_float(L::and_or(x[2 * i], 0x7ffffffeu, 1u)), L::f(0x1p-31f));
+  for (int i = 0; i < 2; ++i) u[i] = L::to_float(L::and_or(x[2 * i], 0x7ffffffeu, 1u));
   between(0);
-  // u = 2^(e / 2^23) (1 + g) with g in [-1/3, 1/3): 0x3f2aaaab is the float next to 2/3.
+  // u = 2^(31 + e / 2^23) (1 + g) with g in [-1/3, 1/3): 0x4eaaaaab is the float next to 2^31 2/3.
+  // The product in the fma is exact.
   for (int i = 0; i < 2; ++i) {
     const auto bits = L::bits(u[i]);
-    const auto e = L::bit_and(L::subtract(bits, 0x3f2aaaabu), 0xff800000u);
-    g[i] = L::add(L::from_bits(L::subtract(bits, e)), L::f(-1.0f));
+    const auto e = L::bit_and(L::subtract(bits, 0x4eaaaaabu), 0xff800000u);
+    g[i] = L::fma(L::from_bits(L::subtract(bits, e)), L::f(0x1p-31f), L::f(-1.0f));
     exponent[i] = L::to_float(e);
   }
   between(1);

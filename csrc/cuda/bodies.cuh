@@ -290,6 +290,7 @@ ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
   for (auto& four : moments) four = zero_moments<ScalarLanes>();
 
   const Direction* next = space.table;
+  float squares = 0.0f;  // S2 of signs, whose squares are 1: one number for all elements
   ADAMEZO_NO_UNROLL
   for (int left = int(job.horizon); left > 0; --left) {
     const Direction& direction = *next++;
@@ -301,7 +302,13 @@ ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
     }
     ADAMEZO_UNROLL
     for (int i = 0; i < kThreadElements / 4; ++i)
-      accumulate<ScalarLanes, kSecond>(moments[i], z + 4 * i, direction.first, direction.second);
+      accumulate<ScalarLanes, kSecond && !D::kSigns>(moments[i], z + 4 * i, direction.first,
+                                                     direction.second);
+    if constexpr (D::kSigns) squares = ScalarLanes::add(squares, direction.second);
+  }
+  if constexpr (D::kSigns && kSecond) {
+    ADAMEZO_UNROLL
+    for (int i = 0; i < kThreadElements; ++i) moments[i / 4].s2[i % 4] = squares;
   }
 }
 

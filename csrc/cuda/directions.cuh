@@ -1,6 +1,7 @@
 // A thread's share of a direction: its sixteen elements of a window, for each distribution.
 //
 // A distribution D has
+//   kSigns         whether all values are +1 or -1
 //   kLogElements   2^kLogElements elements share a Philox call
 //   Place<T>       the values that all directions share at one thread's place in a window
 //   z(...)         the sixteen elements of one direction, in the order of the thread's elements
@@ -48,6 +49,7 @@ struct alignas(16) Direction {
 
 template <void (*kNormals)(const uint32_t x[4], uint32_t ones, float z[4])>
 struct Normals {
+  static constexpr bool kSigns = false;
   static constexpr int kLogElements = 2;
   static constexpr int kCalls = kThreadElements >> kLogElements;
 
@@ -139,6 +141,7 @@ using Exact = Normals<exact_normals>;
 using Fast = Normals<fast_normals>;
 
 struct Rademacher {
+  static constexpr bool kSigns = true;
   static constexpr int kLogElements = 7;
   static_assert(1 << kLogElements == kSignsPerCall, "");
 
