@@ -39,7 +39,8 @@ void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t st
     case Distribution::kRademacher:
       return launch(cuda::Rademacher());
     case Distribution::kLowRank:
-      throw std::invalid_argument("the CUDA kernels have no `lowrank` directions");
+    case Distribution::kFlipout:
+      throw std::invalid_argument("the CUDA kernels have no `lowrank` and `flipout` directions");
   }
 }
 

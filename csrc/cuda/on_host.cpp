@@ -39,7 +39,8 @@ void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int th
     case Distribution::kRademacher:
       return on_host<cuda::Rademacher>(job, highs, blocks, threads);
     case Distribution::kLowRank:
-      throw std::invalid_argument("the CUDA kernels have no `lowrank` directions");
+    case Distribution::kFlipout:
+      throw std::invalid_argument("the CUDA kernels have no `lowrank` and `flipout` directions");
   }
 }
 
