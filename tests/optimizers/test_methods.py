@@ -17,6 +17,7 @@ import adamezo.engine.perturb.inplace
 import adamezo.methods.memoryless
 from adamezo import (
     FZOO,
+    GRZO,
     HELENE,
     MEAZO,
     AdaMeZO,
@@ -106,6 +107,15 @@ def fzoo(first: int, losses: list[float], past: list[Any]) -> Coefficients:
     one_sided = torch.tensor(losses[1:], dtype=torch.float64)
     sigma = one_sided.std(correction=1).item()
     return {first + i: (losses[1 + i] - losses[0]) / (n * ZO_EPS * sigma) for i in range(n)}
+
+
+@linear
+def grzo(first: int, losses: list[float], past: list[Any]) -> Coefficients:
+    n = len(losses) // 2
+    sides = torch.tensor(losses, dtype=torch.float64)
+    delta = (sides[:n] - sides[n:]) / 2
+    a = delta / (delta.std(correction=1) + 1e-8)
+    return {first + i: a[i].item() / (2 * ZO_EPS * n) for i in range(n)}
 
 
 @linear
@@ -214,6 +224,7 @@ METHODS = {
     ),
     "MEAZO": Row(MEAZO, 0.02, {"beta": 0.9, "eps": 0.01}, meazo),
     "FZOO": Row(FZOO, 1e-3, {"queries": 4}, fzoo, lambda step: 4, evaluations=5),
+    "GRZO": Row(GRZO, 1e-3, {"examples": 4}, grzo, lambda step: 4),
     "ScalarAdaMeZO": Row(ScalarAdaMeZO, 0.02, {"horizon": 5}, scalar_adamezo),
     "ZOAdam": Row(ZOAdam, 0.02, {"betas": (0.9, 0.99)}, zo_adam),
     "HiZOO": Row(HiZOO, 0.02, {"alpha": 1e-3}, hizoo, evaluations=3),
@@ -404,7 +415,7 @@ WEIGHTS = {  # its index, lr in units of the method's, weight decay, maximize
 
 def expected_weight(name: str, weight: str, model: Model):
     index, times, decay, maximize = WEIGHTS[weight]
-    distribution = "rademacher" if name == "FZOO" else "exact"
+    distribution = {"FZOO": "rademacher", "GRZO": "flipout:4"}.get(name, "exact")
     start = model.get_parameter(weight).detach()
     lr = times * METHODS[name].lr
     return by_the_rule(name, start, index, lr, decay, maximize, distribution)

@@ -24,7 +24,7 @@ from adamezo_kernels.backends import Backend
 
 from .index import WeightIndex
 from .interface import Point, forget_cached_weights
-from .served import Blocks, Full, Kind, LowRank, SharedDropout, StandIn, stacked
+from .served import Blocks, Flipout, Full, Kind, LowRank, SharedDropout, StandIn, stacked
 from .watch import Watch
 
 WATCHED_EVERY = 100
@@ -51,8 +51,9 @@ class Corrected:
         self.backend = backend
         self.until_due = 0
         self._refuse_modules(model)
-        low_rank = kind_of(distribution)[0] == "lowrank"
-        self.kind: Kind = (LowRank if low_rank else Full)(plans, distribution, backend)
+        kinds: dict[str, type[Full] | type[LowRank]] = {"lowrank": LowRank, "flipout": Flipout}
+        of_kind = kinds.get(kind_of(distribution)[0], Full)
+        self.kind: Kind = of_kind(plans, distribution, backend)
         self.tensors = [segment.tensor for segment in index.segments]
         self.read = {owned.weight for owned in index.owned}
         vectors = [i for i, segment in enumerate(index.segments) if segment.columns == 0]
@@ -136,6 +137,7 @@ class Regenerated:
         self._of = corrected
         self._model = model
         self._points: list[Point] = []
+        self._parts: list[int] = []
         self._watch = Watch(self._look)
         self._at_work = False
         self._refusal: RuntimeError | None = None
@@ -149,9 +151,10 @@ class Regenerated:
     def perturb(self, direction: Direction, scale: float) -> None:
         self.perturb_batch([(direction, scale)])
 
-    def perturb_batch(self, points: Sequence[Point]) -> None:
-        """Evaluations from now on see a batch of blocks, one for each of the points."""
-        self._points = list(points)
+    def perturb_batch(self, points: Sequence[Point], parts: Sequence[int] = (0,)) -> None:
+        """Evaluations from now on see a batch of blocks, one for each of the points, each of a part
+        of the closure's inputs."""
+        self._points, self._parts = list(points), list(parts)
         if len(points) > 1:
             self._refuse_batch()
         forget_cached_weights()
@@ -213,6 +216,7 @@ class Regenerated:
             scales,
             self._working,
             self.rows,
+            self._parts,
             self.types,
             self._refuse,
         )

@@ -70,6 +70,8 @@ class Blocks:
     """A context in which weights are read in order to be corrected."""
     rows: set[int]
     """How many rows the closure's batches have."""
+    parts: list[int]
+    """For each block, which part of the closure's inputs it has: those of one part are the same."""
     types: set[torch.dtype]
     """The types of what was corrected, as autocast may compute in others than the weights'."""
     refuse: Callable[[str], NoReturn]

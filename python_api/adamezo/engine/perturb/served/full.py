@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**17
 """How many weights are displaced at a time, if a row has no more: 512 kB in float32, so that they
-are still in a core's second-level cache when the product reads them. Measured on this and twice
-and half of it by `benchmarks.step`."""
+are still in a core's second-level cache when the product reads them."""
 
 PIECE_ON_A_DEVICE = 2**22
 """The same on a GPU, where a piece is one launch of each of three kernels."""
@@ -81,21 +80,20 @@ class Full:
         return self._by_rows(xs, matrix, compute, bias, 1).flatten(0, 1)
 
     def embedding(self, ids: Tensor, matrix: StandIn, shared: bool) -> Tensor:
-        blocks = matrix.blocks
-        flat = ids.flatten() if shared else ids.reshape(blocks.count, -1)[0]
-        read, which = flat.unique(return_inverse=True)  # those of all blocks
-        weights = F.embedding(read, matrix.raw)
-        z = _float32(weights.shape, weights.device)
-        moved = weights.new_empty(blocks.count, *weights.shape)
+        blocks, raw, n = matrix.blocks, matrix.raw, matrix.raw.shape[1]
+        flat = ids.flatten()[None].expand(blocks.count, -1) if shared else ids
+        of_block = flat.reshape(blocks.count, -1)
+        y = raw.new_empty(*of_block.shape, n)
         pieces = self._pieces[matrix.place]
         fill = pieces.these_columns if matrix.turned else pieces.these_rows
         for direction, some in _by_direction(blocks):
+            read, which = of_block[[k for k, _ in some]].unique(return_inverse=True)
+            z = _float32((len(read), n), raw.device)
             fill(direction, read.tolist(), z)
-            for k, scale in some:
-                torch.add(weights, z, alpha=scale, out=moved[k])
-        blocks.types.add(moved.dtype)
-        y = moved[:, which]
-        return y.view(*([blocks.count] if shared else []), *ids.shape, -1)
+            for (k, scale), places in zip(some, which, strict=True):
+                torch.add(F.embedding(of_block[k], raw), z[places], alpha=scale, out=y[k])
+        blocks.types.add(y.dtype)
+        return y.view(*([blocks.count] if shared else []), *ids.shape, n)
 
     def whole(self, matrix: StandIn) -> Tensor:
         blocks, raw = matrix.blocks, matrix.raw
@@ -119,7 +117,7 @@ class Full:
         rows, results = raw.shape[0], None
         for start, stop in self._split(matrix):
             for direction, some in _by_direction(blocks):
-                z = self._sampled(matrix, direction, start, stop)
+                z = self.sampled(matrix, direction, start, stop)
                 for k, scale in some:
                     piece = self._piece(raw, start, stop)
                     torch.add(raw[start:stop], z, alpha=scale, out=piece)
@@ -144,7 +142,7 @@ class Full:
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
-    def _sampled(self, matrix: StandIn, direction: Direction, start: int, stop: int) -> Tensor:
+    def sampled(self, matrix: StandIn, direction: Direction, start: int, stop: int) -> Tensor:
         """Z of these rows of a matrix or of its transpose, in the shape of the weight's."""
         raw, pieces = matrix.raw, self._pieces[matrix.place]
         z = self._borrowed(raw.device, None)

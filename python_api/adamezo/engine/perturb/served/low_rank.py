@@ -21,16 +21,12 @@ if TYPE_CHECKING:
     from .matrices import StandIn
 
 
-class LowRank:
-    """Corrects what is computed from a matrix by the factors of the directions.
+class KeptFactors:
+    """The factors of a step's directions.
 
     Args:
-        plans: the weights.
-        distribution: ``"lowrank"`` or ``"lowrank:R"``.
-        backend: see :func:`adamezo_kernels.sample_`.
+        plans, distribution, backend: see :class:`adamezo_kernels.factors.Factors`.
     """
-
-    vectors = "exact"
 
     def __init__(self, plans: Sequence[Plan], distribution: str, backend: Backend) -> None:
         self._plans = plans
@@ -56,13 +52,37 @@ class LowRank:
     def bytes(self) -> int:
         return sum(factors.bytes for _, factors in self._made)
 
+    def of(self, matrix: StandIn) -> tuple[Tensor, Tensor]:
+        """u and v, of shape (blocks, rank, rows) and (blocks, rank, columns), or with 1 in place of
+        the number of blocks where all have the same."""
+        blocks = matrix.blocks
+        found = [factors.of[matrix.place] for _, factors in self._made[: len(blocks.directions)]]
+        if len(found) == 1:
+            u, v = found[0].u[None], found[0].v[None]  # type: ignore[index]
+        else:
+            u = torch.stack([found[k].u for k in blocks.which])
+            v = torch.stack([found[k].v for k in blocks.which])  # type: ignore[misc]
+        return (v, u) if matrix.turned else (u, v)
+
+
+class LowRank(KeptFactors):
+    """Corrects what is computed from a matrix by the factors of the directions.
+
+    Args:
+        plans: the weights.
+        distribution: ``"lowrank"`` or ``"lowrank:R"``.
+        backend: see :func:`adamezo_kernels.sample_`.
+    """
+
+    vectors = "exact"
+
     def product(
         self, function: Any, x: Tensor, matrix: StandIn, compute: Callable[..., Tensor],
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y = compute(x, matrix.raw, None if isinstance(bias, Stacked) else bias)
-        with _without_autocast(y):
-            u, v = self._factors(matrix)
+        with without_autocast(y):
+            u, v = self.of(matrix)
             y = _add(y, _times(x, v, matrix, function), u, matrix.blocks)
         return with_bias(y, bias, -1) if isinstance(bias, Stacked) else y
 
@@ -70,7 +90,7 @@ class LowRank:
         # The rows that are read are those of u: y + c u[ids] v
         blocks, count = matrix.blocks, matrix.blocks.count
         y = F.embedding(ids, matrix.raw)
-        u, v = self._factors(matrix)
+        u, v = self.of(matrix)
         of_row = u.transpose(1, 2).expand(count, -1, -1)
         if shared:
             rows = torch.stack([F.embedding(ids.flatten(), of_row[k]) for k in range(count)])
@@ -84,8 +104,8 @@ class LowRank:
     ) -> Tensor:
         blocks = matrix.blocks
         y = compute(x, matrix.raw, None if isinstance(bias, Stacked) else bias)
-        with _without_autocast(y):
-            u, v = self._factors(matrix)
+        with without_autocast(y):
+            u, v = self.of(matrix)
             # A convolution with v has a channel for each term, which u spreads over all channels.
             kernels = v.expand(blocks.count, -1, -1).unflatten(2, matrix.shape[1:])
             u = u.expand(blocks.count, -1, -1)
@@ -99,24 +119,12 @@ class LowRank:
         return with_bias(y, bias, 1) if isinstance(bias, Stacked) else y
 
     def whole(self, matrix: StandIn) -> Tensor:
-        u, v = self._factors(matrix)
+        u, v = self.of(matrix)
         z = torch.einsum("kqm,kqn->kmn", u, v)
         scales = matrix.blocks.scales.to(z.device).view(-1, 1, 1)
         weight = matrix.raw.float()
         flat = weight.reshape(weight.shape[0], -1)
         return (flat + scales * z).view(-1, *weight.shape).to(matrix.dtype)
-
-    def _factors(self, matrix: StandIn) -> tuple[Tensor, Tensor]:
-        """u and v, of shape (blocks, rank, rows) and (blocks, rank, columns), or with 1 in place of
-        the number of blocks where all have the same."""
-        blocks = matrix.blocks
-        found = [factors.of[matrix.place] for _, factors in self._made[: len(blocks.directions)]]
-        if len(found) == 1:
-            u, v = found[0].u[None], found[0].v[None]  # type: ignore[index]
-        else:
-            u = torch.stack([found[k].u for k in blocks.which])
-            v = torch.stack([found[k].v for k in blocks.which])  # type: ignore[misc]
-        return (v, u) if matrix.turned else (u, v)
 
 
 def _add(y: Tensor, t: Tensor, u: Tensor, blocks: Blocks) -> Tensor:
@@ -144,7 +152,7 @@ def _times(x: Tensor, v: Tensor, matrix: StandIn, function: Any) -> Tensor:
     return torch.bmm(flat.view(blocks.count, -1, x.shape[-1]), v.transpose(1, 2))
 
 
-def _without_autocast(tensor: Tensor) -> Any:
+def without_autocast(tensor: Tensor) -> Any:
     """A context for float32 arithmetic. Entering autocast costs as much as a small product."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -112,7 +112,11 @@ def _matmul(function: Any, args: Any, kwargs: Any) -> Any:
 def _addmm(function: Any, args: Any, kwargs: Any) -> Any:
     bias, x, weight, beta, alpha = bound(args, kwargs, ("input", "mat1", "mat2", "beta", "alpha"))
     plain = (beta or 1) == 1 and (alpha or 1) == 1
-    if not plain or not _is_product(x, weight, bias) or (isinstance(bias, Stacked) and bias.dim() != 1):
+    if (
+        not plain
+        or not _is_product(x, weight, bias)
+        or (isinstance(bias, Stacked) and bias.dim() != 1)
+    ):
         _refuse(function, args, kwargs, " in this form")
 
     def compute(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -129,20 +133,24 @@ def _embedding(function: Any, args: Any, kwargs: Any) -> Any:
         _refuse_to_write(function, weight)
     blocks = weight.blocks
     # In a batch not those of the batch, but such as positions, which all its rows have in common.
-    shared = not _repeated(ids, blocks.count)
+    shared = not _repeated(ids, blocks)
     with blocks.working():
         y = blocks.kind.embedding(ids, weight, shared)
     return stacked(y, weight.label, blocks) if shared else y
 
 
-def _repeated(ids: Tensor, count: int) -> bool:
-    """Whether indices are those of a batch, in which a closure has repeated its inputs."""
-    if count == 1:
+def _repeated(ids: Tensor, blocks: Blocks) -> bool:
+    """Whether indices are those of a batch, in which a closure has repeated its inputs: blocks of
+    the same part of these have the same."""
+    if blocks.count == 1:
         return True
-    if ids.dim() == 0 or ids.shape[0] % count:
+    if ids.dim() == 0 or ids.shape[0] % blocks.count:
         return False
-    pieces = ids.unflatten(0, (count, -1))
-    return bool((pieces == pieces[:1]).all())
+    if len(set(blocks.parts)) == blocks.count:  # nothing is repeated
+        return ids.shape[0] in blocks.rows
+    pieces = ids.unflatten(0, (blocks.count, -1))
+    first = [blocks.parts.index(part) for part in blocks.parts]
+    return bool((pieces == pieces[first]).all())
 
 
 def _convolution(function: Any, args: Any, kwargs: Any) -> Any:
