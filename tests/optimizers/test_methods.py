@@ -463,6 +463,24 @@ def test_mezo_of_one_direction_has_the_bits_of_adamezo_without_betas(dtype):
     assert ends[0][1:] == ends[1][1:]
 
 
+def test_adamezo_with_signs_is_the_scalar_control():
+    """z^2 is 1 everywhere, so v is one number. Each of 8 steps and its three writes round weights
+    of up to 4, and the sums of up to 5 directions, whose step is lr (3 lr in a group) at most."""
+    ends = []
+    for method in (AdaMeZO, ScalarAdaMeZO):
+        model, values = Model(), iter(torch.linspace(1.0, 2.0, 16).sin().tolist())
+        optimizer = method(
+            groups(model, 0.02), lr=0.02, seed=SEED, horizon=5, distribution="rademacher"
+        )
+        before = tensors(model)
+        for _ in range(8):
+            optimizer.step(lambda values=values: next(values))
+        ends.append(tensors(model))
+    for a, b, start in zip(*ends, before, strict=True):
+        assert (a - b).abs().max() <= 8 * (4 * 4 + 10 * 0.06) * UNIT
+        assert (a - start).abs().max() > 0.01
+
+
 def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):
     """So no estimate is ever kept in a tensor."""
     calls = []
