@@ -47,7 +47,7 @@ class Call:
         fields["eps"] = checked_number("eps", self.eps)
         if self.operation != "perturb":
             check_in_place(plan)
-        if name == "lowrank":
+        if name in ("lowrank", "flipout"):
             plan.check_matrices()
         fields["terms"] = self._checked_terms(self.terms)
 
@@ -83,10 +83,11 @@ class Call:
                 f"PhiloxState.offset {terms.offset} leads to element indices beyond 2**63, as the "
                 f"plan's element indices reach {plan.last_index}"
             )
-        if self.distribution.startswith("lowrank") and terms.offset > plan.largest_matrix_offset:
+        of_matrices = self.distribution.startswith(("lowrank", "flipout"))
+        if of_matrices and terms.offset > plan.largest_matrix_offset:
             raise ValueError(
                 f"PhiloxState.offset {terms.offset} leads to rows beyond {LARGEST_FACTOR:,}, the "
-                "most that low-rank directions have: expected an offset of at most "
+                "most that low-rank and flipout directions have: expected an offset of at most "
                 f"{plan.largest_matrix_offset}"
             )
         if not terms.words.is_cpu and plan.devices != {terms.words.device}:

@@ -1,4 +1,4 @@
-"""The factors of low-rank directions as tensors, for forwards that use them instead of weights."""
+"""The factors of low-rank and flipout directions as tensors, for forwards that use them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .stream import kind_of
 from .terms import Direction, Terms
 
 # The purposes of csrc/adamezo/philox.h; a parameter's number has 24 bits.
-_ROW, _COLUMN = 4 << 24, 5 << 24
+_PURPOSES = {"lowrank": (4 << 24, 5 << 24), "flipout": (6 << 24, 7 << 24)}
 _LOG_TERM = 34  # a factor's element q << 34 is the first one of term q
 
 
 class Factor(NamedTuple):
-    """The direction of one tensor: ``u.T @ v``, or the vector ``u`` where ``v`` is None."""
+    """The direction of one tensor: ``u.T @ v``, of ``flipout`` times its normals; or the vector
+    ``u`` where ``v`` is None."""
 
     u: Tensor
     """float32 of shape (rank, rows); of a tensor of fewer than two dimensions its shape."""
@@ -31,11 +32,12 @@ class Factor(NamedTuple):
 
 
 class Factors:
-    """Memory for the factors of a ``lowrank`` direction of all tensors of some plans.
+    """Memory for the factors of a ``lowrank`` direction of all tensors of some plans, or for the
+    signs of a ``flipout`` direction.
 
     Args:
         plans: whole parameters, not shards.
-        distribution: ``"lowrank"`` or ``"lowrank:R"``.
+        distribution: ``"lowrank"`` or ``"lowrank:R"``, ``"flipout"`` or ``"flipout:N"``.
         backend: as in :func:`adamezo_kernels.sample_`, or None. It samples exact normals, which
             every backend has.
 
@@ -47,13 +49,16 @@ class Factors:
         self, plans: list[Plan], distribution: str, backend: str | Backend | None = None
     ) -> None:
         name, rank = kind_of(distribution)
-        if name != "lowrank":
-            raise ValueError(f"expected a lowrank distribution, got {distribution!r}")
+        if name not in _PURPOSES:
+            raise ValueError(f"expected a lowrank or flipout distribution, got {distribution!r}")
+        self._purposes = _PURPOSES[name]
+        rank = 1 if name == "flipout" else rank
         segments = [segment for plan in plans for segment in plan]
         self._backend = backend
         self._calls: list[Call] = []
         self._scale = float(torch.tensor(1.0 / math.sqrt(rank), dtype=torch.float64).float())
         self._of_rows: list[Tensor] = []
+        self._signs: list[Tensor] | None = [] if name == "flipout" else None
         self.of: list[Factor] = []
         with torch.inference_mode(False), torch.no_grad():
             by_device: dict[torch.device, list[Segment]] = {}
@@ -91,8 +96,10 @@ class Factors:
             add(out, 0)
             return Factor(out.view(tensor.shape), None)
         u, v = memory(rank, tensor.numel() // columns), memory(rank, columns)
-        add(u, _ROW)
-        add(v, _COLUMN)
+        for factor, purpose in zip((u, v), self._purposes, strict=True):
+            add(factor, purpose)
+            if self._signs is not None:
+                self._signs.append(factor)
         if rank > 1:
             self._of_rows.append(u)
         return Factor(u, v)
@@ -115,3 +122,5 @@ class Factors:
             choose(plan.devices, self._backend, "exact").run(call)
         for u in self._of_rows:
             u.mul_(self._scale)
+        for factor in self._signs or ():  # of a zero with its sign
+            torch.copysign(torch.ones_like(factor), factor, out=factor)

@@ -34,8 +34,8 @@ def sample_(
         out: a tensor that a :class:`Plan` takes.
         state: the direction.
         parameter: 24-bit index of the parameter that the elements belong to.
-        distribution: one of DISTRIBUTIONS. A ``lowrank`` direction belongs to the rows and columns
-            of ``out``, whose offset is a number of whole rows.
+        distribution: one of DISTRIBUTIONS. A ``lowrank`` or ``flipout`` direction belongs to the
+            rows and columns of ``out``, whose offset is a number of whole rows.
         backend: None takes the best available; a name never falls back. A backend returned by
             :func:`adamezo_kernels.backends.choose` is used without choosing again.
 

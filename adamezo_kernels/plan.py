@@ -51,7 +51,7 @@ class Shard(NamedTuple):
     stride: int = 0
     columns: int | None = None
     """The elements of the whole parameter for each index of its first dimension; 0 where it has
-    one dimension. Only ``lowrank`` directions need it."""
+    one dimension. Only ``lowrank`` and ``flipout`` directions need it."""
 
 
 @dataclass(frozen=True)
@@ -334,17 +334,17 @@ class Plan:
         return min(limits, default=_MAX_INDEX)
 
     def check_matrices(self) -> None:
-        """Raises ValueError where a tensor has no ``lowrank`` direction."""
+        """Raises ValueError where a tensor has no ``lowrank`` and ``flipout`` directions."""
         for segment, name in zip(self.segments, self.names, strict=True):
             if segment.columns < 0:
                 raise ValueError(
-                    f"{name} is a piece of a parameter of unknown shape, and low-rank directions "
-                    "belong to its rows and columns: expected a Shard with `columns`"
+                    f"{name} is a piece of a parameter of unknown shape, and low-rank and flipout "
+                    "directions belong to its rows and columns: expected a Shard with `columns`"
                 )
             if segment.columns > LARGEST_FACTOR:
                 raise ValueError(
-                    f"{name} has rows of {segment.columns:,} elements, and low-rank directions at "
-                    f"most {LARGEST_FACTOR:,}: take another distribution"
+                    f"{name} has rows of {segment.columns:,} elements, and low-rank and flipout "
+                    f"directions at most {LARGEST_FACTOR:,}: take another distribution"
                 )
 
     @cached_property

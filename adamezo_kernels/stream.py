@@ -8,25 +8,35 @@ STREAM_VERSION = 1
 """Version of the mapping from (seed, direction, parameter, element) to bits. A change of one
 bit of any direction must change this number: saved runs name it."""
 
-DISTRIBUTIONS = ("exact", "fast", "rademacher", "lowrank")
+DISTRIBUTIONS = ("exact", "fast", "rademacher", "lowrank", "flipout")
 """The distributions of directions, each a stream of its own: a run uses one for all its steps.
 
 ``exact``: standard normals with the same bits on every device. ``fast``: nearly the same normals
 in fewer instructions, on CUDA devices only, with bits that are a device's own. ``rademacher``:
 signs, +1 or -1, with the same bits on every device. ``lowrank``: of a parameter seen as a matrix,
 the outer product of one normal vector for its rows and one for its columns; ``"lowrank:4"`` is a
-sum of four of them, divided by 2. Parameters of one dimension have exact normals. The bits are the
-same on every device.
+sum of four of them, divided by 2. ``flipout``: of ``"flipout:8"`` eight consecutive directions have
+exact normals in common, those of directions 8 k to 8 k + 7, and each has signs of its own for the
+rows and for the columns of a matrix. With both, parameters of one dimension have exact normals of
+each direction's own. The bits are the same on every device. The index of a name is its number in
+csrc/adamezo/job.h.
 """
 
 LARGEST_RANK = 64
 """The largest rank of a low-rank direction: kLargestRank of csrc/adamezo/low_rank.h."""
 
-NAMES_OF_DISTRIBUTIONS = f"{DISTRIBUTIONS} or 'lowrank:2' to 'lowrank:{LARGEST_RANK}'"
+LARGEST_GROUP = 2**16
+"""How many ``flipout`` directions may share their normals: kLargestGroup of
+csrc/adamezo/flipout.h."""
+
+NAMES_OF_DISTRIBUTIONS = (
+    f"{DISTRIBUTIONS}, 'lowrank:2' to 'lowrank:{LARGEST_RANK}' or 'flipout:2' to "
+    f"'flipout:{LARGEST_GROUP}'"
+)
 """The names that :func:`kind_of` takes, for messages."""
 
 LARGEST_FACTOR = 2**34
-"""The largest number of rows, and of columns, of a parameter with low-rank directions."""
+"""The largest number of rows, and of columns, of a parameter whose directions have factors."""
 
 ROUNDINGS = ("nearest", "stochastic")
 """How a store to 16 bits rounds. ``stochastic`` rounds up with the probability of the fraction that
@@ -53,7 +63,8 @@ class PhiloxState(NamedTuple):
 
 
 def kind_of(distribution: str) -> tuple[str, int]:
-    """The name in DISTRIBUTIONS and the rank of a distribution; the rank is 1 if none is given.
+    """The name in DISTRIBUTIONS of a distribution, and its number: the rank of ``lowrank``, or how
+    many directions of ``flipout`` share their normals. The number is 1 if none is given.
 
     Raises:
         ValueError: there is no such distribution.
@@ -61,10 +72,11 @@ def kind_of(distribution: str) -> tuple[str, int]:
     if distribution in DISTRIBUTIONS:
         return distribution, 1
     if isinstance(distribution, str):
-        name, _, rank = distribution.partition(":")
+        name, _, digits = distribution.partition(":")
+        most = {"lowrank": LARGEST_RANK, "flipout": LARGEST_GROUP}.get(name, 0)
         # "lowrank:1" and "lowrank:04" would be second names for the same directions.
-        if name == "lowrank" and rank in map(str, range(2, LARGEST_RANK + 1)):
-            return name, int(rank)
+        if digits.isdecimal() and 2 <= int(digits) <= most and str(int(digits)) == digits:
+            return name, int(digits)
     raise ValueError(f"distribution must be one of {NAMES_OF_DISTRIBUTIONS}, got {distribution!r}")
 
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "adamezo/flipout.h"
 #include "adamezo/low_rank.h"
 #include "cpu/dispatch.h"
 #include "cuda/launch.h"
@@ -29,7 +30,9 @@ Job make_job(int operation, int distribution, int64_t rank, uint64_t table, int6
              int64_t horizon, bool with_second, int rule, int buffer_type, double scale, double eps,
              int rounding) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
-  if (rank < 1 || rank > kLargestRank) throw std::invalid_argument("the rank is out of range");
+  const bool flipout = Distribution(distribution) == Distribution::kFlipout;
+  if (rank < 1 || rank > (flipout ? kLargestGroup : kLargestRank))
+    throw std::invalid_argument("the rank is out of range");
   if (rule != kMoments && !with_rule(rule, [](auto) {}))
     throw std::invalid_argument("no such rule: is the compiled module older than its Python side?");
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
@@ -112,6 +115,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("key"), py::arg("rounds") = kPhiloxRounds);
   m.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest first.");
   m.def("rules", &rules);
+  m.def("distributions", [] {
+    return std::vector<std::string>{"exact", "fast", "rademacher", "lowrank", "flipout"};
+  }, "In the order of their numbers.");
   m.def("build_report", &build_report);
 
   const auto counting = [&](const char* name, auto count) {

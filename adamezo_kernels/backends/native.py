@@ -34,7 +34,11 @@ NAME = "native"
 compiled: Any = _native
 """The compiled module, for the backend that shares it; None where it cannot be imported."""
 
-DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher", "lowrank")
+_BEFORE_FLIPOUT = ALL_DISTRIBUTIONS[:4]
+_built_distributions = getattr(_native, "distributions", lambda: _BEFORE_FLIPOUT)()
+"""Those whose numbers the compiled module knows: an older one has fewer."""
+
+DISTRIBUTIONS: tuple[str, ...] = tuple(name for name in _built_distributions if name != "fast")
 
 _RULES = {name: place for place, name in enumerate(RULES)}
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "reference"
 
-DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher", "lowrank")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher", "lowrank", "flipout")
 
 CHUNK = 2**16
 """The number of elements processed at a time. The temporaries of one chunk are about 16 float64
@@ -45,6 +45,8 @@ PURPOSE_ROUNDING = 1
 PURPOSE_BUFFER = 2  # of the first buffer; the second has 3
 PURPOSE_ROW = 4
 PURPOSE_COLUMN = 5
+PURPOSE_ROW_SIGN = 6
+PURPOSE_COLUMN_SIGN = 7
 
 _WORD = 0xFFFFFFFF
 
@@ -269,25 +271,70 @@ def lowrank_direction(
     high one is q, with a purpose for u and one for v; u is multiplied by 1 / sqrt(rank), rounded to
     float32, where rank is not 1.
     """
-    row = index_offset + index_stride * torch.arange(rows, dtype=torch.int64, device=device)
-    index = row[:, None] + torch.arange(row_length, dtype=torch.int64, device=device)
-    i, of_i = torch.unique(index // columns, return_inverse=True)
-    j, of_j = torch.unique(index % columns, return_inverse=True)
-
-    def factor(elements: Tensor, purpose: int, q: int) -> Tensor:
-        words = philox4x32(elements >> 2, q, direction, parameter | purpose << 24, key)
-        normals = torch.stack(_normals(cast(Words, words)))
-        return normals.gather(0, (elements & 3)[None])[0]
-
+    i, of_i, j, of_j = _places(index_offset, index_stride, rows, row_length, columns, device)
+    of = key, direction, parameter
     scale = to_float32(1.0 / math.sqrt(rank))
     z: Tensor | None = None
     for q in range(rank):
-        u, v = factor(i, PURPOSE_ROW, q), factor(j, PURPOSE_COLUMN, q)
+        u, v = _factor(i, *of, PURPOSE_ROW, q), _factor(j, *of, PURPOSE_COLUMN, q)
         if rank > 1:
             u = mul(u, scale)
         z = mul(u[of_i], v[of_j]) if z is None else fma(u[of_i], v[of_j], z)
     assert z is not None
     return z
+
+
+def _factor(
+    elements: Tensor, key: int, direction: int, parameter: int, purpose: int, q: int = 0
+) -> Tensor:
+    """The normals of these elements of a factor, of its term q."""
+    words = philox4x32(elements >> 2, q, direction, parameter | purpose << 24, key)
+    normals = torch.stack(_normals(cast(Words, words)))
+    return normals.gather(0, (elements & 3)[None])[0]
+
+
+def _places(
+    index_offset: int, index_stride: int, rows: int, row_length: int, columns: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The rows of a matrix in which there are elements, and for each element which of these it is
+    in; and the same for columns."""
+    row = index_offset + index_stride * torch.arange(rows, dtype=torch.int64, device=device)
+    index = row[:, None] + torch.arange(row_length, dtype=torch.int64, device=device)
+    i, of_i = torch.unique(index // columns, return_inverse=True)
+    j, of_j = torch.unique(index % columns, return_inverse=True)
+    return i, of_i, j, of_j
+
+
+def flipout_direction(
+    index_offset: int,
+    index_stride: int,
+    rows: int,
+    row_length: int,
+    *,
+    columns: int,
+    group: int = 1,
+    key: int,
+    direction: int,
+    parameter: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """``u[i, j] (r[i] s[j])`` with the arguments of :func:`lowrank_direction`.
+
+    u is the exact direction numbered ``direction // group``. r[i] is 1 with the sign of the exact
+    normal of element i, with a purpose for rows; s[j] the same of j, with one for columns.
+    """
+    place = index_offset, index_stride, rows, row_length
+    i, of_i, j, of_j = _places(*place, columns, device)
+
+    def signs(elements: Tensor, purpose: int) -> Tensor:
+        normals = _factor(elements, key, direction, parameter, purpose)
+        return torch.copysign(torch.ones_like(normals), normals)
+
+    r, s = signs(i, PURPOSE_ROW_SIGN), signs(j, PURPOSE_COLUMN_SIGN)
+    base = direction // group
+    u = exact_direction(*place, key=key, direction=base, parameter=parameter, device=device)
+    return u * (r[of_i] * s[of_j])
 
 
 _DIRECTIONS: dict[str, Callable[..., Tensor]] = {
@@ -366,13 +413,15 @@ def _source(segment: Segment) -> Tensor:
 def _direction(
     segment: Segment, state: PhiloxState, chunk: tuple[slice, slice], distribution: str
 ) -> Tensor:
-    name, rank = kind_of(distribution)
-    if name != "lowrank":
+    name, number = kind_of(distribution)
+    if name in _DIRECTIONS:
         return _elements(_DIRECTIONS[name], segment, state, chunk)
-    if not segment.columns:  # one dimension
-        return _elements(exact_direction, segment, state, chunk)
     columns = segment.columns
-    return _elements(lowrank_direction, segment, state, chunk, columns=columns, rank=rank)
+    if not columns:  # one dimension
+        return _elements(exact_direction, segment, state, chunk)
+    if name == "flipout":
+        return _elements(flipout_direction, segment, state, chunk, columns=columns, group=number)
+    return _elements(lowrank_direction, segment, state, chunk, columns=columns, rank=number)
 
 
 def _elements(

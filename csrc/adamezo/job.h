@@ -10,14 +10,14 @@ namespace adamezo {
 
 enum class Operation : int { kSample = 0, kPerturb = 1, kUpdate = 2, kMoment = 3 };
 
-// Kinds of directions: normal.h, fast_normal.h, rademacher.h, low_rank.h.
-enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2, kLowRank = 3 };
+// Kinds of directions: normal.h, fast_normal.h, rademacher.h, low_rank.h, flipout.h.
+enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2, kLowRank = 3, kFlipout = 4 };
 
 // Pointers are borrowed for the call and point to memory of the device that runs the kernel.
 struct Job {
   Operation operation;
   Distribution distribution;
-  int64_t rank;     // of `lowrank` directions
+  int64_t rank;     // of `lowrank` directions; of `flipout` ones, how many share their normals
   float row_scale;  // 1 / sqrt(rank), which multiplies their factors u (low_rank.h)
 
   const Segment* segments;

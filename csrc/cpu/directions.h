@@ -133,6 +133,16 @@ ADAMEZO_HD void words_in_order(PhiloxCall<L> call, PhiloxKey key, typename L::I 
   for (int t = 0; t < 4; ++t) words[t] = L::bits(carried[t]);
 }
 
+// The normals of a call of every block, in the order in memory.
+template <class L>
+ADAMEZO_HD void normals_in_order(PhiloxCall<L> call, PhiloxKey key, typename L::F z[4]) {
+  typename L::I x[4];
+  philox_finish<L>(call, key);
+  call_words<L>(call, x);
+  normals<L>(x, z, [](int) {});
+  L::natural(z);
+}
+
 template <class L, bool kStochastic, class T>
 ADAMEZO_HD void store_group(const Job& job, const Span<T>& span, const Group<T>& group,
                             const typename L::F values[4]) {

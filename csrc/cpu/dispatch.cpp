@@ -35,6 +35,8 @@ Kernel kernel_of(Distribution distribution, const InstructionSet& set) {
       return set.rademacher;
     case Distribution::kLowRank:
       return set.lowrank;
+    case Distribution::kFlipout:
+      return set.flipout;
     default:
       return set.exact;
   }
@@ -43,7 +45,7 @@ Kernel kernel_of(Distribution distribution, const InstructionSet& set) {
 Kernel kernel_of(const Job& job, const std::string& instruction_set) {
   if (job.distribution == Distribution::kFast)
     throw std::invalid_argument(
-        "a CPU has no `fast` directions; expected exact, rademacher or lowrank");
+        "a CPU has no `fast` directions; expected exact, rademacher, lowrank or flipout");
   for (const InstructionSet* set : available())
     if (set->name == instruction_set) return kernel_of(job.distribution, *set);
   std::string message =
@@ -69,8 +71,10 @@ void run(const Job& job, const std::string& instruction_set, int threads) {
   const size_t horizon = size_t(job.horizon);
   std::vector<PhiloxStream> streams(size_t(threads) * (horizon + 1));
   const std::unique_ptr<uint32_t[]> signs(new uint32_t[size_t(threads) * horizon * kSignWords]);
-  const bool has_factors = job.distribution == Distribution::kLowRank;
-  const size_t floats = has_factors ? size_t(factor_floats(job.horizon * job.rank)) : 0;
+  const bool low_rank = job.distribution == Distribution::kLowRank;
+  const bool has_factors = low_rank || job.distribution == Distribution::kFlipout;
+  const int64_t terms = job.horizon * (low_rank ? job.rank : 1);
+  const size_t floats = has_factors ? size_t(factor_floats(terms)) : 0;
   const std::unique_ptr<float[]> factors(new float[size_t(threads) * floats]);
 #pragma omp parallel num_threads(threads)
   {

@@ -9,7 +9,7 @@ namespace adamezo {
 struct Scratch {
   PhiloxStream* streams;  // job.horizon + 1
   uint32_t* signs;        // kSignWords for each direction; only `rademacher` kernels need them
-  float* factors;         // factor_floats(horizon * rank); only `lowrank` kernels need them
+  float* factors;         // factor_floats(terms); only `lowrank` and `flipout` kernels need them
 };
 constexpr int64_t kSignWords = 64;  // four words of each of the sixteen blocks of the widest lanes
 
@@ -33,7 +33,7 @@ using Kernel = void (*)(const Job& job, const Scratch& scratch, int64_t worker, 
 
 struct InstructionSet {
   const char* name;
-  Kernel exact, rademacher, lowrank;
+  Kernel exact, rademacher, lowrank, flipout;
 };
 
 const InstructionSet& portable_kernels();

@@ -1,7 +1,9 @@
-// `lowrank` directions on the CPU: their factors are made once for a block of rows and a window of
-// columns, and then a direction of a weight costs a load and a multiplication for each term.
+// `lowrank` and `flipout` directions on the CPU: their factors are made once for a block of rows and
+// a window of columns, and then a direction of a weight costs a load and a multiplication for each
+// term; one of `flipout` another multiplication, with a normal that consecutive directions share.
 #pragma once
 
+#include "adamezo/flipout.h"
 #include "adamezo/low_rank.h"
 #include "cpu/directions.h"
 
@@ -17,8 +19,9 @@ ADAMEZO_HD bool is_narrow(int64_t columns) {
 }
 
 // The factors of a block of rows and a window of columns of one parameter, in a worker's scratch:
-// of each of the terms u_q v_q^T of each direction.
-template <class L>
+// of each of the terms u_q v_q^T of each direction; with kSigns, the signs of the one term that a
+// direction then has.
+template <class L, bool kSigns>
 struct Factors {
   const Job& job;
   float* memory;
@@ -27,6 +30,9 @@ struct Factors {
   int64_t width = factor_columns(terms);
   int64_t row = -1;   // the first one of the block
   int64_t first = 0;  // the first column of the window
+
+  static ADAMEZO_HD int64_t terms_of(const Job& job) { return kSigns ? 1 : job.rank; }
+  ADAMEZO_HD int64_t rank() const { return terms_of(job); }
 
   static constexpr int64_t kPadding = kFactorRows;
   static_assert(kGroup<L> <= kPadding && kGroup<L> <= kFactorRows, "");
@@ -44,8 +50,8 @@ struct Factors {
     row = begin;
     for (int64_t i = 0; i < terms; ++i) {
       float* const to = u() + i * kFactorRows;
-      make(Purpose::kRow, i, row, kFactorRows, to);
-      for (int64_t e = 0; job.rank > 1 && e < kFactorRows; e += L::kWidth)
+      make(kSigns ? Purpose::kRowSign : Purpose::kRow, i, row, kFactorRows, to);
+      for (int64_t e = 0; rank() > 1 && e < kFactorRows; e += L::kWidth)
         L::store(L::mul(L::load(to + e), L::f(job.row_scale)), to + e);
     }
   }
@@ -57,7 +63,7 @@ struct Factors {
     for (int64_t i = 0; i < terms; ++i) {
       float* const to = v() + i * v_stride();
       std::memset(to - kPadding, 0, kPadding * sizeof(float));
-      make(Purpose::kColumn, i, begin, count, to);
+      make(kSigns ? Purpose::kColumnSign : Purpose::kColumn, i, begin, count, to);
       std::memset(to + count, 0, kPadding * sizeof(float));
     }
   }
@@ -87,37 +93,35 @@ struct Factors {
   }
 
  private:
-  // The normals [begin, begin + count) of one term's factor.
+  // The elements [begin, begin + count) of one term's factor.
   void make(Purpose purpose, int64_t i, int64_t begin, int64_t count, float* to) const {
     const auto stream =
-        philox_stream(job.key, job.directions[i / job.rank], uint32_t(i % job.rank));
+        philox_stream(job.key, job.directions[i / rank()], uint32_t(i % rank()));
     for (int64_t e = 0; e < count; e += kGroup<L>) {
       const auto blocks =
           group_for<L>(purpose, job, uint64_t(begin + e) / 4, uint32_t(segment.parameter));
-      auto call = philox_begin<L>(blocks, stream);
-      philox_finish<L>(call, job.key);
-      typename L::I x[4];
       typename L::F z[4];
-      call_words<L>(call, x);
-      normals<L>(x, z, [](int) {});
-      L::natural(z);
-      for (int t = 0; t < 4; ++t) L::store(z[t], to + e + t * L::kWidth);
+      normals_in_order<L>(philox_begin<L>(blocks, stream), job.key, z);
+      for (int t = 0; t < 4; ++t) {
+        if (kSigns) z[t] = L::flip_sign(L::f(1.0f), L::bits(z[t]));
+        L::store(z[t], to + e + t * L::kWidth);
+      }
     }
   }
 };
 static_assert(kPiece + 2 * 64 + 2 * kFactorRows <= kSpread, "the last row of a piece, and padding");
 
 // The factors of a group: those of one row, or with kNarrow of several.
-template <class L, bool kNarrow>
+template <class L, bool kSigns, bool kNarrow>
 struct Place {
   const float *u, *v;
   int64_t rank, u_stride, v_stride;
 
   // The group begins `first` elements after the one at (row, column).
-  ADAMEZO_HD Place(const Factors<L>& factors, int64_t row, int64_t column, int64_t first)
+  ADAMEZO_HD Place(const Factors<L, kSigns>& factors, int64_t row, int64_t column, int64_t first)
       : u(kNarrow ? factors.spread() + first : factors.u() + (row - factors.row)),
         v(factors.v() + column - factors.first + first),
-        rank(factors.job.rank),
+        rank(factors.rank()),
         u_stride(kNarrow ? kSpread : kFactorRows),
         v_stride(factors.v_stride()) {
     if (kNarrow) {
@@ -143,8 +147,39 @@ struct Place {
   }
 };
 
+// The normals that the `flipout` directions of a group of weights have in common.
 template <class L>
-struct LowRank {
+struct Shared {
+  const Job& job;
+  PhiloxGroup<L> blocks;
+  uint32_t high;
+  uint32_t which = 0;  // the direction whose normals are in u
+  bool made = false;
+  typename L::F u[4];
+
+  template <class T>
+  ADAMEZO_HD Shared(const Job& job, const Span<T>& span, const Group<T>& group)
+      : job(job),
+        blocks(group_for<L>(Purpose::kDirection, job, group.block, span.parameter)),
+        high(uint32_t(group.block >> 32)) {
+    for (int t = 0; t < 4; ++t) u[t] = L::f(0.0f);
+  }
+
+  // Multiplies the signs of direction k by them.
+  ADAMEZO_HD void multiply(int64_t k, typename L::F z[4]) {
+    const uint32_t base = job.directions[k] / uint32_t(job.rank);
+    if (!made || base != which) {
+      const auto stream = philox_stream(job.key, base, high);
+      normals_in_order<L>(philox_begin<L>(blocks, stream), job.key, u);
+      made = true, which = base;
+    }
+    for (int t = 0; t < 4; ++t) z[t] = L::mul(u[t], z[t]);
+  }
+};
+
+// LowRank, or with kSigns Flipout.
+template <class L, bool kSigns>
+struct Factored {
   static ADAMEZO_HD void natural(typename L::F[4]) {}
 
   template <class T, int kCount, class Use>
@@ -158,8 +193,12 @@ struct LowRank {
         [&](const Span<T>& span, auto place_of) {
           for_each_group<L, T>(span, [&](const Group<T>& group) {
             const auto place = place_of(group.first);
+            Shared<L> shared(job, span, group);
             typename L::F z[kCount][4];
-            for (int k = 0; k < kCount; ++k) place.direction(k, z[k]);
+            for (int k = 0; k < kCount; ++k) {
+              place.direction(k, z[k]);
+              if constexpr (kSigns) shared.multiply(k, z[k]);
+            }
             use(span, group, z);
           });
         });
@@ -182,10 +221,12 @@ struct LowRank {
         [&](const Span<T>& span, auto place_of) {
           for_each_group<L, T>(span, [&](const Group<T>& group) {
             const auto place = place_of(group.first);
+            Shared<L> shared(job, span, group);
             auto moments = zero_moments<L>();
             typename L::F z[4];
             const auto add_direction = [&](int64_t k) ADAMEZO_INLINE_LAMBDA {
               place.direction(k, z);
+              if constexpr (kSigns) shared.multiply(k, z);
               accumulate<L, kSecond>(moments, z, job.first[k], kSecond ? job.second[k] : 0.0f);
             };
             add_direction(0);
@@ -211,7 +252,8 @@ struct LowRank {
                     if (segment.columns == 0)
                       return for_each_run_of(job.segments, s, position, stop,
                                              [&](const Run& run) { spans.cut(run, vector); });
-                    Factors<L> factors{job, scratch.factors, count * job.rank, segment};
+                    Factors<L, kSigns> factors{job, scratch.factors,
+                                               count * Factors<L, kSigns>::terms_of(job), segment};
                     if (is_narrow<L>(segment.columns))
                       over_rows(spans, factors, s, position, stop, matrix);
                     else
@@ -221,7 +263,7 @@ struct LowRank {
 
   // Window by window, and in each row by row.
   template <class T, class Matrix>
-  static ADAMEZO_HD void in_rows(Spans<Exact<L>, T>& spans, Factors<L>& factors, int64_t s,
+  static ADAMEZO_HD void in_rows(Spans<Exact<L>, T>& spans, Factors<L, kSigns>& factors, int64_t s,
                                  int64_t position, int64_t stop, Matrix matrix) {
     const Job& job = spans.job;
     const int64_t columns = factors.segment.columns;
@@ -252,7 +294,7 @@ struct LowRank {
 
   // Piece by piece of consecutive elements, each within a block of rows.
   template <class T, class Matrix>
-  static ADAMEZO_HD void over_rows(Spans<Exact<L>, T>& spans, Factors<L>& factors, int64_t s,
+  static ADAMEZO_HD void over_rows(Spans<Exact<L>, T>& spans, Factors<L, kSigns>& factors, int64_t s,
                                    int64_t position, int64_t stop, Matrix matrix) {
     const Job& job = spans.job;
     const int64_t columns = factors.segment.columns;
@@ -277,7 +319,7 @@ struct LowRank {
   // Calls matrix() for `count` elements of the run, the first of which is element `done` of it and
   // at (row, column).
   template <bool kNarrow, class T, class Matrix>
-  static ADAMEZO_HD void visit(Spans<Exact<L>, T>& spans, const Factors<L>& factors, const Run& run,
+  static ADAMEZO_HD void visit(Spans<Exact<L>, T>& spans, const Factors<L, kSigns>& factors, const Run& run,
                                int64_t done, int64_t count, int64_t row, int64_t column,
                                Matrix matrix) {
     const Run part{run.segment,       run.position + done,        run.memory + done,
@@ -285,7 +327,7 @@ struct LowRank {
     spans.cut(part, [&](const Span<T>& span) {
       const int64_t before = int64_t(span.index - (part.index + spans.job.offset));
       matrix(span, [&](int64_t first) ADAMEZO_INLINE_LAMBDA {
-        return Place<L, kNarrow>(factors, row, column, before + first);
+        return Place<L, kSigns, kNarrow>(factors, row, column, before + first);
       });
     });
   }
@@ -304,6 +346,11 @@ struct LowRank {
       begin = 0, end = segment.columns;
   }
 };
+
+template <class L>
+using LowRank = Factored<L, false>;
+template <class L>
+using Flipout = Factored<L, true>;
 
 }  // namespace
 }  // namespace adamezo

@@ -41,6 +41,8 @@ void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t st
       return launch(cuda::Rademacher());
     case Distribution::kLowRank:
       return cuda::launch_tiles(job, device, stream);
+    case Distribution::kFlipout:
+      throw std::invalid_argument("the CUDA kernels have no `flipout` directions");
   }
 }
 

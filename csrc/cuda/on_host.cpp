@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "cuda/launch.h"
 #include "cuda/low_rank.cuh"
 
@@ -88,6 +90,8 @@ void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int th
       return on_host<cuda::Rademacher>(job, highs, blocks, threads);
     case Distribution::kLowRank:
       return tiles_on_host(job, blocks, threads);
+    case Distribution::kFlipout:
+      throw std::invalid_argument("the CUDA kernels have no `flipout` directions");
   }
 }
 

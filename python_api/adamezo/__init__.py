@@ -7,6 +7,7 @@ from .engine.check_closure import check_closure
 from .fused_step import forget_optimizer, fused_adamezo_step, optimizer_of
 from .methods import (
     FZOO,
+    GRZO,
     HELENE,
     MEAZO,
     AdaMeZO,
@@ -25,6 +26,7 @@ except _metadata.PackageNotFoundError:  # run from the sources, as on a machine 
 
 __all__ = [
     "FZOO",
+    "GRZO",
     "HELENE",
     "MEAZO",
     "AdaMeZO",

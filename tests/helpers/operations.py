@@ -102,7 +102,7 @@ def run_perturb(plan: Plan, kind: tuple[str, str], backend: str) -> None:
 
 
 def samples(tensors: list[torch.Tensor], distribution: str, backend: str) -> list[torch.Tensor]:
-    edge = {"exact": 2**34, "rademacher": 2**39, "lowrank": 2**34}[distribution]
+    edge = {"exact": 2**34, "rademacher": 2**39, "lowrank": 2**34, "flipout": 2**34}[distribution]
     return [
         sample_(
             tensor,

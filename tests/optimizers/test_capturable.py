@@ -13,6 +13,7 @@ from torch import nn
 
 from adamezo import (
     FZOO,
+    GRZO,
     HELENE,
     MEAZO,
     AdaMeZO,
@@ -63,6 +64,7 @@ CASES = {
     "MEAZO, soon corrected": (MEAZO, {"beta": 1e-3, "maximize": True}),  # within 9 steps
     "MEAZO, no memory": (MEAZO, {"beta": 0.0}),
     "FZOO": (FZOO, {"queries": 5, "lr": 1e-3}),
+    "GRZO": (GRZO, {"examples": 4, "lr": 1e-3}),
     "FZOO, normals, exact": (
         FZOO,
         {"queries": 2, "lr": 1e-3, "distribution": "exact", "perturbation": "out_of_place"},

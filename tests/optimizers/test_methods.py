@@ -17,6 +17,7 @@ import adamezo.engine.perturb.inplace
 import adamezo.methods.memoryless
 from adamezo import (
     FZOO,
+    GRZO,
     HELENE,
     MEAZO,
     AdaMeZO,
@@ -106,6 +107,15 @@ def fzoo(first: int, losses: list[float], past: list[Any]) -> Coefficients:
     one_sided = torch.tensor(losses[1:], dtype=torch.float64)
     sigma = one_sided.std(correction=1).item()
     return {first + i: (losses[1 + i] - losses[0]) / (n * ZO_EPS * sigma) for i in range(n)}
+
+
+@linear
+def grzo(first: int, losses: list[float], past: list[Any]) -> Coefficients:
+    n = len(losses) // 2
+    sides = torch.tensor(losses, dtype=torch.float64)
+    delta = (sides[:n] - sides[n:]) / 2
+    a = delta / (delta.std(correction=1) + 1e-8)
+    return {first + i: a[i].item() / (2 * ZO_EPS * n) for i in range(n)}
 
 
 @linear
@@ -214,6 +224,7 @@ METHODS = {
     ),
     "MEAZO": Row(MEAZO, 0.02, {"beta": 0.9, "eps": 0.01}, meazo),
     "FZOO": Row(FZOO, 1e-3, {"queries": 4}, fzoo, lambda step: 4, evaluations=5),
+    "GRZO": Row(GRZO, 1e-3, {"examples": 4}, grzo, lambda step: 4),
     "ScalarAdaMeZO": Row(ScalarAdaMeZO, 0.02, {"horizon": 5}, scalar_adamezo),
     "ZOAdam": Row(ZOAdam, 0.02, {"betas": (0.9, 0.99)}, zo_adam),
     "HiZOO": Row(HiZOO, 0.02, {"alpha": 1e-3}, hizoo, evaluations=3),
@@ -404,7 +415,7 @@ WEIGHTS = {  # its index, lr in units of the method's, weight decay, maximize
 
 def expected_weight(name: str, weight: str, model: Model):
     index, times, decay, maximize = WEIGHTS[weight]
-    distribution = "rademacher" if name == "FZOO" else "exact"
+    distribution = {"FZOO": "rademacher", "GRZO": "flipout:4"}.get(name, "exact")
     start = model.get_parameter(weight).detach()
     lr = times * METHODS[name].lr
     return by_the_rule(name, start, index, lr, decay, maximize, distribution)
@@ -450,6 +461,24 @@ def test_mezo_of_one_direction_has_the_bits_of_adamezo_without_betas(dtype):
         ends.append((tensors(model), optimizer.losses, optimizer.measured))
     assert same_bits(ends[0][0], ends[1][0])
     assert ends[0][1:] == ends[1][1:]
+
+
+def test_adamezo_with_signs_is_the_scalar_control():
+    """z^2 is 1 everywhere, so v is one number. Each of 8 steps and its three writes round weights
+    of up to 4, and the sums of up to 5 directions, whose step is lr (3 lr in a group) at most."""
+    ends = []
+    for method in (AdaMeZO, ScalarAdaMeZO):
+        model, values = Model(), iter(torch.linspace(1.0, 2.0, 16).sin().tolist())
+        optimizer = method(
+            groups(model, 0.02), lr=0.02, seed=SEED, horizon=5, distribution="rademacher"
+        )
+        before = tensors(model)
+        for _ in range(8):
+            optimizer.step(lambda values=values: next(values))
+        ends.append(tensors(model))
+    for a, b, start in zip(*ends, before, strict=True):
+        assert (a - b).abs().max() <= 8 * (4 * 4 + 10 * 0.06) * UNIT
+        assert (a - start).abs().max() > 0.01
 
 
 def test_a_step_of_many_directions_is_one_update_of_each_group(monkeypatch):

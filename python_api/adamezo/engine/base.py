@@ -92,7 +92,7 @@ class OptimizerBase(torch.optim.Optimizer):
         if options["perturbation"] == "regenerated" and RULES[self.rule].has_direction:
             raise ValueError(
                 f"perturbation='regenerated' with {type(self).__name__}, whose perturbation "
-                "depends on its buffers and has no factors: take 'out_of_place'"
+                "depends on its buffers: take 'out_of_place'"
             )
 
     @classmethod
@@ -128,7 +128,7 @@ class OptimizerBase(torch.optim.Optimizer):
         """Bytes of memory for perturbed copies of weights, the most that steps have had at a time:
         with ``perturbation="out_of_place"`` those of the module with the largest weights of its
         own, or of several that call each other; with ``"regenerated"`` the factors of the
-        directions and the copies of vectors. It is kept from step to step."""
+        directions or pieces of weights, and the copies of vectors. It is kept from step to step."""
         kept = (self._readers, self._corrected)
         return sum(each.scratch_bytes for each in kept if each is not None)
 

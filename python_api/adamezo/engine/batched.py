@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,24 +12,48 @@ from torch.utils._pytree import tree_map
 
 class PerturbedBatch:
     """The batch of one forward: ``count`` blocks of rows, each of which sees the weights perturbed
-    in its own way. All have the same inputs, one block after the other."""
+    in its own way. They are one after the other. All have the same inputs, unless a method such as
+    :class:`adamezo.GRZO` divides these: then a block has a part of them."""
 
-    def __init__(self, count: int, rows: set[int] | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        rows: set[int] | None = None,
+        parts: int = 1,
+        which: Sequence[int] | None = None,
+    ) -> None:
         self.count = count
         self._rows = set() if rows is None else rows
+        self._parts = parts
+        self._which = [0] * count if which is None else list(which)
 
     def repeat(self, inputs: Any) -> Any:
-        """Tensors, also in dicts and lists, repeated along their first dimension, for each block
-        once. Whatever is no tensor, or has no dimensions, stays as it is."""
+        """Tensors, also in dicts and lists, repeated along their first dimension, so that each
+        block has its inputs. Whatever is no tensor, or has no dimensions, stays as it is."""
 
         def repeated(value: Any) -> Any:
-            if self.count == 1 or not isinstance(value, Tensor) or value.dim() == 0:
+            if not isinstance(value, Tensor) or value.dim() == 0:
                 return value
-            result = value.repeat(self.count, *[1] * (value.dim() - 1))
+            if self.count == self._parts == 1:
+                return value
+            result = self._repeated(value)
             self._rows.add(result.shape[0])
             return result
 
         return tree_map(repeated, inputs)
+
+    def _repeated(self, value: Tensor) -> Tensor:
+        if value.shape[0] % self._parts:
+            raise ValueError(
+                f"a batch of {value.shape[0]} rows in {self._parts} parts of equal length: this "
+                "method has a direction for each part, so pass as many rows in every step "
+                "(drop_last=True in a DataLoader)"
+            )
+        times, rest = divmod(self.count, self._parts)
+        if not rest and self._which == [*range(self._parts)] * times:
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        pieces = value.unflatten(0, (self._parts, -1))
+        return pieces[torch.tensor(self._which, device=value.device)].flatten(0, 1)
 
     def split(self, outputs: Tensor) -> Tensor:
         """Outputs of shape (count * rows, ...) as (count, rows, ...)."""
@@ -46,17 +70,19 @@ class PerturbedBatch:
 
         Args:
             losses: of each row, or of each token, of shape (count * rows, ...).
-            weights: of the losses of one block, such as a mask of tokens: of shape (rows, ...).
+            weights: of the losses, such as a mask of tokens: of shape (rows, ...), for the inputs
+                as they are and not repeated.
         """
         blocks = self.split(losses).flatten(1)
         if weights is None:
             return blocks.mean(1)
-        mask = weights.to(blocks.dtype).flatten()
-        if mask.numel() != blocks.shape[1]:
+        if weights.numel() != self._parts * blocks.shape[1]:
             raise ValueError(
-                f"expected weights for the {blocks.shape[1]} losses of a block, got {mask.numel()}"
+                f"expected weights for the {self._parts * blocks.shape[1]} losses of the inputs, "
+                f"got {weights.numel()}"
             )
-        return (blocks * mask).sum(1) / mask.sum()
+        mask = self._repeated(weights.to(blocks.dtype)).view_as(blocks)
+        return (blocks * mask).sum(1) / mask.sum(1)
 
 
 class BatchedClosure:
@@ -65,16 +91,30 @@ class BatchedClosure:
     Called without an argument it is an ordinary closure, of one perturbation.
     """
 
-    def __init__(self, closure: Callable[[PerturbedBatch], Tensor], chunks: int) -> None:
+    def __init__(
+        self,
+        closure: Callable[[PerturbedBatch], Tensor],
+        chunks: int,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
         self._closure = closure
         self.chunks = chunks
+        self.part = part
+        self._parts = parts
+
+    def of_part(self, part: int, parts: int) -> BatchedClosure:
+        """The same of one of so many equal parts of the inputs."""
+        return BatchedClosure(self._closure, self.chunks, part, parts)
 
     def __call__(self) -> Tensor:
-        return self.losses(1)[0]
+        return self.losses([self.part])[0]
 
-    def losses(self, count: int, rows: set[int] | None = None) -> Tensor:
-        """The loss of each of ``count`` blocks. How many rows it repeated goes to ``rows``."""
-        losses = self._closure(PerturbedBatch(count, rows))
+    def losses(self, which: Sequence[int], rows: set[int] | None = None) -> Tensor:
+        """The loss of each block, of which ``which`` has the part of the inputs. How many rows it
+        repeated goes to ``rows``."""
+        count = len(which)
+        losses = self._closure(PerturbedBatch(count, rows, self._parts, which))
         if not isinstance(losses, Tensor) or losses.shape != (count,):
             got = (
                 f"shape {tuple(losses.shape)}"

@@ -33,24 +33,26 @@ def evaluate(
         RuntimeError: a closure has written or replaced weights.
         TypeError, ValueError: a closure has not returned one real number.
     """
-    forwards = [(closures[i], [point]) for i, point in enumerate(points)]
+    forwards = [([closures[i]], [point]) for i, point in enumerate(points)]
     if isinstance(weights, Regenerated) and isinstance(closures[0], BatchedClosure):
-        batches = _batches(closures[0], points)
+        batches = _batches(closures, points, closures[0].chunks)
         if weights.due and len(batches) < len(points):
             batches = forwards + batches
         forwards = batches
     losses: list[Tensor | float] = []
-    for i, (closure, some) in enumerate(forwards):
+    for i, (these, some) in enumerate(forwards):
         last = i + 1 == len(forwards)
+        which = [each.part for each in these if isinstance(each, BatchedClosure)]
         if isinstance(weights, Regenerated) and len(some) > 1:
-            weights.perturb_batch(some)
+            weights.perturb_batch(some, which)
         else:
             weights.perturb(*some[0])
         guard.expect_unchanged()
         generators = nullcontext() if last else ForkedGenerators()
         with generators, weights.evaluation(), signals.through():
+            closure = these[0]
             if isinstance(weights, Regenerated) and isinstance(closure, BatchedClosure):
-                results = list(closure.losses(len(some), weights.rows))
+                results = list(closure.losses(which, weights.rows))
             else:
                 results = [closure()]
         losses += map(checked_loss, results)
@@ -63,7 +65,10 @@ def evaluate(
     return losses
 
 
-def _batches(closure: BatchedClosure, points: Sequence[Point]) -> list[tuple[Closure, list[Point]]]:
+def _batches(
+    closures: Sequence[Closure], points: Sequence[Point], chunks: int
+) -> list[tuple[list[Closure], list[Point]]]:
     """The points in as many forwards as the closure wants."""
-    size = -(-len(points) // closure.chunks)
-    return [(closure, list(points[i : i + size])) for i in range(0, len(points), size)]
+    size = -(-len(points) // chunks)
+    starts = range(0, len(points), size)
+    return [(list(closures[i : i + size]), list(points[i : i + size])) for i in starts]

@@ -174,12 +174,6 @@ def check(options: dict[str, Any]) -> None:
             f"Invalid distribution: {options['distribution']!r}, expected one of "
             f"{NAMES_OF_DISTRIBUTIONS}"
         ) from None
-    regenerated = perturbation_named(options["perturbation"]) == "regenerated"
-    if regenerated and not options["distribution"].startswith("lowrank"):
-        raise ValueError(
-            f"perturbation='regenerated' with distribution={options['distribution']!r}, expected "
-            "'lowrank' or 'lowrank:R': a forward uses the factors of low-rank directions"
-        )
     limit = options["max_skipped"]
     if limit < 1:
         raise ValueError(f"Invalid max_skipped: {limit!r}, expected an integer of at least 1")

@@ -80,7 +80,8 @@ class Options:
     weight_decay: float = _option(0.0, "decoupled weight decay")
     distribution: str = _option(
         "exact",
-        f"distribution of the directions: {', '.join(DISTRIBUTIONS)}, or lowrank:R of rank R",
+        f"distribution of the directions: {', '.join(DISTRIBUTIONS)}, lowrank:R of rank R, or "
+        "flipout:N with normals that N directions share",
         metavar="NAME",
         type=_distribution,
     )

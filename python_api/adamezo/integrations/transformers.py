@@ -1,4 +1,4 @@
-"""Local transformers language models: loading, saving, and scoring label words."""
+"""Models of transformers: loading, saving, scoring label words, and losses in a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..engine.batched import PerturbedBatch
 
 try:
     import transformers
@@ -144,3 +148,112 @@ class LabelScorer:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)
         logits = self.model(**inputs, **self._extra).logits[:, -1]
         return logits[:, self.token_ids].float()
+
+
+def losses(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    batch: PerturbedBatch,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """The loss of a model for each perturbation of a batch, for closures of
+    :func:`adamezo.batched`::
+
+        @adamezo.batched
+        def closure(batch):
+            return losses(model, inputs, batch)
+
+    The model computes its own loss, of one perturbation's rows at a time: tokens are shifted,
+    ignored (-100) and weighted as in a forward of these rows alone, for any kind of head whose loss
+    comes from torch's loss functions.
+
+    Args:
+        model: whose outputs have a ``loss``.
+        inputs: what the model takes, ``labels`` among them, for one perturbation.
+        batch: of the closure.
+        num_items_in_batch: by what a sum of losses is divided, in place of a mean, as
+            ``transformers.Trainer`` counts it: the labels of all batches whose losses are added up.
+
+    Returns:
+        Of shape (batch.count,).
+
+    Raises:
+        ValueError: the model has returned no loss, or none for each perturbation.
+    """
+    given = dict(inputs)
+    accepted = inspect.signature(model.forward).parameters
+    if num_items_in_batch is not None:
+        if all(p.kind is not p.VAR_KEYWORD for p in accepted.values()) and (
+            "num_items_in_batch" not in accepted
+        ):
+            raise ValueError(
+                f"{type(model).__name__} takes no num_items_in_batch, as its loss is always a "
+                "mean: leave it out"
+            )
+        given["num_items_in_batch"] = num_items_in_batch
+    if "use_cache" in accepted:
+        given.setdefault("use_cache", False)
+    if batch.count == 1:
+        outputs = model(**batch.repeat(given))
+    else:
+        with _ByBlocks(batch.count):
+            outputs = model(**batch.repeat(given))
+    loss = outputs["loss"] if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} has returned no loss: expected inputs with the labels from "
+            f"which it computes one, got {', '.join(sorted(inputs))}"
+        )
+    if batch.count == 1:
+        return loss.reshape(1)
+    if getattr(outputs, "aux_loss", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} adds an auxiliary loss over all rows of a batch "
+            "(output_router_logits): set `model.config.output_router_logits = False`, or pass a "
+            "closure that is not batched"
+        )
+    if loss.shape != (batch.count,):
+        raise ValueError(
+            f"{type(model).__name__} does not compute its loss by torch's loss functions, or "
+            f"reduces it further: expected a loss for each of {batch.count} perturbations, got "
+            f"shape {tuple(loss.shape)}. Compute it from the logits by `batch.mean`, or pass a "
+            "closure that is not batched"
+        )
+    return loss
+
+
+class _ByBlocks(TorchFunctionMode):
+    """Loss functions give a loss for each block of rows, of shape (count,), each as if alone."""
+
+    _LOSSES = (
+        F.cross_entropy,
+        F.nll_loss,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+    )
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function not in self._LOSSES or kwargs.get("reduction") == "none":
+            return function(*args, **kwargs)
+        names = ("input", "target")
+        both = [args[i] if i < len(args) else kwargs.pop(name) for i, name in enumerate(names)]
+        for tensor in both:
+            if tensor.dim() == 0 or tensor.shape[0] % self._count:
+                raise ValueError(
+                    f"{function.__name__} of shape {tuple(tensor.shape)}, whose rows are no batch "
+                    f"of {self._count} perturbations: pass a closure that is not batched"
+                )
+        pairs = zip(*(tensor.unflatten(0, (self._count, -1)) for tensor in both), strict=True)
+        return torch.stack([function(*pair, *args[2:], **kwargs) for pair in pairs])

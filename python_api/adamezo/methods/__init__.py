@@ -3,6 +3,7 @@
 from .adamezo import AdaMeZO
 from .adazeta import AdaZeta
 from .fzoo import FZOO
+from .grzo import GRZO
 from .helene import HELENE
 from .hizoo import HiZOO
 from .meazo import MEAZO
@@ -13,6 +14,7 @@ from .zo_adamu import ZOAdaMU
 
 __all__ = [
     "FZOO",
+    "GRZO",
     "HELENE",
     "MEAZO",
     "AdaMeZO",

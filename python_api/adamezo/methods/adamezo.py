@@ -55,7 +55,8 @@ class AdaMeZO(ZerothOrder):
         perturbation: ``"inplace"`` writes the perturbed weights and restores them, up to rounding
             in 16 bits; ``"out_of_place"`` never writes them: modules read perturbed copies while
             they run (docs/perturbation.md). ``"exact"`` is a former name of the latter.
-            ``"regenerated"`` corrects what modules compute, which needs low-rank directions, and
+            ``"regenerated"`` never writes or copies them: modules compute with a piece of a
+            perturbed weight at a time, or correct what they compute by a low-rank direction. It
             evaluates both sides in one forward if the closure is :func:`adamezo.batched`.
         rounding: of 16-bit weights as a step leaves them, by group: ``"stochastic"``, so that steps
             far below a weight's last place move it now and then, or ``"nearest"``, where they never

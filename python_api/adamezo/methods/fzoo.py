@@ -28,8 +28,11 @@ class FZOO(Memoryless):
     Where all l_i are equal there is no scale: such a step has a sum of 0, and moves the weights by
     their decay alone.
 
-    Deviations: the N evaluations come one after another, not in one batch. The authors' code has
-    mu inside its learning rate (lr / mu = 5e-5 there) and divides by N in sigma.
+    With ``perturbation="regenerated"`` and a closure of :func:`adamezo.batched` all N + 1
+    evaluations are one forward; ``distribution="flipout:N"`` then has normals that all share.
+
+    Deviations: the authors' code has mu inside its learning rate (lr / mu = 5e-5 there) and divides
+    by N in sigma.
 
     Args:
         params: as for :class:`AdaMeZO`.

@@ -4,8 +4,9 @@
 - ``inplace``, with ``overflow``: writes the weights themselves.
 - ``out_of_place``, with ``readers``, ``scratch`` and ``watch``: shows modules copies, and never
   writes the weights.
-- ``regenerated``, with ``served`` and ``watch``: corrects what modules compute, and never writes or
-  copies the weights.
+- ``regenerated``, with ``served`` and ``watch``: computes with perturbed weights where modules
+  compute, and never writes or copies them.
+- ``index``: the weights of a model by their modules and by their memory, for the last two.
 """
 
 from .inplace import InPlace

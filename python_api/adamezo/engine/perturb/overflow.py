@@ -24,7 +24,7 @@ from torch import Tensor
 from adamezo_kernels import RULES, Direction, Plan, Segment, Terms, kind_of
 from adamezo_kernels.staging import blocks_of, capturing
 
-LARGEST_Z = {"exact": 6.56, "fast": 6.56, "rademacher": 1.0}
+LARGEST_Z = {"exact": 6.56, "fast": 6.56, "rademacher": 1.0, "flipout": 6.56}
 """The largest number that a direction of a distribution can have (docs/directions.md)."""
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adamezo_kernels import Plan
-from adamezo_kernels.plan import memory_of
 
-from ..memory import has_memory, overlap, storage_of
+from ..memory import has_memory, storage_of
+from .index import WeightIndex
 from .scratch import Loan, Scratch, Weight
 
 WATCHED_EVERY = 100
@@ -33,44 +33,31 @@ class Readers:
     """
 
     def __init__(self, model: nn.Module, plans: Sequence[Plan]) -> None:
-        self._plans = plans
-        self._structure = _structure(model)
+        self._index = index = WeightIndex(model, plans)
         self._updates_until_due = 0
         self._seen: dict[int, ref[nn.Module]] = {}
-        # By the modules' addresses: a reference to a module would keep the model alive.
-        self._read: dict[int, list[Weight]] = {}
         self._scratch: dict[torch.device, Scratch] = {}
-        self._by_storage: dict[int, list[Weight]] = {}
         # By the copies' storage: for which evaluation they were made, and of which weights.
         self._let_out: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self._evaluation = 0
-        names: dict[int, str] = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), name)
-        by_memory: dict[object, Weight] = {}
-        for segment in (segment for plan in plans for segment in plan):
-            tensor = segment.tensor
-            if tensor.numel():
-                if tensor.device not in self._scratch:
-                    self._scratch[tensor.device] = Scratch(tensor.device)
-                weight = Weight(names[id(tensor)], segment, self._scratch[tensor.device])
-                by_memory[memory_of(tensor)] = weight
-                self._by_storage.setdefault(storage_of(tensor), []).append(weight)
-        for module in model.modules():
-            own: dict[Weight, None] = {}  # a set that keeps its order
-            for parameter in module._parameters.values():
-                if parameter is None or not has_memory(parameter):
-                    continue
-                found = by_memory.get(memory_of(parameter))
-                if found is not None:
-                    own[found] = None
-                    if all(parameter is not other for other in found.parameters):
-                        found.parameters.append(parameter)
-            self._read[id(module)] = list(own)
+        self._weights: list[Weight] = []
+        for name, segment in zip(index.names, index.segments, strict=True):
+            device = segment.tensor.device
+            if device not in self._scratch:
+                self._scratch[device] = Scratch(device)
+            self._weights.append(Weight(name, segment, self._scratch[device]))
+        # By the modules' addresses: a reference to a module would keep the model alive.
+        self._read: dict[int, list[Weight]] = {id(module): [] for module in model.modules()}
+        for owned in index.owned:
+            weight, own = self._weights[owned.weight], self._read[owned.module]
+            if weight not in own:
+                own.append(weight)
+            if all(owned.parameter is not other for other in weight.parameters):
+                weight.parameters.append(owned.parameter)
 
     def are_of(self, model: nn.Module, plans: Sequence[Plan]) -> bool:
         """Whether modules, their parameters and their memory are still the same."""
-        return self._plans is plans and self._structure == _structure(model)
+        return self._index.is_of(model, plans)
 
     @property
     def scratch_bytes(self) -> int:
@@ -143,13 +130,5 @@ class Readers:
 
     def weight_under(self, tensor: Tensor) -> Weight | None:
         """The weight that shares memory with a tensor, if any."""
-        try:
-            candidates = self._by_storage.get(storage_of(tensor), ())
-        except (NotImplementedError, RuntimeError):  # sparse, and others without one memory
-            return None
-        return next((w for w in candidates if overlap(tensor, w.unperturbed)), None)
-
-
-def _structure(model: nn.Module) -> list[tuple[object, ...]]:
-    """What decides who reads which weights: modules, their parameters, and whether they train."""
-    return [(id(m), m.training, *map(id, m._parameters.values())) for m in model.modules()]
+        i = self._index.under(tensor)
+        return None if i is None else self._weights[i]

@@ -1,12 +1,10 @@
-"""Perturbation in the forward itself: what a module computes is corrected, and no weight is
-written or copied.
+"""Perturbation in the forward itself: modules compute with theta + c z, and no weight is written
+or copied.
 
-A matrix W is perturbed along a sum of outer products u v^T (docs/directions.md), so that
-
-    x (W + c u v^T)^T = x W^T + c (x v) u^T
-
-costs two thin products more than x W^T. Several perturbations of one step go through the model as
-one batch, in blocks of rows, each with its own c and its own factors.
+How a matrix is served depends on the kind of its directions (``served``). A low-rank one costs two
+thin products more than x W^T; of a full one, a few displaced rows of W exist at a time. Several
+perturbations of one step go through the model as one batch, in blocks of rows, each with its own c
+and its own direction.
 """
 
 from __future__ import annotations
@@ -21,14 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from adamezo_kernels import Call, Direction, Plan, Terms, run
+from adamezo_kernels import Call, Direction, Plan, Terms, kind_of, run
 from adamezo_kernels.backends import Backend
-from adamezo_kernels.factors import Factors
-from adamezo_kernels.plan import memory_of
 
-from ..memory import has_memory, overlap, storage_of
+from .index import WeightIndex
 from .interface import Point, forget_cached_weights
-from .served import Blocks, SharedDropout, StandIn, stacked
+from .served import Blocks, Flipout, Full, Kind, LowRank, SharedDropout, StandIn, stacked
 from .watch import Watch
 
 WATCHED_EVERY = 100
@@ -50,68 +46,37 @@ class Corrected:
     def __init__(
         self, model: nn.Module, plans: Sequence[Plan], distribution: str, backend: Backend
     ) -> None:
-        self.plans = plans
+        self.index = index = WeightIndex(model, plans)
         self.distribution = distribution
         self.backend = backend
         self.until_due = 0
-        self._structure = _structure(model)
         self._refuse_modules(model)
-        segments = [segment for plan in plans for segment in plan]
-        # By memory, as two Parameters over the same memory are one weight.
-        place = {memory_of(segment.tensor): i for i, segment in enumerate(segments)}
-        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        self.names = [names[id(segment.tensor)] for segment in segments]
-        self.tensors = [segment.tensor for segment in segments]
-        self.readers = [
-            (module._parameters, name, p, place[memory_of(p)])
-            for module in model.modules()
-            for name, p in module._parameters.items()
-            if p is not None and has_memory(p) and memory_of(p) in place
-        ]
-        self.read = {i for *_, i in self.readers}
-        self._by_storage: dict[int, list[int]] = {}
-        for i, tensor in enumerate(self.tensors):
-            if has_memory(tensor):
-                self._by_storage.setdefault(storage_of(tensor), []).append(i)
-        vectors = [i for i, segment in enumerate(segments) if segment.columns == 0]
-        self._vectors_in_plans = _by_kind(segments, vectors)
+        kinds: dict[str, type[Full] | type[LowRank]] = {"lowrank": LowRank, "flipout": Flipout}
+        of_kind = kinds.get(kind_of(distribution)[0], Full)
+        self.kind: Kind = of_kind(plans, distribution, backend)
+        self.tensors = [segment.tensor for segment in index.segments]
+        self.read = {owned.weight for owned in index.owned}
+        vectors = [i for i, segment in enumerate(index.segments) if segment.columns == 0]
+        self._vectors_in_plans = _by_kind(index.segments, vectors)
         self._vector_plans = [
             Plan(
-                [segments[i].tensor for i in some],
-                parameters=[segments[i].parameter for i in some],
-                names=[self.names[i] for i in some],
+                [index.segments[i].tensor for i in some],
+                parameters=[index.segments[i].parameter for i in some],
+                names=[index.names[i] for i in some],
             )
             for some in self._vectors_in_plans
         ]
-        self._factors: list[tuple[Direction | None, Factors]] = []
         self._copies: dict[int, list[tuple[list[Tensor], list[Call]]]] = {}
 
     def are_of(self, model: nn.Module, plans: Sequence[Plan], distribution: str) -> bool:
         """Whether modules, parameters, their memory and the directions are still the same."""
-        same = self.plans is plans and self.distribution == distribution
-        return same and self._structure == _structure(model)
-
-    def factors_of(self, directions: Sequence[Direction]) -> list[Factors]:
-        """The factors of each direction. Those of the last call are kept: a step looks at a
-        direction from both sides."""
-        while len(self._factors) < len(directions):
-            self._factors.append((None, Factors([*self.plans], self.distribution, self.backend)))
-        for i, direction in enumerate(directions):
-            kept, factors = self._factors[i]
-            if kept is not direction:
-                factors.fill(direction)
-                self._factors[i] = direction, factors
-        return [factors for _, factors in self._factors[: len(directions)]]
+        return self.distribution == distribution and self.index.is_of(model, plans)
 
     @property
     def scratch_bytes(self) -> int:
-        """The memory of factors and of perturbed vectors."""
+        """The memory of what is kept of directions, of displaced weights and of vectors."""
         copies = [copy for made in self._copies.values() for some, _ in made for copy in some]
-        return sum(c.nbytes for c in copies) + sum(f.bytes for _, f in self._factors)
-
-    def forget(self) -> None:
-        """The next step has directions of its own."""
-        self._factors = [(None, factors) for _, factors in self._factors]
+        return sum(c.nbytes for c in copies) + self.kind.bytes
 
     def vectors_at(self, points: Sequence[Point]) -> dict[int, Tensor]:
         """The perturbed vectors, by their place: of shape (points, *shape)."""
@@ -122,13 +87,12 @@ class Corrected:
         found: dict[int, Tensor] = {}
         for some, (copies, calls) in zip(self._vectors_in_plans, made, strict=True):
             for point, call in zip(points, calls, strict=True):
-                run(call.vary(terms=_terms(point), scale=point[1]), self.backend)
+                run(call.vary(terms=_terms(point[0]), scale=point[1]), self.backend)
             found.update(zip(some, copies, strict=True))
         return found
 
     def _make_copies(self, points: Sequence[Point]) -> list[tuple[list[Tensor], list[Call]]]:
-        """Memory for the vectors of each plan at so many points, and the calls that fill it. A
-        vector's direction has exact normals, whatever the rank."""
+        """Memory for the vectors of each plan at so many points, and the calls that fill it."""
         made = []
         for plan in self._vector_plans:
             like = [segment.tensor for segment in plan]
@@ -136,19 +100,16 @@ class Corrected:
                 torch.empty(len(points), *t.shape, dtype=t.dtype, device=t.device) for t in like
             ]
             calls = [
-                Call("perturb", plan.into([copy[k] for copy in copies]), _terms(point))
-                for k, point in enumerate(points)
+                Call(
+                    "perturb",
+                    plan.into([copy[k] for copy in copies]),
+                    _terms(direction),
+                    self.kind.vectors,
+                )
+                for k, (direction, _) in enumerate(points)
             ]
             made.append((copies, calls))
         return made
-
-    def weight_under(self, tensor: Tensor) -> int | None:
-        """The place of the weight that shares memory with a tensor, if any."""
-        try:
-            candidates = self._by_storage.get(storage_of(tensor), ())
-        except (NotImplementedError, RuntimeError):  # sparse, and others without one memory
-            return None
-        return next((i for i in candidates if overlap(tensor, self.tensors[i])), None)
 
     @staticmethod
     def _refuse_modules(model: nn.Module) -> None:
@@ -176,6 +137,7 @@ class Regenerated:
         self._of = corrected
         self._model = model
         self._points: list[Point] = []
+        self._parts: list[int] = []
         self._watch = Watch(self._look)
         self._at_work = False
         self._refusal: RuntimeError | None = None
@@ -189,9 +151,10 @@ class Regenerated:
     def perturb(self, direction: Direction, scale: float) -> None:
         self.perturb_batch([(direction, scale)])
 
-    def perturb_batch(self, points: Sequence[Point]) -> None:
-        """Evaluations from now on see a batch of blocks, one for each of the points."""
-        self._points = list(points)
+    def perturb_batch(self, points: Sequence[Point], parts: Sequence[int] = (0,)) -> None:
+        """Evaluations from now on see a batch of blocks, one for each of the points, each of a part
+        of the closure's inputs."""
+        self._points, self._parts = list(points), list(parts)
         if len(points) > 1:
             self._refuse_batch()
         forget_cached_weights()
@@ -204,7 +167,7 @@ class Regenerated:
             self._of.until_due = WATCHED_EVERY - 1 if self.due else self._of.until_due - 1
 
     def restore(self) -> None:
-        self._of.forget()
+        self._of.kind.forget()
         forget_cached_weights()
 
     @contextmanager
@@ -219,8 +182,8 @@ class Regenerated:
             versions = {i: vector._version for i, vector in vectors.items()}
             stand_ins = {i: self._stand_in(i, blocks, vectors.get(i)) for i in of.read}
             stack.callback(self._put_back)
-            for parameters, name, _, i in of.readers:
-                parameters[name] = stand_ins[i]  # type: ignore[assignment]
+            for owned in of.index.owned:
+                owned.parameters[owned.name] = stand_ins[owned.weight]
             if len(points) > 1 and any(module.training for module in self._model.modules()):
                 stack.enter_context(SharedDropout(len(points)))
             if self.due:
@@ -231,8 +194,8 @@ class Regenerated:
         for i, version in versions.items():
             if vectors[i]._version != version:
                 self._refuse(
-                    f"{of.names[i]} is written in a forward: with perturbation='regenerated' that "
-                    "would be lost. Do it outside of the step"
+                    f"{of.index.names[i]} is written in a forward: with "
+                    "perturbation='regenerated' that would be lost. Do it outside of the step"
                 )
 
     def _blocks(self, points: Sequence[Point]) -> Blocks:
@@ -240,25 +203,35 @@ class Regenerated:
         for direction, _ in points:
             if all(direction is not known for known in directions):
                 directions.append(direction)
-        factors = self._of.factors_of(directions)
+        self._of.kind.begin(directions)
         which = [
             next(k for k, known in enumerate(directions) if known is direction)
             for direction, _ in points
         ]
         scales = torch.tensor([scale for _, scale in points], dtype=torch.float32)
-        return Blocks(factors, which, scales, self._working, self.rows, self.types, self._refuse)
+        return Blocks(
+            self._of.kind,
+            [_terms(direction) for direction in directions],
+            which,
+            scales,
+            self._working,
+            self.rows,
+            self._parts,
+            self.types,
+            self._refuse,
+        )
 
-    def _stand_in(self, i: int, blocks: Blocks, vectors: Tensor | None) -> Tensor:
+    def _stand_in(self, i: int, blocks: Blocks, vectors: Tensor | None) -> nn.Parameter:
         tensor = self._of.tensors[i]
         if vectors is None:
-            return StandIn.of(tensor.detach(), self._of.names[i], i, blocks)
+            return StandIn.of(tensor.detach(), self._of.index.names[i], i, blocks)
         if len(blocks.which) == 1:
             return nn.Parameter(vectors[0], requires_grad=False)
-        return stacked(vectors, self._of.names[i], blocks)
+        return stacked(vectors, self._of.index.names[i], blocks)
 
     def _put_back(self) -> None:
-        for parameters, name, p, _ in self._of.readers:
-            parameters[name] = p
+        for owned in self._of.index.owned:
+            owned.parameters[owned.name] = owned.parameter
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -274,10 +247,10 @@ class Regenerated:
             return
         for tensor in tree_leaves(arguments):
             if isinstance(tensor, Tensor):
-                i = self._of.weight_under(tensor)
+                i = self._of.index.under(tensor)
                 if i is not None:
                     self._refuse(
-                        f"{self._of.names[i]} is read by {operation} as it is, and not as a "
+                        f"{self._of.index.names[i]} is read by {operation} as it is, and not as a "
                         "parameter of the module that runs: through a view, a detach() or a "
                         "reference that was kept. perturbation='regenerated' corrects what is "
                         f"computed from the parameter. {_OTHERWISE} or 'inplace'"
@@ -297,8 +270,7 @@ class Regenerated:
         raise self._refusal
 
 
-def _terms(point: Point) -> Terms:
-    direction, _ = point
+def _terms(direction: Direction) -> Terms:
     return direction if isinstance(direction, Terms) else Terms.of([direction])
 
 
@@ -308,7 +280,3 @@ def _by_kind(segments: Sequence[Any], some: Sequence[int]) -> list[list[int]]:
     for i in some:
         kinds.setdefault((segments[i].tensor.device, segments[i].tensor.dtype), []).append(i)
     return list(kinds.values())
-
-
-def _structure(model: nn.Module) -> list[tuple[object, ...]]:
-    return [(id(m), *map(id, m._parameters.values())) for m in model.modules()]

@@ -6,30 +6,72 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from adamezo_kernels.factors import Factors
+from adamezo_kernels import Direction, Terms
+
+if TYPE_CHECKING:
+    from .matrices import StandIn
 
 _T = torch.Tensor
+
+
+class Kind(Protocol):
+    """How functions of a matrix W + c Z are computed, for one kind of directions."""
+
+    vectors: str
+    """The distribution of the directions of vectors."""
+
+    def begin(self, directions: Sequence[Direction]) -> None:
+        """Forwards from now on have these directions."""
+
+    def forget(self) -> None:
+        """The next step has directions of its own."""
+
+    @property
+    def bytes(self) -> int:
+        """The memory that is kept for directions and displaced weights."""
+
+    def product(
+        self, function: Any, x: Tensor, matrix: StandIn, compute: Callable[..., Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """``compute(x, W, bias)``, which is x W^T and the bias, of each block of the perturbed
+        matrix and bias. ``function`` is what the model has called."""
+
+    def convolution(
+        self, x: Tensor, matrix: StandIn, compute: Callable[..., Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """The same of a convolution."""
+
+    def embedding(self, ids: Tensor, matrix: StandIn, shared: bool) -> Tensor:
+        """Rows of the perturbed matrix, for indices that are those of a batch; or that all blocks
+        have in common, with a first dimension of the blocks."""
+
+    def whole(self, matrix: StandIn) -> Tensor:
+        """The perturbed matrix of each block, of shape (blocks, *shape)."""
 
 
 @dataclass(frozen=True)
 class Blocks:
     """The perturbations of one forward: of each block of rows of the batch."""
 
-    factors: list[Factors]
+    kind: Kind
+    directions: list[Terms]
     which: list[int]
-    """For each block, whose factors it has."""
+    """For each block, which direction it has."""
     scales: Tensor
     """float32 of shape (blocks,), on the host."""
     working: Callable[[], AbstractContextManager[None]]
     """A context in which weights are read in order to be corrected."""
     rows: set[int]
     """How many rows the closure's batches have."""
+    parts: list[int]
+    """For each block, which part of the closure's inputs it has: those of one part are the same."""
     types: set[torch.dtype]
     """The types of what was corrected, as autocast may compute in others than the weights'."""
     refuse: Callable[[str], NoReturn]
