@@ -115,9 +115,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("key"), py::arg("rounds") = kPhiloxRounds);
   m.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest first.");
   m.def("rules", &rules);
-  m.def("distributions", [] {
-    return std::vector<std::string>{"exact", "fast", "rademacher", "lowrank", "flipout"};
-  }, "In the order of their numbers.");
+  m.def(
+      "distributions",
+      [] { return std::vector<std::string>{"exact", "fast", "rademacher", "lowrank", "flipout"}; },
+      "In the order of their numbers.");
   m.def("build_report", &build_report);
 
   const auto counting = [&](const char* name, auto count) {

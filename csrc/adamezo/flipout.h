@@ -3,9 +3,9 @@
 //
 //   z[i, j] = u[i, j] (r[i] s[j])
 //
-// u is the exact direction numbered direction / group. r[i] is 1 with the sign of the exact normal of
-// element i under Purpose::kRowSign, and s[j] with that of element j under Purpose::kColumnSign (of
-// a zero, with the sign of the zero). A parameter of one dimension has exact normals of the
+// u is the exact direction numbered direction / group. r[i] is 1 with the sign of the exact normal
+// of element i under Purpose::kRowSign, and s[j] with that of element j under Purpose::kColumnSign
+// (of a zero, with the sign of the zero). A parameter of one dimension has exact normals of the
 // direction itself.
 #pragma once
 

@@ -11,7 +11,13 @@ namespace adamezo {
 enum class Operation : int { kSample = 0, kPerturb = 1, kUpdate = 2, kMoment = 3 };
 
 // Kinds of directions: normal.h, fast_normal.h, rademacher.h, low_rank.h, flipout.h.
-enum class Distribution : int { kExact = 0, kFast = 1, kRademacher = 2, kLowRank = 3, kFlipout = 4 };
+enum class Distribution : int {
+  kExact = 0,
+  kFast = 1,
+  kRademacher = 2,
+  kLowRank = 3,
+  kFlipout = 4
+};
 
 // Pointers are borrowed for the call and point to memory of the device that runs the kernel.
 struct Job {

@@ -26,8 +26,8 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // The use of a call's words: the top byte of the last counter word. Stochastic rounding of buffers
-// (buffered.h) has two purposes, one for each buffer; low-rank directions (low_rank.h) have two, and
-// flipout ones (flipout.h).
+// (buffered.h) has two purposes, one for each buffer; low-rank directions (low_rank.h) have two,
+// and flipout ones (flipout.h).
 enum class Purpose : uint32_t {
   kDirection = 0,
   kRounding = 1,

@@ -1,6 +1,7 @@
-// `lowrank` and `flipout` directions on the CPU: their factors are made once for a block of rows and
-// a window of columns, and then a direction of a weight costs a load and a multiplication for each
-// term; one of `flipout` another multiplication, with a normal that consecutive directions share.
+// `lowrank` and `flipout` directions on the CPU: their factors are made once for a block of rows
+// and a window of columns, and then a direction of a weight costs a load and a multiplication for
+// each term; one of `flipout` another multiplication, with a normal that consecutive directions
+// share.
 #pragma once
 
 #include "adamezo/flipout.h"
@@ -95,8 +96,7 @@ struct Factors {
  private:
   // The elements [begin, begin + count) of one term's factor.
   void make(Purpose purpose, int64_t i, int64_t begin, int64_t count, float* to) const {
-    const auto stream =
-        philox_stream(job.key, job.directions[i / rank()], uint32_t(i % rank()));
+    const auto stream = philox_stream(job.key, job.directions[i / rank()], uint32_t(i % rank()));
     for (int64_t e = 0; e < count; e += kGroup<L>) {
       const auto blocks =
           group_for<L>(purpose, job, uint64_t(begin + e) / 4, uint32_t(segment.parameter));
@@ -294,8 +294,8 @@ struct Factored {
 
   // Piece by piece of consecutive elements, each within a block of rows.
   template <class T, class Matrix>
-  static ADAMEZO_HD void over_rows(Spans<Exact<L>, T>& spans, Factors<L, kSigns>& factors, int64_t s,
-                                   int64_t position, int64_t stop, Matrix matrix) {
+  static ADAMEZO_HD void over_rows(Spans<Exact<L>, T>& spans, Factors<L, kSigns>& factors,
+                                   int64_t s, int64_t position, int64_t stop, Matrix matrix) {
     const Job& job = spans.job;
     const int64_t columns = factors.segment.columns;
     factors.make_cycle();
@@ -319,9 +319,9 @@ struct Factored {
   // Calls matrix() for `count` elements of the run, the first of which is element `done` of it and
   // at (row, column).
   template <bool kNarrow, class T, class Matrix>
-  static ADAMEZO_HD void visit(Spans<Exact<L>, T>& spans, const Factors<L, kSigns>& factors, const Run& run,
-                               int64_t done, int64_t count, int64_t row, int64_t column,
-                               Matrix matrix) {
+  static ADAMEZO_HD void visit(Spans<Exact<L>, T>& spans, const Factors<L, kSigns>& factors,
+                               const Run& run, int64_t done, int64_t count, int64_t row,
+                               int64_t column, Matrix matrix) {
     const Run part{run.segment,       run.position + done,        run.memory + done,
                    run.source + done, run.index + uint64_t(done), count};
     spans.cut(part, [&](const Span<T>& span) {

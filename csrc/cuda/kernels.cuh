@@ -57,11 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles)
   __shared__ alignas(Tile) unsigned char tile[sizeof(Tile)];
   State state;
   walk_tiles<State>(job,
-                    {*reinterpret_cast<Tile*>(tile),
-                     factors,
-                     coefficients,
-                     &kept[0][0],
-                     kThreads},
+                    {*reinterpret_cast<Tile*>(tile), factors, coefficients, &kept[0][0], kThreads},
                     blockIdx.x, gridDim.x, ThisThread<State>{state});
 }
 

@@ -58,9 +58,9 @@ struct Tile {
 // loop over terms needs it would take too many.
 struct TileSpace {
   Tile& tile;
-  float* factors;          // [terms][width + height] of a tile: its columns, then its rows
+  float* factors;       // [terms][width + height] of a tile: its columns, then its rows
   float* coefficients;  // [kMostTerms][2]: of the direction that each term belongs to
-  float* kept;             // [kKept][kThreadElements][threads]: directions that are needed again
+  float* kept;          // [kKept][kThreadElements][threads]: directions that are needed again
   int threads;
 
   ADAMEZO_HD float& of(int k, int i, int thread) const {

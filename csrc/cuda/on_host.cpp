@@ -50,11 +50,7 @@ void tiles_on_host(const Job& job, int64_t blocks, int threads) {
     using State = typename B::Body::template State<typename B::Element>;
     std::vector<State> states(static_cast<size_t>(threads));
     std::vector<float> kept(static_cast<size_t>(State::kKept * kThreadElements * threads));
-    const TileSpace space{tile,
-                          factors.data(),
-                          coefficients.data(),
-                          kept.data(),
-                          threads};
+    const TileSpace space{tile, factors.data(), coefficients.data(), kept.data(), threads};
     for (int64_t block = 0; block < blocks; ++block)
       walk_tiles<State>(device_job, space, block, blocks, AllThreads<State>{states});
   });
