@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .backends import Backend, choose
+from .backends import Backend, choose, products, triton
 from .call import checked_number
 from .ops import perturb_
 from .plan import Plan, Shard
@@ -51,6 +52,10 @@ def perturbed_linear(
         bias: not perturbed here, of shape (out,), or (N, out) for one for each block.
         backend: as in :func:`sample_`.
 
+    Where Triton can run, it adds c Z to tiles of W in registers and multiplies them with sums in
+    float32. Elsewhere, and along low-rank directions, blocks of rows of W are displaced in a small
+    memory and multiplied by torch, whose own settings then decide about sums.
+
     Returns:
         A tensor of shape (..., out) and x's type.
 
@@ -64,8 +69,26 @@ def perturbed_linear(
     plan = Plan([weight.detach()], parameters=[parameter], names=["weight"])
     chosen = choose(plan.devices, backend, distribution)
     with torch.no_grad():
-        _by_blocks(y, blocks, plan, each, distribution, bias, chosen)
+        if _in_tiles(weight, distribution, chosen, backend):
+            products.run(y, blocks, weight.detach(), parameter, each, distribution, bias)
+        else:
+            _by_blocks(y, blocks, plan, each, distribution, bias, chosen)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _in_tiles(
+    weight: Tensor, distribution: str, chosen: Backend, named: str | Backend | None
+) -> bool:
+    """Whether Triton multiplies: where it was named, or on a GPU where nothing was."""
+    if not products.serves(weight, distribution):
+        return False
+    if named or os.environ.get("ADAMEZO_BACKEND"):
+        return chosen is triton
+    return (
+        weight.device.type != "cpu"
+        and triton.supports(weight.device)
+        and (triton.availability()[0])
+    )
 
 
 def _by_blocks(
