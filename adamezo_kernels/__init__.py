@@ -5,6 +5,7 @@ This package turns tensors into kernel calls. It knows no optimizer: see :mod:`a
 
 from .call import Call
 from .ops import moments, perturb_, run, sample_, update_, update_terms_
+from .perturbed import perturbed_linear
 from .plan import Plan, Segment, Shard
 from .rules import RULES
 from .stream import DISTRIBUTIONS, ROUNDINGS, STREAM_VERSION, PhiloxState, kind_of
@@ -25,6 +26,7 @@ __all__ = [
     "kind_of",
     "moments",
     "perturb_",
+    "perturbed_linear",
     "run",
     "sample_",
     "update_",

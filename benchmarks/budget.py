@@ -55,6 +55,8 @@ class Kernel:
     @property
     def bytes_moved(self) -> int:
         """Of a weight and its buffers: read, and what an update changes also written."""
+        if self.operation == "product":
+            return 2
         buffers = RULES[self.rule].buffers if self.rule else 0
         times = 2 if self.operation == "update" else 1
         return 4 + times * buffers * {"float32": 4, "bfloat16": 2, "": 0}[self.kept]

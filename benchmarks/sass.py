@@ -41,6 +41,11 @@ def instructions(text: str) -> Iterator[Instruction]:
 RARE = re.compile(r"CALL|(LDG?|STG?)\.(E\.)?U16|F2I\.(FTZ\.U32|U64)|I2F\.U64")
 
 
+# The same in a program that does a tile: it divides once for the tile, and its only single elements
+# of four bytes are the numbers of a call.
+RARE_IN_TILES = re.compile(r"CALL|(LDG?|STG?)\.(E\.)?U16")
+
+
 def loop_sizes(code: Sequence[Instruction], *, whole_program: bool) -> tuple[int, int]:
     """How many instructions the usual path through a window has, and how many of these are in the
     innermost loop, which goes over the directions or over groups of elements.
@@ -48,6 +53,14 @@ def loop_sizes(code: Sequence[Instruction], *, whole_program: bool) -> tuple[int
     The loop over windows is the largest loop of a CUDA kernel. A Triton program has one window, so
     `whole_program` counts from its start to its exit.
     """
+    window, inner, *_ = nested_loops(code, whole_program=whole_program)
+    return window, inner
+
+
+def nested_loops(
+    code: Sequence[Instruction], *, whole_program: bool, tiles: bool = False
+) -> list[int]:
+    """The same, and how many are in the largest loop within that one, and in the one within it."""
     at = {instruction.address: n for n, instruction in enumerate(code)}
     branch_targets = {i.target for i in code if i.name.startswith("BRA")}
     # ptxas may leave a loop by a call to a place where branches go too.
@@ -58,9 +71,10 @@ def loop_sizes(code: Sequence[Instruction], *, whole_program: bool) -> tuple[int
     flow = networkx.DiGraph()
     for start, end in pairwise(sorted(starts)):
         last = end - 1
-        if _is_rare(code[start : last if last in jumps else end], leaves=code[last]):
+        if _is_rare(code[start : last if last in jumps else end], code[last], tiles):
             continue
-        blocks[start] = [i for i in code[start:end] if i.name != "STS"]  # z_0, stored once a window
+        # In windows what is stored is z_0, once.
+        blocks[start] = [i for i in code[start:end] if tiles or i.name != "STS"]
         if last in jumps:
             flow.add_edge(start, jumps[last])
         elif last in exits and whole_program:
@@ -77,11 +91,14 @@ def loop_sizes(code: Sequence[Instruction], *, whole_program: bool) -> tuple[int
     def size(loop: set[int]) -> int:
         return sum(len(blocks[start]) for start in loop)
 
-    window = largest_loop(flow)
-    heads = {b for b in window if b == 0 or any(a not in window for a in flow.predecessors(b))}
-    inside = networkx.DiGraph(flow.subgraph(window))
-    inside.remove_edges_from(list(inside.in_edges(heads)))
-    return size(window), size(largest_loop(inside))
+    loops, outside = [largest_loop(flow)], flow
+    for _ in range(3):
+        loop = loops[-1]
+        heads = {b for b in loop if b == 0 or any(a not in loop for a in outside.predecessors(b))}
+        outside = networkx.DiGraph(outside.subgraph(loop))
+        outside.remove_edges_from(list(outside.in_edges(heads)))
+        loops.append(largest_loop(outside))
+    return [size(loop) for loop in loops]
 
 
 def loop_of_products(code: Sequence[Instruction]) -> int:
@@ -99,8 +116,10 @@ def loop_of_products(code: Sequence[Instruction]) -> int:
     return min(sizes, default=0)
 
 
-def _is_rare(block: Sequence[Instruction], leaves: Instruction) -> bool:
+def _is_rare(block: Sequence[Instruction], leaves: Instruction, tiles: bool) -> bool:
     """Whether a block is off the usual path; `leaves` is its last instruction."""
+    if tiles:
+        return any(RARE_IN_TILES.match(i.name) for i in block)
     # Single float32 elements are read and written under a condition or in a block of their own.
     single = [i for i in block if i.name in ("LDG.E", "STG.E")]
     own_block = leaves.name == "BRA" and not leaves.conditional

@@ -581,6 +581,8 @@ def run(
             v1 = _restored(v1, z1, scale)
             v2 = _restored(v2, z2, scale)
             v3 = _restored(v3, z3, scale)
+        # All z * z of signs are 1, so that S2 is one number.
+        SQUARES: tl.constexpr = SECOND and DISTRIBUTION != "rademacher"
         zero = tl.full([WINDOW // 4], 0.0, tl.float32)
         a = _float(tl.load(words + horizon))
         s0, s1, s2, s3 = (
@@ -589,15 +591,16 @@ def run(
             summed(zero, z2, a),
             summed(zero, z3, a),
         )
+        b = _float(tl.load(words + 2 * horizon)) if SECOND else 0.0
         q0, q1, q2, q3 = zero, zero, zero, zero
-        if SECOND:
-            b = _float(tl.load(words + 2 * horizon))
+        if SQUARES:
             q0, q1, q2, q3 = (
                 summed(zero, z0 * z0, b),
                 summed(zero, z1 * z1, b),
                 summed(zero, z2 * z2, b),
                 summed(zero, z3 * z3, b),
             )
+        of_signs = b
         for k in range(1, horizon):
             direction = tl.load(words + k).to(tl.uint32, bitcast=True)
             z0, z1, z2, z3 = _direction(
@@ -610,10 +613,16 @@ def run(
             s3 = summed(s3, z3, a)
             if SECOND:
                 b = _float(tl.load(words + 2 * horizon + k))
-                q0 = summed(q0, z0 * z0, b)
-                q1 = summed(q1, z1 * z1, b)
-                q2 = summed(q2, z2 * z2, b)
-                q3 = summed(q3, z3 * z3, b)
+                if SQUARES:
+                    q0 = summed(q0, z0 * z0, b)
+                    q1 = summed(q1, z1 * z1, b)
+                    q2 = summed(q2, z2 * z2, b)
+                    q3 = summed(q3, z3 * z3, b)
+                else:
+                    of_signs += b
+        if SECOND and not SQUARES:
+            q0 += of_signs
+            q1, q2, q3 = q0, q0, q0
         if OPERATION == "update":
             minus_lr = _float(tl.load(words + 3 * horizon))
             decay = _float(tl.load(words + 3 * horizon + 1))

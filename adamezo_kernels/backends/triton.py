@@ -6,7 +6,11 @@ run-time argument. A launch has a program for each window of a plan's segments. 
 a program reads the same tensors as in cuda.py: the table of segments, copied once for each plan and
 stream, and one small tensor with the call's directions, coefficients and scalars.
 
-Window sizes are fixed, not tuned by trial runs: a trial run would change the weights.
+A second kernel (_triton_tiles.py) does the matrices of a call with low-rank directions, in tiles of
+rows and columns; the first one does the vectors of the call, which have exact normals. The few
+layouts that have no tiles (tiling.py) are left to the reference.
+
+The sizes of windows and tiles are fixed, not tuned by trial runs: these would change the weights.
 
 With TRITON_INTERPRET=1 in the environment of the process, Triton's interpreter runs the kernel on
 CPU tensors, slowly: for tests.
@@ -16,7 +20,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,12 +31,14 @@ from torch import Tensor
 
 from .. import rules
 from ..call import Call
-from ..plan import Launch
+from ..plan import Launch, Segment
 from ..rules import RULES
-from ..stream import PhiloxState
+from ..stream import PhiloxState, kind_of
 from ..terms import Terms
+from . import reference
 from .cuda import Place, failed, words_for
 from .native import mark_written
+from .tiling import parts, tile_constants, tile_threads, tiles_of
 
 NAME = "triton"
 
@@ -38,7 +46,7 @@ NAME = "triton"
 def distributions(hip: str | None) -> tuple[str, ...]:
     """The distributions for torch's version of HIP, or None: ``fast`` needs instructions of NVIDIA,
     whose errors are documented."""
-    return ("exact", "rademacher") if hip else ("exact", "fast", "rademacher")
+    return ("exact", "rademacher", "lowrank") if hip else ("exact", "fast", "rademacher", "lowrank")
 
 
 DISTRIBUTIONS = distributions(torch.version.hip)
@@ -62,6 +70,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FIRST = 11  # the column of the table that counts the elements before a segment
+_Table = tuple[Tensor, int]
+_Counted = Callable[[Segment], int]
 
 
 # --- whether it can run ---------------------------------------------------------------------------
@@ -112,8 +122,14 @@ def availability() -> tuple[bool, str]:
 
 @functools.cache
 def kernels() -> Any:
-    """The module of the kernel, which imports Triton."""
+    """The module of the first kernel, which imports Triton."""
     return importlib.import_module("._triton_kernels", __package__)
+
+
+@functools.cache
+def tiles() -> Any:
+    """The module of the kernel for tiles."""
+    return importlib.import_module("._triton_tiles", __package__)
 
 
 def can_fuse(target: Any) -> bool:
@@ -154,44 +170,77 @@ class Interpreter(Place):
 
 
 def run(call: Call) -> None:
-    terms = call.terms
+    name, rank = kind_of(call.distribution)
     for launch in call.plan.launches:
         if not launch.elements:
             continue
         place = (Interpreter if INTERPRETED else Place)(launch.device)
-        window = window_of(call.operation, terms.rule)
         try:
             with place.guard:
-                # Both references last until the launch: after it their memory may be reused.
-                (table, windows), words = _table(launch, place, window), words_for(terms, place)
-                for begin in range(0, windows, MOST_PROGRAMS):
-                    start(
-                        (min(windows - begin, MOST_PROGRAMS),),
-                        table,
-                        words,
-                        len(launch.segments),
-                        terms.horizon,
-                        terms.offset,
-                        begin,
-                        *key_words(terms.key),
-                        *float_bits(call.scale, call.eps),
-                        **constants(
-                            call.operation,
-                            call.distribution,
-                            _TYPES[launch.dtype],
-                            _TYPES[launch.buffer_dtype],
-                            second=terms.with_second,
-                            stochastic=call.rounding == "stochastic",
-                            rule=terms.rule,
-                            on=_on(),
-                        ),
-                        **options(_warp(launch.device)),
-                    )
+                # The references last until the launches: after them their memory may be reused.
+                words = words_for(call.terms, place)
+                if name != "lowrank":
+                    _run_windows(call, name, launch, place, words)
+                else:
+                    for kind, part in parts(launch, call.terms.offset).items():
+                        if kind == "windows":
+                            _run_windows(call, "exact", part, place, words)
+                        elif kind == "tiles":
+                            _run_tiles(call, rank, part, place, words)
+                        else:
+                            reference.run(call.on(call.plan._of(part.segments)))
         except Exception as error:
             raise RuntimeError(
                 f"{failed(call, launch)}: {type(error).__name__}: {error}. {availability()[1]}"
             ) from error
         mark_written(launch)
+
+
+def _run_windows(call: Call, distribution: str, launch: Launch, place: Any, words: Tensor) -> None:
+    window = window_of(call.operation, call.terms.rule)
+    table = _table(launch, place, window, functools.partial(windows_of, window=window))
+    fixed = _constants(call, launch, distribution)
+    for arguments in _arguments(call, launch, table, words):
+        start(*arguments, **fixed, **options(_warp(launch.device)))
+
+
+def _run_tiles(call: Call, rank: int, launch: Launch, place: Any, words: Tensor) -> None:
+    table = _table(launch, place, 0, tiles_of)
+    fixed = tile_constants(_constants(call, launch, "exact"))
+    threads = tile_threads(call.terms.rule)
+    for arguments in _arguments(call, launch, table, words):
+        start_tiles(
+            *arguments,
+            rank,
+            float_bits(1 / math.sqrt(rank), 0.0)[0],
+            **fixed,
+            **options(_warp(launch.device), threads),
+        )
+
+
+def _arguments(call: Call, launch: Launch, table: _Table, words: Tensor) -> Iterator[list[Any]]:
+    """The grid and the arguments that both kernels have, for one launch of them after another."""
+    (columns, programs), terms = table, call.terms
+    for begin in range(0, programs, MOST_PROGRAMS):
+        yield [
+            (min(programs - begin, MOST_PROGRAMS),),
+            *(columns, words, len(launch.segments), terms.horizon, terms.offset, begin),
+            *key_words(terms.key),
+            *float_bits(call.scale, call.eps),
+        ]
+
+
+def _constants(call: Call, launch: Launch, distribution: str) -> dict[str, Any]:
+    return constants(
+        call.operation,
+        distribution,
+        _TYPES[launch.dtype],
+        _TYPES[launch.buffer_dtype],
+        second=call.terms.with_second,
+        stochastic=call.rounding == "stochastic",
+        rule=call.terms.rule,
+        on=_on(),
+    )
 
 
 def constants(
@@ -230,36 +279,37 @@ def window_of(operation: str, rule: str) -> int:
     return WINDOWS[operation if rule == "moments" else "update"]
 
 
-def table_of(launch: Launch, window: int) -> tuple[Tensor, int]:
-    """The kernel's table of segments on the host, and their number of windows of that size.
+def windows_of(s: Segment, window: int) -> int:
+    """The most windows of a segment: where they begin depends on the offset of a call, and the
+    program of a window without elements ends at once."""
+    return s.rows * ((s.row_length + 2 * window - 2) // window)
 
-    It is the launch's table, but the column `first` counts windows instead of elements. Where a
-    window begins depends on the call's offset, so a row counts the most windows that its length can
-    need; the program of a window without elements ends at once.
-    """
+
+def table_of(launch: Launch, count: _Counted) -> _Table:
+    """A kernel's table of segments on the host, and their number of programs: the launch's table,
+    but its column `first` counts programs, of which ``count`` gives those of a segment."""
     table = launch.table.clone()
-    windows = 0
+    programs = 0
     for row, s in zip(table, launch.segments, strict=True):
-        row[_FIRST] = windows
-        if s.elements:
-            windows += s.rows * ((s.row_length + 2 * window - 2) // window)
-    return table, windows
+        row[_FIRST] = programs
+        programs += count(s) if s.elements else 0
+    return table, programs
 
 
-def _table(launch: Launch, place: Any, window: int) -> tuple[Tensor, int]:
+def _table(launch: Launch, place: Any, size: int, count: _Counted) -> _Table:
     """That table on the device, copied once for each stream that it is used on."""
     # The dict in which a Launch, which is frozen, stores its cached properties.
-    tables: dict[tuple[int, int], tuple[Tensor, int]]
+    tables: dict[tuple[int, int], _Table]
     tables = vars(launch).setdefault("triton_tables", {})
-    found = tables.get((window, place.stream))
+    found = tables.get((size, place.stream))
     if found is None and place.capturing():
         # As in cuda.py, a graph would repeat the copy at each replay.
-        found = next((t for (size, _), t in tables.items() if size == window), None)
+        found = next((t for (of, _), t in tables.items() if of == size), None)
         if found is None:
             raise RuntimeError("a capture cannot copy the table: run the same call once before")
     if found is None:
-        table, windows = table_of(launch, window)
-        found = tables[window, place.stream] = (place.copy(table), windows)
+        table, programs = table_of(launch, count)
+        found = tables[size, place.stream] = (place.copy(table), programs)
     return found
 
 
@@ -274,13 +324,17 @@ def float_bits(a: float, b: float) -> list[int]:
     return Terms.of([PhiloxState(0, 0)], [a], [b]).words[1:3].tolist()
 
 
-def options(warp: int) -> dict[str, Any]:
-    """The compiler options of the kernel, for warps of ``warp`` threads."""
-    return {"num_warps": THREADS // warp, "enable_fp_fusion": False}
+def options(warp: int, threads: int = THREADS) -> dict[str, Any]:
+    """The compiler options of a kernel, for warps of ``warp`` threads."""
+    return {"num_warps": threads // warp, "enable_fp_fusion": False}
 
 
-def start(grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+def start(grid: tuple[int], /, *arguments: Any, **constants: Any) -> None:
     kernels().run[grid](*arguments, **constants)
+
+
+def start_tiles(grid: tuple[int], /, *arguments: Any, **constants: Any) -> None:
+    tiles().run[grid](*arguments, **constants)
 
 
 def _on() -> str:

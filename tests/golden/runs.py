@@ -530,7 +530,7 @@ _MATRICES = {
 
 
 def low_rank_directions(backend: str | None = None) -> dict[str, str]:
-    """The same of low-rank directions, which a GPU's backends do not have."""
+    """The same of low-rank directions."""
     found = {}
     for distribution in ("lowrank", "lowrank:3"):
         for what, (shape, shard, offset) in _MATRICES.items():
@@ -546,6 +546,7 @@ def low_rank_directions(backend: str | None = None) -> dict[str, str]:
 IN_TRITON = (
     "AdaMeZO, two groups",
     "AdaMeZO, signs",
+    "AdaMeZO, low rank 3, two groups",
     "AdaMeZO, out of place, skipped and failed",
     "ScalarAdaMeZO, bias corrected",
     "MeZO, skipped and failed",
@@ -567,7 +568,7 @@ def main() -> None:
     able, reason = triton.availability()
     found: dict[str, Any] = {"able": able, "reason": reason}
     if able:
-        found["directions"] = directions()
+        found["directions"] = {**directions(), **low_rank_directions()}
         found["runs"] = {name: Run(CASES[name]).to(FIRST).digest() for name in IN_TRITON}
     print(json.dumps(found))
 

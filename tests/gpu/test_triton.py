@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -25,6 +24,7 @@ from adamezo_kernels import (
 )
 from adamezo_kernels.backends import choose, cuda, reference, triton
 from helpers.backends import needs_native
+from helpers.interpreted import ROOT, in_a_process, installed, needs_triton
 from helpers.operations import (
     KEY,
     OFFSET,
@@ -38,32 +38,7 @@ from helpers.operations import (
 from helpers.rules import EPS, NUMBERS, RESTORE, filled, terms_of
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 GPU, CPU = [torch.device("cuda:0")], [torch.device("cpu")]
-
-
-def in_a_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=env | environment,
-    )
-
-
-def installed() -> tuple[int, int] | None:
-    try:
-        import triton as found
-    except Exception:
-        return None
-    major, minor = found.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-needs_triton = pytest.mark.skipif(installed() is None, reason="no Triton: `pip install triton`")
 
 
 # --- the interpreter ----------------------------------------------------------------------------
@@ -217,8 +192,8 @@ def test_the_choice_on_a_gpu(monkeypatch):
 
 
 def test_fast_is_for_nvidia(monkeypatch):
-    assert triton.distributions(None) == ("exact", "fast", "rademacher")
-    assert triton.distributions("6.4") == ("exact", "rademacher")
+    assert triton.distributions(None) == ("exact", "fast", "rademacher", "lowrank")
+    assert triton.distributions("6.4") == ("exact", "rademacher", "lowrank")
     monkeypatch.setattr(triton, "DISTRIBUTIONS", triton.distributions("6.4"))
     monkeypatch.setattr(triton, "availability", lambda: (True, ""))
     with pytest.raises(RuntimeError, match="'triton' has no distribution 'fast'"):

@@ -50,7 +50,7 @@ class AdaMeZO(ZerothOrder):
             ``lr`` and its scheduler say, by group.
         distribution: of z: ``"exact"`` normals, with the same bits on every device; ``"fast"``
             ones, on CUDA devices only; ``"rademacher"`` signs; ``"lowrank"`` outer products of two
-            normal vectors for each matrix, or ``"lowrank:4"`` of rank 4, on CPUs only
+            normal vectors for each matrix, or ``"lowrank:4"`` of rank 4
             (docs/directions.md).
         perturbation: ``"inplace"`` writes the perturbed weights and restores them, up to rounding
             in 16 bits; ``"out_of_place"`` never writes them: modules read perturbed copies while
