@@ -210,6 +210,18 @@ def test_a_weight_that_others_read_is_not_merged(scheme):
     assert same(before, state(model))
 
 
+def test_a_layer_that_a_model_has_twice_is_merged():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    model = adapt(nn.Sequential(layer, nn.Tanh(), layer), "tensor-train-linear", targets="0")
+    move(model, scale=0.2)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = model(x)
+        # Merged weights are rounded to 2^-25 of their size; sums of 8 products, twice.
+        torch.testing.assert_close(merge(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("number", "dtype"), [(float("nan"), torch.float32), (3e2, torch.float16)])
 @pytest.mark.parametrize("scheme", ["tensor-train-linear", "lora"])
 def test_nothing_is_merged_if_one_sum_is_not_finite(scheme, number, dtype):

@@ -184,8 +184,7 @@ def _add(model: nn.Module, changes: Mapping[str, tuple[Any, Callable[[], Tensor]
         model: with the layers, whose weights no other module may have.
         changes: by the layer's name, the layer and what computes the change of its weight.
     """
-    named = model.named_parameters(remove_duplicate=False)
-    shared = Counter(id(p) for _, p in named)
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name, (layer, change) in changes.items():
         shape, weight = (layer.out_features, layer.in_features), getattr(layer, "weight", None)
         if weight is None or weight.shape != shape or weight.dtype.itemsize < 2:
