@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -236,6 +237,16 @@ def test_nothing_is_merged_if_one_sum_is_not_finite(scheme, number, dtype):
     with pytest.raises(ValueError, match=r"layers\.1.*v_proj cannot take .* not finite in"):
         merge(model)
     assert repr(before) == repr(state(model))  # in which nan is like nan
+
+
+def test_a_bias_that_is_not_finite_is_not_merged_either():
+    model = adapt(make("qwen2"), "tensor-train-linear", bias=True)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.tensor_train.bias.fill_(math.inf)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layers\.1.*v_proj cannot take .* not finite in"):
+        merge(model)
+    assert repr(before) == repr(state(model))
 
 
 @pytest.mark.parametrize("scheme", ["tensor-train", "prefix"])

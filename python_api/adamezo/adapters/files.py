@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .insertion import adapters_of, insert, is_adapted, record_of, remove
+from .insertion import adapters_of, check_not_compiled, insert, is_adapted, record_of, remove
 from .targets import is_linear, sides_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -69,6 +69,7 @@ def load_adapters(model: _Model, folder: str | Path) -> _Model:
     described = _described(folder / DESCRIPTION)
     tensors = safetensors.load(folder / TENSORS)
     _compare({n: _form(t) for n, t in tensors.items()}, described["tensors"], folder, DESCRIPTION)
+    check_not_compiled(model)
     new = not is_adapted(model)
     if new:
         _insert(model, described, folder)

@@ -91,7 +91,7 @@ def insert(
 
 
 def _check_plain(model: nn.Module) -> None:
-    _check_not_compiled(model)
+    check_not_compiled(model)
     for name, module in model.named_modules():
         if is_adapted(module):
             where = f"the model's part {name!r}" if name else "the model"
@@ -101,7 +101,7 @@ def _check_plain(model: nn.Module) -> None:
             )
 
 
-def _check_not_compiled(model: nn.Module) -> None:
+def check_not_compiled(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "got a compiled model, expected the one that torch.compile was given, in which "
@@ -116,7 +116,7 @@ def record_of(model: nn.Module) -> Adapted:
     Raises:
         ValueError: the model has no adapters.
     """
-    _check_not_compiled(model)
+    check_not_compiled(model)
     found = getattr(model, _RECORD, None)
     if found is None:
         inner = [name for name, m in model.named_modules() if hasattr(m, _RECORD)]

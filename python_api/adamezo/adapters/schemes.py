@@ -101,7 +101,8 @@ class TensorTrains(Scheme):
         taken = [name for name, module in modules.items() if hasattr(module, "tensor_train")]
         if taken:
             raise ValueError(
-                f"{taken[0]} has a tensor train already, of a model that it is part of"
+                f"{taken[0]} has a tensor train already: take it out with remove(...) of the model "
+                "that adapt was given"
             )
         adapters = {
             name: self._adapter(module, places[name], options, generator)
@@ -163,16 +164,19 @@ class TensorTrainsBeside(TensorTrains):
     def merge(self, model: nn.Module, places: Mapping[str, str]) -> None:
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in places}
         for name, layer in layers.items():
-            if layer.tensor_train.bias is not None and layer.bias is None:
+            if layer.tensor_train.bias is None:
+                continue
+            if layer.bias is None:
                 raise ValueError(
                     f"{name} cannot take its adapter, which has a bias, and the layer has none: "
                     "adapt with bias=False"
                 )
+            _check_finite(name, layer.bias, layer.tensor_train.bias)
         _add(model, {n: (layer, layer.tensor_train.dense) for n, layer in layers.items()})
         with torch.no_grad():
             for layer in layers.values():
                 if layer.tensor_train.bias is not None:
-                    layer.bias.copy_(layer.bias.double() + layer.tensor_train.bias.double())
+                    layer.bias.copy_(_sum(layer.bias, layer.tensor_train.bias))
         self.remove(model, places)
 
 
@@ -198,13 +202,17 @@ def _add(model: nn.Module, changes: Mapping[str, tuple[Any, Callable[[], Tensor]
                 f"{name} cannot take its adapter: another module has the same weight, such as "
                 "tied embeddings, and would be changed too. Keep the adapters in the model"
             )
-        if not torch.isfinite(_sum(weight, change())).all():
-            raise ValueError(
-                f"{name} cannot take its adapter: the sum is not finite in {weight.dtype}. Is the "
-                "adapter? A run that diverged, or a 16-bit type that overflows, would be merged"
-            )
+        _check_finite(name, weight, change())
     for layer, change in changes.values():
         layer.weight.copy_(_sum(layer.weight, change()))
+
+
+def _check_finite(name: str, weight: Tensor, change: Tensor) -> None:
+    if not torch.isfinite(_sum(weight, change)).all():
+        raise ValueError(
+            f"{name} cannot take its adapter: the sum is not finite in {weight.dtype}. Is the "
+            "adapter? A run that diverged, or a 16-bit type that overflows, would be merged"
+        )
 
 
 def _sum(weight: Tensor, change: Tensor) -> Tensor:
