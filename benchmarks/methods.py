@@ -3,17 +3,18 @@
     python -m benchmarks.methods                         the main job's last layer; an hour
     python -m benchmarks.methods --job main              the main job; many hours
     python -m benchmarks.methods --methods MeZO AdaMeZO --modes lora
+    python -m benchmarks.methods --directions --modes full lora      other kinds of directions
     python -m benchmarks.methods --costs                 bytes and seconds of a step
 
 A run has a number of forward passes, and not of steps: the step that would need one more is undone.
 Each method trains all weights ("full"), LoRA adapters ("lora") and AdaZeta's tensor-train adapters
-("tensor-train"), with every lr of a grid by
-factors of sqrt(10) and three seeds; of the main job, whose runs are long, lr is searched with the
-first seed, and the best lr is run with all three. The seed decides the order of the rows, the
-directions and the adapters, the same for all methods. The grid grows on a side until the best lr is
-inside it. The best has the lowest mean loss on validation rows; what is reported is on test rows,
-which choose nothing. lr falls linearly to 0 with the forward passes. Nothing else is searched: all
-other options are the classes' defaults but where ENTRIES has some.
+("tensor-train"), with every lr of a grid by factors of sqrt(10) and three seeds; of the main job,
+whose runs are long, lr is searched with the first seed, and the best lr is run with all three. The
+seed decides the order of the rows, the directions and the adapters, the same for all methods. The
+grid grows on a side until the best lr is inside it. The best has the lowest mean loss on validation
+rows; what is reported is on test rows, which choose nothing. lr falls linearly to 0 with the
+forward passes. Nothing else is searched: all other options are the classes' defaults but where
+ENTRIES has some.
 
 A finished run is some rows at the end of benchmarks/results/methods.csv, its losses against forward
 passes, and a run that is there is not made again: stop it, go on, or work on other methods in
@@ -30,7 +31,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,8 @@ import pandas
 import torch
 from torch import Tensor
 
-import adamezo
 from adamezo.finetune import batches
+from benchmarks.method_entries import BY_DIRECTIONS, ENTRIES, USUAL, Entry
 from benchmarks.results import (
     RESULTS,
     Point,
@@ -68,67 +69,6 @@ SEARCHING = {"layer": 3, "main": 1}
 """With how many of the seeds lr is searched."""
 PLACES = range(-2, 3)  # of the grid, in powers of sqrt(10) around an entry's centre
 FARTHEST = 6  # where it stops growing
-
-
-def _adazeta(job: Job) -> dict[str, Any]:
-    """The published schedule over six epochs, in which it has 1, 1, 2, 5, 9 and 14 directions: 64
-    forward passes for each step of an epoch. A run sees too few epochs of the data for it."""
-    exponent = math.log(20 / 0.85) / math.log(6)
-    return {"steps_per_epoch": max(1, job.budget // 64), "exponent": exponent}
-
-
-def _zo_adamu(job: Job) -> dict[str, Any]:
-    """The published schedule, of runs of 20,000 steps, over those of a run here."""
-    steps = job.budget // 2
-    return {"warmup": steps * 1024 // 20_000, "anneal": steps * 16_000 // 20_000}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method as it is compared."""
-
-    name: str
-    lr: dict[str, float]
-    """The centre of the grid in each mode, or in a mode of one job."""
-    of: str = ""
-    """The class in `adamezo`, or with `backward` in torch.optim; if it is not the name."""
-    options: Callable[[Job], dict[str, Any]] = lambda job: {}
-    """Other than the defaults."""
-    forwards: int = 2
-    """Forward passes a step, a backward pass counted as two; 0 where they change."""
-    backward: bool = False
-
-    def make(self, job: Job, start: Start, lr: float, seed: int) -> Any:
-        options = {"lr": lr, **self.options(job)}
-        if self.backward:
-            return getattr(torch.optim, self.of or self.name)(start.weights, **options)
-        made = getattr(adamezo, self.of or self.name)
-        return made(start.weights, seed=seed, model=start.module, **options)
-
-
-def _rates(full: float, lora: float, main_full: float) -> dict[str, float]:
-    centres = {"full": full, "lora": lora, "tensor-train": lora, "main full": main_full}
-    return centres | {"main tensor-train": lora / 10}
-
-
-ENTRIES = [
-    Entry("MeZO", _rates(1e-3, 1e-2, 1e-4)),
-    Entry("MeZO, n = 4", _rates(1e-3, 1e-2, 1e-4), "MeZO", lambda job: {"queries": 4}, 8),
-    Entry("AdaZeta", _rates(1e-3, 1e-2, 1e-4), options=_adazeta, forwards=0),
-    Entry("momentum", _rates(1e-3, 1e-2, 1e-4), "AdaMeZO", lambda job: {"betas": (0.7, 0.0)}),
-    Entry("AdaMeZO", _rates(1e-3, 1e-2, 1e-3)),
-    Entry("ScalarAdaMeZO", _rates(1e-3, 1e-2, 1e-3)),
-    Entry("MEAZO", _rates(1e-3, 1e-2, 1e-3)),
-    Entry("FZOO", _rates(1e-6, 1e-5, 1e-7), forwards=9),
-    Entry("HiZOO", _rates(1e-3, 1e-2, 1e-4), forwards=3),
-    Entry("HELENE", _rates(1e-3, 1e-2, 1e-4), options=lambda job: {"batch_size": job.batch}),
-    Entry("ZOAdaMU", _rates(1e-3, 1e-2, 1e-4), options=_zo_adamu),
-    Entry("ZOAdam", _rates(1e-3, 1e-2, 1e-3)),
-    Entry(
-        "AdamW, by backpropagation", _rates(1e-4, 1e-3, 1e-5), "AdamW", forwards=3, backward=True
-    ),
-    Entry("SGD, by backpropagation", _rates(1e-2, 1e-1, 1e-3), "SGD", forwards=3, backward=True),
-]
 
 
 # A run -------------------------------------------------------------------------------------------
@@ -346,11 +286,16 @@ def main() -> None:
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     options.add_argument("--rates", type=float, nargs="+", default=[], help="no search over lr")
+    options.add_argument(
+        "--directions", action="store_true", help=f"{', '.join(USUAL)} with directions of all kinds"
+    )
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--costs", action="store_true", help="bytes and seconds, and no search")
     options.add_argument("--repeats", type=int, default=21, help="steps timed for --costs")
     arguments = options.parse_args()
     entries = [e for e in ENTRIES if e.name in arguments.methods]
+    if arguments.directions:
+        entries = [e for (name, _), e in BY_DIRECTIONS.items() if name in arguments.methods]
     if arguments.job == "main":  # whose backward passes take too much time and memory here
         entries = [e for e in entries if not e.backward]
     torch.set_num_threads(arguments.threads)

@@ -88,6 +88,7 @@ PAGES: dict[str, dict[str, Block]] = {
             for job in training.BUDGETS
             for mode in training.MODES
         },
+        "methods_directions": partial(training.by_directions, job="layer", modes=["full", "lora"]),
     },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),

@@ -77,9 +77,9 @@ def conditions(rows: pandas.DataFrame, benchmarks: Sequence[str]) -> str:
 
 
 def figure(
-    columns: int, title: str, width: float = 4.2, height: float = 3.6
+    columns: int, title: str, width: float = 4.2, height: float = 3.6, rows: int = 1
 ) -> tuple[Any, list[Any]]:
-    """A figure with its axes beside each other."""
+    """A figure with its axes beside each other, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,10 +87,10 @@ def figure(
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     made, axes = plt.subplots(
-        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
     made.suptitle(title, fontsize=10)
-    return made, list(axes[0])
+    return made, list(axes.flat)
 
 
 def save(made: Any, path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas
 
-from benchmarks.methods import BUDGETS, ENTRIES, MODES, at_an_edge, chosen_lr, validated
+from benchmarks.method_entries import BY_DIRECTIONS, ENTRIES
+from benchmarks.methods import BUDGETS, MODES, at_an_edge, chosen_lr, validated
 from benchmarks.render.style import COLOURS, NOT_YET, band, figure, markdown, save
 from benchmarks.results import pick
 
@@ -134,18 +136,39 @@ def compared(rows: pandas.DataFrame, job: str, mode: str) -> str:
     return markdown(columns, cells_in_order) if body else NOT_YET
 
 
+def by_directions(rows: pandas.DataFrame, job: str, modes: Sequence[str]) -> str:
+    """Some methods with directions of every kind, at the lr that the validation rows chose."""
+    body = []
+    for (name, kind), entry in BY_DIRECTIONS.items():
+        cells: list[str] = []
+        for mode in modes:
+            runs = chosen(rows, job, mode, entry.name)
+            if runs.empty:
+                cells += ["", ""]
+                continue
+            losses = validated(rows, budget=BUDGETS[job], job=job, mode=mode, variant=entry.name)
+            edge = ", at an edge" if at_an_edge(losses) else ""
+            lr = f"{runs.lr.iloc[0]:g} (of {len(losses)}{edge})"
+            cells += [with_range(at_the_end(runs, "test loss")), lr]
+        body.append((name, kind, *cells))
+    header = [f"{mode}: {what}" for mode in modes for what in ("test loss", "lr (of so many)")]
+    return markdown(("", "directions", *header), body)
+
+
 def plot_methods(rows: pandas.DataFrame, folder: Path) -> None:
     """Loss on the test rows against forward passes, at the chosen lr; without backpropagation,
-    which is in the tables."""
+    which is in the tables. A row of panels for each job, with one scale, from which losses that
+    went up leave: the tables have them."""
+    made, axes = figure(len(MODES), "Methods at equal forward passes", 4.2, 3.6, len(BUDGETS))
     panels = [(job, mode) for job in BUDGETS for mode in MODES]
-    made, axes = figure(len(panels), "Methods at equal forward passes", 5.5, 4.5)
     for axis, (job, mode) in zip(axes, panels, strict=True):
         for i, entry in enumerate(e for e in ENTRIES if not e.backward):
             points = pick(chosen(rows, job, mode, entry.name), metric="test loss")
             curve = points.pivot(index="forwards", columns="seed", values="median")
-            band(axis, curve, f"C{i % 10}", entry.name, "o-" if i < 10 else "o--")
-        axis.set(xlabel="forward passes", title=f"{job}, {mode}")
-    axes[0].set_ylabel("test loss")
+            band(axis, curve, f"C{i % 10}", entry.name, "o-" if i < 10 else "s--")
+        axis.set(title=f"{job}, {mode}", ylim=(0.38, 0.92), xlabel="forward passes")
+    for axis in axes[:: len(MODES)]:
+        axis.set_ylabel("test loss")
     save(made, folder / "methods.png")
 
 

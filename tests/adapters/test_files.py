@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from adamezo import integrations
-from adamezo.adapters import SCHEMES, adapt, adapters_of, load_adapters, save_adapters
+from adamezo.adapters import (
+    SCHEMES,
+    adapt,
+    adapters_of,
+    load_adapters,
+    remove,
+    save_adapters,
+)
 from helpers.families import MODELS, make, tokens
 
 
@@ -94,7 +102,9 @@ def refused(model, folder, message, error=ValueError):
 
 def test_a_base_without_the_modules_is_refused(tmp_path):
     save_adapters(adapt(make("llama")), tmp_path)
-    refused(make("opt"), tmp_path, r"no module 'model\.layers\.0\.mlp\.gate_proj', nor 5 others")
+    refused(
+        make("opt"), tmp_path, r"no linear layer 'model\.layers\.0\.mlp\.gate_proj', nor 5 others"
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -165,6 +175,74 @@ def test_damaged_descriptions_are_refused(tmp_path):
     refused(make("llama"), tmp_path, "expected JSON")
     path.unlink()
     refused(make("llama"), tmp_path, "adapters.json", FileNotFoundError)
+
+
+def test_places_that_are_no_places_are_refused(tmp_path):
+    save_adapters(adapt(make("llama"), targets="up_proj"), tmp_path)
+    good = (tmp_path / "adapters.json").read_text()
+    for place, side, message in (
+        ("model.norm", "output", r"no linear layer 'model\.norm'"),
+        ("", "output", "no linear layer ''"),
+        ("model.layers.0.mlp.up_proj", "inside", "'input', 'output'"),
+        ("model.layers.0.mlp.up_proj", None, "'input', 'output'"),
+    ):
+        edit(tmp_path, lambda d, place=place, side=side: d["places"].update({place: side}))
+        refused(make("llama"), tmp_path, message)
+        (tmp_path / "adapters.json").write_text(good)
+    forms = json.loads(good)["tensors"]
+    for form in (1, None, ["float32"], ["float32", 5]):
+        edit(tmp_path, lambda d, form=form: d.update(tensors=dict.fromkeys(forms, form)))
+        refused(make("llama"), tmp_path, "adapters.safetensors does not fit")
+        (tmp_path / "adapters.json").write_text(good)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_damaged_file_of_tensors_is_refused(tmp_path, kept):
+    save_adapters(adapt(make("llama")), tmp_path)
+    path = tmp_path / "adapters.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(make("llama"), tmp_path, r"adapters\.safetensors: expected a \.safetensors file")
+
+
+def test_numbers_of_other_libraries_can_be_saved(tmp_path):
+    model = adapt(make("llama"), rank=numpy.int64(2), bottleneck=numpy.int32(8))
+    save_adapters(model, tmp_path)
+    assert torch.equal(logits(load_adapters(make("llama"), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_meta_device_holds_no_adapters(tmp_path, scheme):
+    """torch copies to it without a word, and nothing is there."""
+    save_adapters(adapt(make("llama"), scheme), tmp_path / "saved")
+    with torch.device("meta"):
+        model, adapted = MODELS["llama"](), adapt(MODELS["llama"](), scheme)
+    with pytest.raises(ValueError, match=r"is on the meta device.*to_empty"):
+        load_adapters(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="has no adapters"):
+        adapters_of(model)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        save_adapters(adapted, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_lost_adapters_are_not_passed_over(tmp_path):
+    model = adapt(make("llama"), targets=["lm_head", "q_proj"])
+    model.resize_token_embeddings(60, mean_resizing=False)
+    for act in (adapters_of, remove, lambda m: save_adapters(m, tmp_path / "new")):
+        with pytest.raises(ValueError, match=r"lost its adapter's 'lm_head.* and 13 others"):
+            act(model)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
+    from adamezo.integrations import safetensors
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors, "save_file", full)
+    with pytest.raises(OSError, match=r"adapters\.safetensors cannot be written: No space left"):
+        save_adapters(adapt(make("llama")), tmp_path)
 
 
 def forget(monkeypatch, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -185,6 +186,69 @@ def test_a_merged_weight_is_the_sum_rounded_once():
     )
 
 
+def test_the_sum_with_lora_is_rounded_once_too():
+    model = adapt(make("llama").bfloat16(), "lora", seed=1)
+    move(model, scale=0.2)
+    layer = model.model.layers[0].self_attn.q_proj
+    a, b = (layer.get_submodule(part)["default"].weight for part in ("lora_A", "lora_B"))
+    product = 2 * (b @ a)  # in float32, as peft computes it
+    expected = (layer.weight.double() + product.double()).bfloat16()
+    merge(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected)
+
+
+@pytest.mark.parametrize("scheme", ["tensor-train-linear", "lora"])
+def test_a_weight_that_others_read_is_not_merged(scheme):
+    """The embeddings would be changed with a tied head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+                         num_attention_heads=4, tie_word_embeddings=True)  # fmt: skip
+    model = adapt(LlamaForCausalLM(config).eval(), scheme, targets=["q_proj", "lm_head"], seed=1)
+    move(model)
+    before = state(model)
+    with pytest.raises(ValueError, match="lm_head cannot take .* another module has the same"):
+        merge(model)
+    assert same(before, state(model))
+
+
+def test_a_layer_that_a_model_has_twice_is_merged():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    model = adapt(nn.Sequential(layer, nn.Tanh(), layer), "tensor-train-linear", targets="0")
+    move(model, scale=0.2)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = model(x)
+        # Merged weights are rounded to 2^-25 of their size; sums of 8 products, twice.
+        torch.testing.assert_close(merge(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(float("nan"), torch.float32), (3e2, torch.float16)])
+@pytest.mark.parametrize("scheme", ["tensor-train-linear", "lora"])
+def test_nothing_is_merged_if_one_sum_is_not_finite(scheme, number, dtype):
+    model = adapt(make("llama").to(dtype), scheme, seed=1)
+    move(model)
+    last = [name.rpartition("v_proj.")[0] for name in adapters_of(model)][-1]
+    with torch.no_grad():
+        for name, p in adapters_of(model).items():
+            if name.startswith(last + "v_proj"):
+                p.fill_(number)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layers\.1.*v_proj cannot take .* not finite in"):
+        merge(model)
+    assert repr(before) == repr(state(model))  # in which nan is like nan
+
+
+def test_a_bias_that_is_not_finite_is_not_merged_either():
+    model = adapt(make("qwen2"), "tensor-train-linear", bias=True)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.tensor_train.bias.fill_(math.inf)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layers\.1.*v_proj cannot take .* not finite in"):
+        merge(model)
+    assert repr(before) == repr(state(model))
+
+
 @pytest.mark.parametrize("scheme", ["tensor-train", "prefix"])
 def test_what_no_weight_can_do_is_not_merged(scheme):
     model = adapt(make("llama"), scheme, seed=1)
@@ -243,7 +307,17 @@ REFUSED = {
     "option": (dict(rank_=3), "unknown options: rank_. .* 'tensor-train' has rank, bottleneck"),
     "option of another": (dict(scheme="lora", bottleneck=8), "bottleneck. .* 'lora' has rank"),
     "rank": (dict(rank=0), "rank: 0"),
-    "rank of LoRA": (dict(scheme="lora", rank=0), "r.* 0"),
+    "rank, half": (dict(rank=2.5), "rank: 2.5, expected a whole number"),
+    "rank, a word": (dict(rank="5"), "rank: '5'"),
+    "rank, one of many": (dict(rank=(2, 2, True, 2, 2)), "rank: True"),
+    "ranks, too few": (dict(rank=(2, 2)), r"rank: \(2, 2\), expected .* 5 of them"),
+    "rank of LoRA": (dict(scheme="lora", rank=0), "rank: 0"),
+    "ranks of LoRA": (dict(scheme="lora", rank=[2, 2]), r"rank: \[2, 2\]"),
+    "rank of LoRA, half": (dict(scheme="lora", rank=2.5), "rank: 2.5"),
+    "bottleneck": (dict(bottleneck=2.5), "bottleneck: 2.5"),
+    "bias": (dict(bias="no"), "bias: 'no', expected True or False"),
+    "seed": (dict(seed=2.5), "seed: 2.5"),
+    "seed of LoRA": (dict(scheme="lora", seed=-1), r"seed: -1, expected an integer in \[0"),
     "activation": (dict(activation="gelu"), "activation: 'gelu'"),
     "pattern": (dict(targets="gate"), "'gate' matches no linear layer.*'gate_proj'"),
     "one of two patterns": (dict(targets=["gate_proj", "mlp"]), "'mlp' matches no linear"),
@@ -253,6 +327,7 @@ REFUSED = {
     "sides of LoRA": (dict(scheme="lora", targets={"q_proj": "input"}), "beside a layer"),
     "of a prefix": (dict(scheme="prefix", targets="q_proj"), "a prefix is of the whole model"),
     "length": (dict(scheme="prefix", length=0), "length: 0"),
+    "length, true": (dict(scheme="prefix", length=True), "length: True"),
 }
 
 
@@ -271,6 +346,60 @@ def test_a_second_adapter_is_refused():
     before = state(model)
     with pytest.raises(ValueError, match=r"'prefix' already: take them out with remove"):
         adapt(model)
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("outer", SCHEMES)
+@pytest.mark.parametrize("inner", ["tensor-train", "lora"])
+def test_a_model_whose_part_has_adapters_is_refused(inner, outer):
+    """The same layer would call one adapter twice, and nobody would train the other."""
+    model = make("llama")
+    adapt(model.model.layers[0], inner, targets="q_proj")
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"part 'model\.layers\.0' has .*{inner!r} already"):
+        adapt(model, outer)
+    assert same(before, state(model))
+
+
+def test_a_part_of_a_model_with_adapters_is_refused():
+    model = adapt(make("llama"))
+    before = state(model)
+    with pytest.raises(ValueError, match="up_proj has a tensor train already"):
+        adapt(model.model.layers[0], targets="up_proj")
+    assert same(before, state(model))
+    model = adapt(make("llama"), "lora")
+    before = state(model)
+    with pytest.raises(ValueError, match="has adapters of peft already"):
+        adapt(model.model.layers[0], "lora", targets="up_proj")
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("scheme", ["tensor-train", "prefix"])
+def test_a_compiled_model_runs_what_is_put_into_the_model(scheme):
+    model = make("llama")
+    compiled = torch.compile(model, backend="eager")
+    untouched = logits(compiled)
+    with pytest.raises(ValueError, match="got a compiled model, expected the one that"):
+        adapt(compiled, scheme)
+    adapt(model, scheme, seed=1)
+    move(model)
+    with pytest.raises(ValueError, match="got a compiled model, expected the one that"):
+        adapters_of(compiled)
+    # The same operations, in graphs: "eager" compiles nothing.
+    assert torch.equal(logits(compiled), logits(model))
+    remove(model)
+    assert torch.equal(logits(compiled), untouched)
+
+
+def test_adapters_of_peft_are_not_touched():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    before = state(model)
+    with pytest.raises(ValueError, match="PeftModel has adapters of peft already"):
+        adapt(model, "lora")
+    assert same(before, state(model))
+    remove(adapt(model, "tensor-train"))  # which do not meet them
     assert same(before, state(model))
 
 

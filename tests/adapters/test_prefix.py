@@ -66,6 +66,9 @@ def test_generate_reads_it_at_every_token(family):
     with_cache = model.generate(ids, attention_mask=mask, **options)
     without = model.generate(ids, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(with_cache, without)
+    beams = model.generate(ids, attention_mask=mask, num_beams=2, **options)
+    without = model.generate(ids, attention_mask=mask, num_beams=2, use_cache=False, **options)
+    assert torch.equal(beams, without)
     expected = ids[1:]  # and one token after the other, by hand
     for _ in range(5):
         following = model(input_ids=expected).logits[:, -1].argmax(dim=-1, keepdim=True)
@@ -92,3 +95,28 @@ def test_the_training_mode_is_left():
     adapt(model, "prefix")
     assert model.training
     assert model.model.layers[0].training
+
+
+@torch.no_grad()
+def test_a_cache_that_was_filled_without_it_is_refused():
+    """The text after it would be read without the prefix."""
+    ids = tokens()
+    foreign = make("llama")(ids[:, :4], use_cache=True).past_key_values
+    model = adapt(make("llama"), "prefix", length=LENGTH, seed=SEED)
+    with pytest.raises(ValueError, match="got a cache of 4 tokens without a prefix"):
+        model(ids[:, 4:], past_key_values=foreign)
+    own = model(ids[:, :4], use_cache=True)
+    found = model(ids[:, 4:], past_key_values=own.past_key_values).logits
+    torch.testing.assert_close(found, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_gradient_checkpointing_which_drops_it_is_refused(family):
+    model = adapt(make(family), "prefix").train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+        model(input_ids=tokens())
+    model.eval()  # in which transformers does no checkpointing
+    expected = model(input_ids=tokens()).logits
+    model.gradient_checkpointing_disable()
+    assert torch.equal(model(input_ids=tokens()).logits, expected)

@@ -784,6 +784,25 @@ def test_a_method_takes_the_budget_and_no_forward_pass_more(name):
     assert [at for at, *_ in found["validation accuracy"]] == [forwards]
 
 
+@needs_native
+@pytest.mark.parametrize("name", methods.USUAL)
+def test_a_method_is_compared_with_directions_of_every_kind(name):
+    job = ToyJob()
+    seen = {}
+    for (of, kind), entry in methods.BY_DIRECTIONS.items():
+        start = job.start("full", 0)
+        optimizer = entry.make(job, start, 1e-6, 0)
+        if of == name:
+            assert type(optimizer).__name__ == name
+            assert optimizer.param_groups[0]["distribution"] == kind
+            seen[kind] = {**optimizer.param_groups[0], "params": None, "distribution": None}
+    # And in nothing else: all have the options of the method's own row.
+    assert len(seen) == 4
+    assert all(options == seen[methods.USUAL[name]] for options in seen.values())
+    usual = methods.BY_DIRECTIONS[name, methods.USUAL[name]]
+    assert usual is ENTRIES[name]
+
+
 def test_a_step_that_does_not_fit_is_undone():
     job, fits = ToyJob(), ToyJob()
     fits.budget, job.budget = 72, 80  # 8 steps of 9, and 8 forward passes that are no step
@@ -949,6 +968,21 @@ def test_the_table_of_methods_says_how_each_ended():
         "| 0.2 (of 3) | 2 |"
     )
     assert training.compared(rows, "main", "lora") == style.NOT_YET
+
+
+def test_the_table_of_directions_has_a_row_for_each_kind():
+    columns = dict(job="layer", budget=methods.BUDGETS["layer"])
+    runs = [_run(0.1 * k, 0, abs(k - 2), 0.3, **columns) for k in (1, 2, 3)]
+    runs += [_run(0.5, 0, 1, 0.2, method="MeZO, lowrank:4", **columns)]
+    rows = frame([row for run in runs for row in run])
+    made = training.by_directions(rows, "layer", ["full", "lora"]).splitlines()
+    assert made[0] == (
+        "|  | directions | full: test loss | full: lr (of so many) | lora: test loss "
+        "| lora: lr (of so many) |"
+    )
+    assert made[2] == "| MeZO | exact | 0.300 | 0.2 (of 3) |  |  |"
+    assert made[4] == "| MeZO | lowrank:4 | 0.200 | 0.5 (of 1, at an edge) |  |  |"
+    assert len(made) == 2 + 3 * 4
 
 
 @needs_native

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .insertion import insert, is_adapted, record_of, remove
+from .insertion import adapters_of, check_not_compiled, insert, is_adapted, record_of, remove
+from .targets import is_linear, sides_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -29,8 +31,9 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     from ..integrations import safetensors
 
     record = record_of(model)
-    own = set(record.parameters)
+    own = adapters_of(model)
     kept = {n: p for n, p in model.named_parameters() if n in own or p.requires_grad}
+    _check_have_values(kept)
     described = {
         "format": FORMAT,
         "scheme": record.scheme,
@@ -38,10 +41,11 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         "places": record.places,
         "tensors": {name: _form(p) for name, p in kept.items()},
     }
+    text = json.dumps(described, indent=1) + "\n"
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.save(kept, folder / TENSORS)
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
 def load_adapters(model: _Model, folder: str | Path) -> _Model:
@@ -56,8 +60,8 @@ def load_adapters(model: _Model, folder: str | Path) -> _Model:
         The model itself.
 
     Raises:
-        ValueError: the adapters are of another kind than the model's, or do not fit it; the message
-            says which tensors. The model is then as it was.
+        ValueError: the files are damaged, or the adapters are of another kind than the model's, or
+            do not fit it; the message says which tensors. The model is then as it was.
     """
     from ..integrations import safetensors
 
@@ -65,6 +69,7 @@ def load_adapters(model: _Model, folder: str | Path) -> _Model:
     described = _described(folder / DESCRIPTION)
     tensors = safetensors.load(folder / TENSORS)
     _compare({n: _form(t) for n, t in tensors.items()}, described["tensors"], folder, DESCRIPTION)
+    check_not_compiled(model)
     new = not is_adapted(model)
     if new:
         _insert(model, described, folder)
@@ -81,6 +86,7 @@ def load_adapters(model: _Model, folder: str | Path) -> _Model:
             n: _form(parameters[n]) for n in (*record.parameters, *tensors) if n in parameters
         }
         _compare({n: _form(t) for n, t in tensors.items()}, wanted, folder, "the model")
+        _check_have_values({n: parameters[n] for n in tensors})
     except ValueError:
         if new:
             remove(model)
@@ -94,16 +100,28 @@ def load_adapters(model: _Model, folder: str | Path) -> _Model:
 
 def _insert(model: nn.Module, described: dict[str, Any], folder: Path) -> None:
     places: dict[str, str] = described["places"]
-    missing = [name for name in places if name not in dict(model.named_modules())]
+    layers = {name for name, module in model.named_modules() if is_linear(module)}
+    missing = [name for name in places if name not in layers]
     if missing:
         raise ValueError(
-            f"{folder}: the adapters do not fit this {type(model).__name__}, which has no module "
-            f"{missing[0]!r}" + f", nor {len(missing) - 1} others" * (len(missing) > 1)
+            f"{folder}: the adapters do not fit this {type(model).__name__}, which has no linear "
+            f"layer {missing[0]!r}" + f", nor {len(missing) - 1} others" * (len(missing) > 1)
         )
+    if places:
+        sides_of(places)
     try:
         insert(model, described["scheme"], places, described["options"], seed=0)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _check_have_values(parameters: Mapping[str, Tensor]) -> None:
+    empty = [name for name, p in parameters.items() if p.is_meta]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} is on the meta device, which holds no values: load the model's weights "
+            "(or call model.to_empty(...)) first"
+        )
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -141,5 +159,8 @@ def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path, where:
         raise ValueError(f"{folder / TENSORS} does not fit: {'; '.join(wrong[:3])}{more}")
 
 
-def _text(form: list[Any]) -> str:
-    return f"{form[0]} of shape {tuple(form[1])}"
+def _text(form: Any) -> str:
+    match form:
+        case [str(kind), list(shape)]:
+            return f"{kind} of shape {tuple(shape)}"
+    return repr(form)  # of a damaged description

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from .schemes import SCHEMES, Scheme
 from .targets import Targets
+from .tensor_train import whole
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -61,15 +62,17 @@ def adapt(
         The model itself.
 
     Raises:
-        ValueError: the model has adapters already, its family is unknown, a pattern matches no
-            linear layer, or an option is wrong. The model is then as it was.
+        ValueError: the model or a part of it has adapters already, its family is unknown, a
+            pattern matches no linear layer, or an option is wrong. The model is then as it was.
     """
     kind = _scheme(scheme)
     chosen = _options(kind, options)
     _check_plain(model)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-    return insert(model, scheme, kind.places(model, targets), chosen, seed)
+    if not 0 <= whole("seed", seed) < 2**64:
+        raise ValueError(f"Invalid seed: {seed!r}, expected an integer in [0, 2**64)")
+    return insert(model, scheme, kind.places(model, targets), chosen, int(seed))
 
 
 def insert(
@@ -88,10 +91,22 @@ def insert(
 
 
 def _check_plain(model: nn.Module) -> None:
-    if is_adapted(model):
+    check_not_compiled(model)
+    for name, module in model.named_modules():
+        if is_adapted(module):
+            where = f"the model's part {name!r}" if name else "the model"
+            raise ValueError(
+                f"{where} has adapters of the scheme {record_of(module).scheme!r} already: take "
+                "them out with remove(...), or merge(...), of what adapt was given"
+            )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
         raise ValueError(
-            f"the model has adapters of the scheme {record_of(model).scheme!r} already: take them "
-            "out with remove(model), or merge(model)"
+            "got a compiled model, expected the one that torch.compile was given, in which "
+            "parameters have the names that they have elsewhere. The compiled model runs what is "
+            "put into that"
         )
 
 
@@ -101,6 +116,7 @@ def record_of(model: nn.Module) -> Adapted:
     Raises:
         ValueError: the model has no adapters.
     """
+    check_not_compiled(model)
     found = getattr(model, _RECORD, None)
     if found is None:
         inner = [name for name, m in model.named_modules() if hasattr(m, _RECORD)]
@@ -118,10 +134,18 @@ def adapters_of(model: nn.Module) -> dict[str, Parameter]:
     ``AdaZeta(adapters_of(model).items(), ...)``.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or has lost some.
     """
     names = record_of(model).parameters
     parameters = dict(model.named_parameters())
+    lost = [name for name in names if name not in parameters]
+    if lost:
+        raise ValueError(
+            f"the model has lost its adapter's {lost[0]!r}"
+            + f" and {len(lost) - 1} others" * (len(lost) > 1)
+            + ": a module that had an adapter was replaced, as resize_token_embeddings does with "
+            "the head. Adapt a model after such a change"
+        )
     return {name: parameters[name] for name in names}
 
 
@@ -133,9 +157,11 @@ def merge(model: _Model) -> _Model:
 
     Raises:
         ValueError: residual adapters with a non-linearity and prefixes cannot be merged; nor can a
-            layer take an adapter if its weights are quantised. The model is then as it was.
+            layer take an adapter if its weights are quantised or shared with another module, or if
+            the sum is not finite. The model is then as it was.
     """
     record = record_of(model)
+    adapters_of(model)
     _scheme(record.scheme).merge(model, record.places)
     return _plain(model, record)
 
@@ -144,6 +170,7 @@ def remove(model: _Model) -> _Model:
     """Takes the adapters out: the model is what it was before :func:`adapt`, and trains the
     parameters that it trained then."""
     record = record_of(model)
+    adapters_of(model)
     _scheme(record.scheme).remove(model, record.places)
     return _plain(model, record)
 
@@ -170,4 +197,20 @@ def _options(scheme: Scheme, given: dict[str, Any]) -> dict[str, Any]:
             f"unknown options: {', '.join(unknown)}. The scheme {scheme.name!r} has "
             f"{', '.join(scheme.defaults)}"
         )
-    return {**scheme.defaults, **given}
+    return {**scheme.defaults, **{n: _option(scheme, n, value) for n, value in given.items()}}
+
+
+def _option(scheme: Scheme, name: str, value: Any) -> Any:
+    """An option as a plain value, which a description in JSON can hold."""
+    default = scheme.defaults[name]
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"Invalid {name}: {value!r}, expected True or False")
+        return value
+    if not isinstance(default, int):
+        return value
+    several = isinstance(value, (list, tuple)) and name in scheme.several
+    numbers = [whole(name, each) for each in (value if several else [value])]
+    if any(number < 1 for number in numbers):
+        raise ValueError(f"Invalid {name}: {value!r}, expected positive numbers")
+    return tuple(numbers) if several else numbers[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,8 @@ class Scheme:
     name: str
     defaults: Mapping[str, Any]
     """Its options."""
+    several: tuple[str, ...] = ()
+    """Those that may be a sequence of numbers."""
 
     def places(self, model: nn.Module, targets: Targets | None) -> dict[str, str]:
         """The modules that get an adapter, with its side of them."""
@@ -79,6 +82,8 @@ def _input(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 class TensorTrains(Scheme):
     """Tensor trains attached to linear layers, as their submodule ``tensor_train``."""
 
+    several = ("rank",)
+
     def _adapter(
         self, module: Any, side: str, options: Mapping[str, Any], generator: torch.Generator
     ) -> nn.Module:
@@ -93,6 +98,12 @@ class TensorTrains(Scheme):
     ) -> list[Parameter]:
         generator = torch.Generator().manual_seed(seed)
         modules = {name: model.get_submodule(name) for name in places}
+        taken = [name for name, module in modules.items() if hasattr(module, "tensor_train")]
+        if taken:
+            raise ValueError(
+                f"{taken[0]} has a tensor train already: take it out with remove(...) of the model "
+                "that adapt was given"
+            )
         adapters = {
             name: self._adapter(module, places[name], options, generator)
             for name, module in modules.items()
@@ -150,32 +161,62 @@ class TensorTrainsBeside(TensorTrains):
     def _attach(self, module: nn.Module, side: str) -> Any:
         return module.register_forward_hook(_beside)
 
-    @torch.no_grad()
     def merge(self, model: nn.Module, places: Mapping[str, str]) -> None:
-        modules: dict[str, Any] = {name: model.get_submodule(name) for name in places}
-        for name, module in modules.items():
-            self._check_can_merge(name, module)
-        for module in modules.values():
-            train = module.tensor_train
-            module.weight.copy_(module.weight.double() + train.dense().double())
-            if train.bias is not None:
-                module.bias.copy_(module.bias.double() + train.bias.double())
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in places}
+        for name, layer in layers.items():
+            if layer.tensor_train.bias is None:
+                continue
+            if layer.bias is None:
+                raise ValueError(
+                    f"{name} cannot take its adapter, which has a bias, and the layer has none: "
+                    "adapt with bias=False"
+                )
+            _check_finite(name, layer.bias, layer.tensor_train.bias)
+        _add(model, {n: (layer, layer.tensor_train.dense) for n, layer in layers.items()})
+        with torch.no_grad():
+            for layer in layers.values():
+                if layer.tensor_train.bias is not None:
+                    layer.bias.copy_(_sum(layer.bias, layer.tensor_train.bias))
         self.remove(model, places)
 
-    def _check_can_merge(self, name: str, module: Any) -> None:
-        shape = module.out_features, module.in_features
-        weight = getattr(module, "weight", None)
+
+@torch.no_grad()
+def _add(model: nn.Module, changes: Mapping[str, tuple[Any, Callable[[], Tensor]]]) -> None:
+    """Adds to the weights of linear layers, rounded once, after a look at all of them.
+
+    Args:
+        model: with the layers, whose weights no other module may have.
+        changes: by the layer's name, the layer and what computes the change of its weight.
+    """
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name, (layer, change) in changes.items():
+        shape, weight = (layer.out_features, layer.in_features), getattr(layer, "weight", None)
         if weight is None or weight.shape != shape or weight.dtype.itemsize < 2:
             what = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
             raise ValueError(
-                f"{name} cannot take its tensor train: its weight is {what}, expected a "
-                f"floating-point one of shape {shape}"
+                f"{name} cannot take its adapter: its weight is {what}, expected a floating-point "
+                f"one of shape {shape}"
             )
-        if module.tensor_train.bias is not None and module.bias is None:
+        if shared[id(weight)] > 1:
             raise ValueError(
-                f"{name} cannot take its tensor train, which has a bias, and the layer has none: "
-                "adapt with bias=False"
+                f"{name} cannot take its adapter: another module has the same weight, such as "
+                "tied embeddings, and would be changed too. Keep the adapters in the model"
             )
+        _check_finite(name, weight, change())
+    for layer, change in changes.values():
+        layer.weight.copy_(_sum(layer.weight, change()))
+
+
+def _check_finite(name: str, weight: Tensor, change: Tensor) -> None:
+    if not torch.isfinite(_sum(weight, change)).all():
+        raise ValueError(
+            f"{name} cannot take its adapter: the sum is not finite in {weight.dtype}. Is the "
+            "adapter? A run that diverged, or a 16-bit type that overflows, would be merged"
+        )
+
+
+def _sum(weight: Tensor, change: Tensor) -> Tensor:
+    return (weight.double() + change.double()).to(weight.dtype)
 
 
 class LoRA(Scheme):
@@ -189,11 +230,12 @@ class LoRA(Scheme):
     ) -> list[Parameter]:
         from ..integrations import peft
 
+        peft.check_plain(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         try:
             return peft.insert(model, list(places), options["rank"], seed)
         except BaseException:
-            peft.remove(model, merge=False)
+            peft.remove(model)
             for p in trained:
                 p.requires_grad_(True)
             raise
@@ -201,12 +243,13 @@ class LoRA(Scheme):
     def remove(self, model: nn.Module, places: Mapping[str, str]) -> None:
         from ..integrations import peft
 
-        peft.remove(model, merge=False)
+        peft.remove(model)
 
     def merge(self, model: nn.Module, places: Mapping[str, str]) -> None:
         from ..integrations import peft
 
-        peft.remove(model, merge=True)
+        _add(model, peft.products(model))
+        peft.remove(model)
 
 
 class Prefixes(Scheme):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,9 +13,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh"
 INITS = ("published", "zero")
 
 
+def whole(name: str, value: object) -> int:
+    """A whole number of any library as Python's.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise ValueError(f"Invalid {name}: {value!r}, expected a whole number")
+
+
 def factorise(size: int, count: int = 3) -> tuple[int, ...]:
     """``count`` whole numbers with the product ``size`` and the smallest sum, in rising order: 4096
     is (16, 16, 16), 576 is (8, 8, 9), and a prime is (1, 1, itself)."""
+    size, count = whole("size", size), whole("count", count)
     if size < 1 or count < 1:
         raise ValueError(
             f"factorise: got size {size} and count {count}, expected 1 or more of each"
@@ -82,11 +98,16 @@ class TensorTrainLinear(nn.Module):
         super().__init__()
         if init not in INITS:
             raise ValueError(f"Invalid init: {init!r}, expected one of {INITS}")
+        in_features = whole("in_features", in_features)
+        out_features = whole("out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
         self.in_dims = _dims("in_dims", in_dims, in_features)
         self.out_dims = _dims("out_dims", out_dims, out_features)
         dims = self.in_dims + self.out_dims
-        ranks = [rank] * (len(dims) - 1) if isinstance(rank, int) else list(rank)
+        if isinstance(rank, (list, tuple)):
+            ranks = [whole("rank", each) for each in rank]
+        else:
+            ranks = [whole("rank", rank)] * (len(dims) - 1)
         if len(ranks) != len(dims) - 1 or any(r < 1 for r in ranks):
             raise ValueError(
                 f"Invalid rank: {rank}, expected a positive number, or {len(dims) - 1} of them, "
@@ -120,7 +141,13 @@ class TensorTrainLinear(nn.Module):
         return _product(cores[:inner])[0], _product(cores[inner:])[..., 0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of shape (..., in_features) to (..., out_features)."""
+        """Of shape (..., in_features) to (..., out_features).
+
+        Raises:
+            TypeError: x has no floating-point numbers, which y's would be cut to.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"a TensorTrainLinear got {x.dtype}, expected floating-point numbers")
         down, up = self._thin()
         y = x.to(down.dtype) @ down @ up
         if self.bias is not None:
@@ -150,7 +177,7 @@ class TensorTrainLinear(nn.Module):
 
 
 def _dims(name: str, dims: Sequence[int] | None, size: int) -> tuple[int, ...]:
-    chosen = factorise(size) if dims is None else tuple(dims)
+    chosen = factorise(size) if dims is None else tuple(whole(name, each) for each in dims)
     if not chosen or any(d < 1 for d in chosen) or math.prod(chosen) != size:
         raise ValueError(f"Invalid {name}: {dims}, expected positive numbers with product {size}")
     return chosen

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 try:
@@ -32,11 +33,26 @@ def insert(model: nn.Module, names: Sequence[str], rank: int, seed: int) -> list
     return own
 
 
-def remove(model: nn.Module, *, merge: bool) -> None:
-    """Takes all LoRA adapters out; with ``merge`` their products are added to the weights first."""
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError if a model has adapters of peft that are not from here."""
+    if hasattr(model, "peft_config") or _layers(model):
+        raise ValueError(
+            f"this {type(model).__name__} has adapters of peft already: train them as they are, "
+            "with the parameters that require gradients, or take them out by peft first"
+        )
+
+
+def products(model: nn.Module) -> dict[str, tuple[Any, Callable[[], Tensor]]]:
+    """By name each layer under LoRA, and what computes the change of its weight."""
+    return {
+        name: (layer.get_base_layer(), partial(layer.get_delta_weight, "default"))
+        for name, layer in _layers(model).items()
+    }
+
+
+def remove(model: nn.Module) -> None:
+    """Takes all LoRA adapters out."""
     for name, layer in _layers(model).items():
-        if merge:
-            layer.merge(safe_merge=True)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if hasattr(model, "peft_config"):

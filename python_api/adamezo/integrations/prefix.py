@@ -91,6 +91,11 @@ def _with_prefix(
 
     A cache that already holds tokens, as in the later steps of ``generate``, has the prefix too.
     """
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ValueError(
+            "gradient checkpointing takes the cache from the layers, and the prefix with it: call "
+            "model.gradient_checkpointing_disable(), as forward passes alone need none"
+        )
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     given = {**given, **given.pop("kwargs", {})}
     ids = given.get("input_ids")
@@ -103,6 +108,12 @@ def _with_prefix(
     if cache.get_seq_length() == 0:
         for index, (keys, values) in enumerate(model.prefix(rows, weight.dtype)):
             cache.update(keys, values, index)
+        cache.has_prefix = True
+    elif not hasattr(cache, "has_prefix"):
+        raise ValueError(
+            f"past_key_values: got a cache of {cache.get_seq_length()} tokens without a prefix, "
+            "expected none, an empty one or one that this model has filled"
+        )
     given["past_key_values"] = cache
     mask = given.get("attention_mask")
     if mask is not None:
@@ -126,5 +137,5 @@ def _without_cache(model: Any, args: object, kwargs: dict[str, Any], output: Any
         return output
     if isinstance(output, tuple):
         return tuple(part for part in output if not isinstance(part, Cache))
-    output.past_key_values = None
-    return output
+    # Without the name, too, which generate looks for.
+    return type(output)(**{n: part for n, part in output.items() if n != "past_key_values"})
