@@ -4,6 +4,7 @@
 - ``inplace``, with ``overflow``: writes the weights themselves.
 - ``out_of_place``, with ``readers``, ``scratch`` and ``watch``: shows modules copies, and never
   writes the weights.
+- ``saved``: the same for weights in pieces, which are written, and restored from a copy.
 - ``regenerated``, with ``served`` and ``watch``: corrects what modules compute, and never writes or
   copies the weights.
 """
@@ -13,6 +14,7 @@ from .interface import PERTURBATIONS, Perturbation, Point, perturbation_named
 from .out_of_place import OutOfPlace
 from .readers import Readers
 from .regenerated import Corrected, Regenerated
+from .saved import Saved
 
 __all__ = [
     "PERTURBATIONS",
@@ -23,5 +25,6 @@ __all__ = [
     "Point",
     "Readers",
     "Regenerated",
+    "Saved",
     "perturbation_named",
 ]

@@ -57,6 +57,12 @@ class Corrected:
         self._structure = _structure(model)
         self._refuse_modules(model)
         segments = [segment for plan in plans for segment in plan]
+        owned = {id(p) for p in model.parameters()}
+        if pieces := [s for s in segments if id(s.tensor) not in owned]:
+            raise ValueError(
+                f"perturbation='regenerated' with {len(pieces)} DTensors, whose modules gather "
+                "weights that are not perturbed: take 'inplace' or 'out_of_place'"
+            )
         # By memory, as two Parameters over the same memory are one weight.
         place = {memory_of(segment.tensor): i for i, segment in enumerate(segments)}
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
