@@ -436,3 +436,18 @@ def test_what_cannot_be_served_is_refused(pool):
         assert len(said) == len(wanted)
         for text, part_of_it in zip(said, wanted, strict=True):
             assert part_of_it in text
+
+
+def kept():
+    """Plans are made once, and not anew at every step."""
+    model, where, roles, parts, mine = sharded("fsdp")
+    optimizer = make(AdaMeZO, model, {})
+    connect(optimizer, *where, **roles)
+    train(model, optimizer, 1, parts, mine)  # fully_shard may replace pieces at its first forward
+    plans = optimizer.plans()
+    train(model, optimizer, 2, parts, mine, 1)
+    return optimizer.plans() is plans
+
+
+def test_plans_are_kept(pool):
+    assert pool.run(2, kept) == [True, True]

@@ -27,8 +27,9 @@ def local(tensor: Tensor) -> Tensor:
     somebody replaces it."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():
-        piece: Tensor = _as_any(tensor).to_local()
+    # torch's own `to_local` makes a new object for a Parameter, by which nobody could tell whether it
+    # was replaced; fully_shard too goes by this one.
+    piece: Tensor = _as_any(tensor)._local_tensor
     return piece
 
 

@@ -220,8 +220,12 @@ class StepLog:
 
 
 def _check(optimizer: ZerothOrder, module_buffers: str) -> None:
-    """Raises LogError for an optimizer whose steps cannot be logged."""
+    _check_optimizer(optimizer)
     check_modules(optimizer, module_buffers)
+
+
+def _check_optimizer(optimizer: ZerothOrder) -> None:
+    """Raises LogError for an optimizer whose steps cannot be logged."""
     if optimizer.recorder is not None:
         raise LogError("the optimizer has a recorder already: close the log that it writes")
     if any(group.get("capturable") for group in optimizer.param_groups):
