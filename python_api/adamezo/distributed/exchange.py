@@ -50,6 +50,7 @@ class Connected:
     Attributes:
         rank, size (int): this rank's place, and how many there are.
         first (bool): whether this rank writes files.
+        lost (str): why the ranks can take no further step together; empty while they can.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class Connected:
         self._steps = 0
         self._token = 0
         self._state: list[Any] = []
-        self._lost = ""
+        self.lost = ""
 
     def begin(self, optimizer: ZerothOrder) -> None:
-        if self._lost:
-            raise RanksLost(self._lost)
+        if self.lost:
+            raise RanksLost(self.lost)
         if optimizer.param_groups[0]["capturable"]:
             raise ValueError(NO_CAPTURE)
         self._token = agreement.token_of(optimizer)
@@ -97,11 +98,11 @@ class Connected:
         return self._means(rows, evaluations)
 
     def failed(self, error: BaseException, evaluations: int) -> None:
-        if self._lost:
+        if self.lost:
             return
         if self._bound:
             # The others are in the middle of a forward, and wait for this rank there.
-            self._lost = (
+            self.lost = (
                 "the evaluations of this rank have raised, while those of others waited for its "
                 "part of the model: the job has to be started again"
             )
@@ -234,7 +235,7 @@ class Connected:
             raise
 
     def _lose(self, why: str, cause: Exception | None = None) -> None:
-        self._lost = why
+        self.lost = why
         raise RanksLost(why) from cause
 
     def _objects(self, mine: Any) -> list[Any]:

@@ -32,7 +32,7 @@ from .perturb import (
     Regenerated,
     Saved,
 )
-from .ranks import DISCONNECTED, RanksLost
+from .ranks import DISCONNECTED
 from .records import StepRecord, check_record
 from .signals import HeldSignals
 from .weights import Weights
@@ -180,8 +180,9 @@ class ZerothOrder(OptimizerBase):
                         outcome = "broken"
                         self._update(step, weights)
                         outcome = "updated"
-            except RanksLost:
-                outcome = "lost"  # no record: the others may have none either
+            except BaseException:
+                if self.ranks is not None and self.ranks.lost:
+                    outcome = "lost"  # without a record: the job goes on from the step before
                 raise
             finally:
                 try:

@@ -15,6 +15,8 @@ class Ranks(Protocol):
 
     first: bool
     """Whether this is the one that writes files."""
+    lost: str
+    """Why the ranks can take no further step together; empty while they can."""
 
     def begin(self, optimizer: Any) -> None:
         """A step begins. Raises RuntimeError where the ranks can take none together."""

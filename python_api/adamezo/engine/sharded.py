@@ -27,8 +27,8 @@ def local(tensor: Tensor) -> Tensor:
     somebody replaces it."""
     if not is_sharded(tensor):
         return tensor
-    # torch's own `to_local` makes a new object for a Parameter, by which nobody could tell whether it
-    # was replaced; fully_shard too goes by this one.
+    # torch's `to_local` makes a new object each time for a Parameter, by which nobody could tell
+    # whether it was replaced; fully_shard too goes by this one.
     piece: Tensor = _as_any(tensor)._local_tensor
     return piece
 
