@@ -144,6 +144,13 @@ def test_a_log_goes_on_at_other_world_sizes(pool, method, perturbation, tmp_path
     assert all(map(torch.equal, base.values(), weights(run[0])))
 
 
+def test_a_log_is_that_of_one_process_byte_for_byte(pool, tmp_path):
+    log_part("alone", AdaMeZO, tmp_path / "alone", 4)
+    for kind in ("replicas", "pieces"):
+        pool.run(2, log_part, kind, AdaMeZO, str(tmp_path / kind), 4)
+        assert (tmp_path / kind).read_bytes() == (tmp_path / "alone").read_bytes()
+
+
 def at_a_failure(path):
     """A log whose third step fails on one rank goes on, and is the same on all."""
     run = make("replicas", AdaMeZO)

@@ -50,24 +50,22 @@ def started(folder: Path, kind: str, kills: list, ranks: int) -> list[subprocess
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "within"),
+    ("kind", "how"),
     [
-        ("replicas", signal.SIGKILL, 0),
-        pytest.param("pieces", signal.SIGKILL, 0, marks=pytest.mark.slow),
-        pytest.param("replicas", signal.SIGSTOP, HANGS, marks=pytest.mark.slow),
+        ("replicas", signal.SIGKILL),
+        pytest.param("pieces", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("replicas", signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
-def test_a_lost_rank_ends_the_job_with_a_message(tmp_path, kind, how, within):
-    """Killed: at once. Hanging: within the timeout of the process group."""
+def test_a_lost_rank_ends_the_job_with_a_message(tmp_path, kind, how):
+    """Killed: when its connection closes. Hanging: by the timeout of the process group."""
     processes = started(tmp_path, kind, [[3, 1, 2, how]], 2)
     try:
         while not (tmp_path / "killed0").exists():
             assert processes[0].poll() is None, processes[0].communicate()[1]
             time.sleep(0.02)
-        began = time.monotonic()
-        _, said = processes[0].communicate(timeout=60)
-        # Beside the message, Python and torch need a while to end on busy cores.
-        assert time.monotonic() - began < within + 10
+        # Beside the timeout, Python and torch need a while to end on busy cores.
+        _, said = processes[0].communicate(timeout=HANGS + 45)
     finally:
         for process in processes:
             process.kill()
@@ -76,8 +74,9 @@ def test_a_lost_rank_ends_the_job_with_a_message(tmp_path, kind, how, within):
     if kind == "replicas":
         assert "RanksLost: rank 0 had no answer from all ranks after 4 steps" in said
         assert "Start the job again" in said
-    else:  # it waits for a piece of the weights then
-        assert "onnection" in said
+    assert ("imed out" in said) == (how == signal.SIGSTOP)
+    # A model in pieces waits for a piece of the weights then, and the error is torch's.
+    assert ("onnection" in said) == (how == signal.SIGKILL)
     records = read(tmp_path / "log").records
     assert [record.outcome for record in records] == ["updated"] * 3 + ["failed"] * (
         kind == "pieces"

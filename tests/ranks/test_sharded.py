@@ -24,6 +24,7 @@ import adamezo
 from adamezo import HELENE, AdaMeZO, MeZO, ZOAdam
 from adamezo.distributed import connect
 from adamezo.engine.sharded import local, shard_of, whole
+from adamezo.runlog import StepLog, optimizer_for, read, replay
 
 SAMPLES = 4
 
@@ -178,6 +179,26 @@ def test_fully_shard_over_tensor_parallel_has_the_bits_of_tensor_parallel(pool, 
         # Partial products are summed in another order: each loss is off by some 1e-7 of itself,
         # and p by that over 2 zo_eps = 2e-3, at steps of 1e-2 that the moments make of unit size.
         assert torch.allclose(here, there, rtol=0, atol=2e-2)
+
+
+def logged(path):
+    model, where, roles, parts, mine = sharded("2d", 8)
+    optimizer = make(AdaMeZO, model, {})
+    connect(optimizer, *where, **roles)
+    with StepLog.open(path, optimizer):
+        train(model, optimizer, 6, parts, mine)
+    adamezo.engine.sharded.reshard(model)
+    return gathered(model)
+
+
+def test_a_log_gives_the_weights_in_one_process(pool, tmp_path):
+    """Though one process would measure other losses."""
+    found = pool.run(4, logged, str(tmp_path / "log"))
+    base = {name: p.detach().clone() for name, p in Model(8).named_parameters()}
+    log = read(tmp_path / "log")
+    assert replay(log, optimizer_for(log.header, base)) == 6
+    for weights in found:
+        assert all(map(torch.equal, weights, base.values()))
 
 
 def other_batch():
@@ -358,9 +379,11 @@ def places():
 
 
 def test_places_of_pieces(pool):
-    for checked, refused in pool.run(4, places):
+    found = pool.run(4, places)
+    for checked, refused in found:
         assert checked > 40
-        assert 1 <= refused <= 2  # of shape (2, 3, 4), if this rank's piece is longer than 1
+        assert refused <= 2  # of shape (2, 3, 4), unless this rank's piece is but one row
+    assert sum(refused for _, refused in found) > 0
 
 
 def placed_by_fsdp_over_tp():
