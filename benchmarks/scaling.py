@@ -181,7 +181,7 @@ def predicted(workers: int, of: Cluster) -> dict[str, float]:
 
 
 def rows(repeats: int, where: dict[str, Any]) -> Iterator[Row]:
-    few = max(2, repeats // 50)
+    few = max(2, repeats // 20)
     jobs = [("steps", world, steps, repeats, ELEMENTS) for world in WORLDS]
     jobs += [("catching up", 2, broadcast, few, CATCH_UP)]
     jobs += [("catching up", 1, replayed, few, CATCH_UP)]
@@ -197,7 +197,7 @@ def rows(repeats: int, where: dict[str, Any]) -> Iterator[Row]:
 def main() -> None:
     arguments = parser(__doc__, "scaling.csv").parse_args()
     torch.set_num_threads(1)
-    write(arguments.output, rows(20 if arguments.quick else 1000, conditions()))
+    write(arguments.output, rows(20 if arguments.quick else 200, conditions()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ _OWN = ("params", "param_names", "fused")
 _MULTIPLIER = 6364136223846793005  # Knuth's, for 64-bit linear congruential generators
 
 
-def state_of(optimizer: ZerothOrder) -> list[list[tuple[str, Any]]]:
+State = list[list[tuple[str, Any]]]
+
+
+def state_of(optimizer: ZerothOrder) -> State:
     """Options and history of each group, with all that decides where a step goes."""
     return [
         [("method", type(optimizer).__name__)]
@@ -34,12 +37,12 @@ def state_of(optimizer: ZerothOrder) -> list[list[tuple[str, Any]]]:
     ]
 
 
-def token_of(optimizer: ZerothOrder) -> int:
+def token_of(state: State) -> int:
     """32 bits of :func:`state_of`, which float64 holds exactly."""
-    return zlib.crc32(repr(state_of(optimizer)).encode())
+    return zlib.crc32(repr(state).encode())
 
 
-def first_difference(states: Sequence[Any], names: Sequence[int]) -> str:
+def first_difference(states: Sequence[State], names: Sequence[int]) -> str:
     """In words, what the first rank and another differ in."""
     first = states[0]
     for state, rank in zip(states[1:], names[1:], strict=True):

@@ -72,8 +72,8 @@ class Connected:
             raise RanksLost(self.lost)
         if optimizer.param_groups[0]["capturable"]:
             raise ValueError(NO_CAPTURE)
-        self._token = agreement.token_of(optimizer)
         self._state = agreement.state_of(optimizer)
+        self._token = agreement.token_of(self._state)
         if self._check_every and self._steps and self._steps % self._check_every == 0:
             self.compare_weights(optimizer)
         self._steps += 1
@@ -116,7 +116,7 @@ class Connected:
     def compare_options(self, optimizer: ZerothOrder) -> None:
         """Raises RanksLost, on all ranks, where some have other options or another history."""
         self._state = agreement.state_of(optimizer)
-        tokens = [row[0] for row in self._gather(torch.tensor([agreement.token_of(optimizer)]))]
+        tokens = [row[0] for row in self._gather(torch.tensor([agreement.token_of(self._state)]))]
         if len(set(tokens)) > 1:
             self._part(tokens)
 

@@ -129,9 +129,8 @@ def reshard(model: nn.Module) -> None:
     sharding = getattr(module, "FSDPModule", ())
     for each in model.modules():
         if isinstance(each, sharding):
-            each.set_reshard_after_forward(
-                True, recurse=False
-            )  # also where a forward was cut short
+            # Without this a module in which a forward was cut short would keep them, too.
+            each.set_reshard_after_forward(True, recurse=False)
             each.reshard()
 
 
