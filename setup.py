@@ -95,6 +95,7 @@ setup(
         "adamezo.engine.perturb",
         "adamezo.engine.perturb.served",
         "adamezo.methods",
+        "adamezo.distributed",
         "adamezo.adapters",
         "adamezo.runlog",
         "adamezo.finetune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +53,22 @@ class Shard(NamedTuple):
     columns: int | None = None
     """The elements of the whole parameter for each index of its first dimension; 0 where it has
     one dimension. Only ``lowrank`` and ``flipout`` directions need it."""
+
+    @classmethod
+    def of_box(
+        cls, shape: Sequence[int], start: Sequence[int], size: Sequence[int]
+    ) -> Shard | None:
+        """The place of a box: in each dimension, of length ``shape[d]``, the ``size[d]`` indices
+        from ``start[d]`` on. None where its elements are not rows with one stride between them, as
+        where two dimensions after the first are cut."""
+        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        found = _rows_in_memory(size, strides)
+        if found is None:
+            return None
+        offset = sum(first * step for first, step in zip(start, strides, strict=True))
+        rows, stride = found
+        columns = strides[0] if len(shape) > 1 and 0 not in shape else 0
+        return cls(offset, rows, stride if rows > 1 else 0, columns)
 
 
 @dataclass(frozen=True)

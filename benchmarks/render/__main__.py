@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import adapters, kernels, steps, training
+from benchmarks.render import adapters, kernels, scaling, steps, training
 from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
 from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
@@ -96,6 +96,12 @@ PAGES: dict[str, dict[str, Block]] = {
         "adapters_inits": adapters.inits,
     },
     "docs/reliability.md": {"counts": training.attacks},
+    "docs/scaling.md": {
+        "scaling_conditions": partial(conditions, benchmarks=["scaling"]),
+        "scaling_measured": scaling.measured,
+        "scaling_model": scaling.model,
+        "scaling_recovery": scaling.recovery,
+    },
 }
 PLOTS = {
     "kernels": kernels.plot,

@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 
 from .engine.batched import PerturbedBatch, batched
 from .engine.check_closure import check_closure
+from .engine.closure import LossSum
 from .fused_step import forget_optimizer, fused_adamezo_step, optimizer_of
 from .methods import (
     FZOO,
@@ -32,6 +33,7 @@ __all__ = [
     "AdaMeZO",
     "AdaZeta",
     "HiZOO",
+    "LossSum",
     "MeZO",
     "PerturbedBatch",
     "ScalarAdaMeZO",

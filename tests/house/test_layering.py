@@ -37,6 +37,7 @@ DEPARTMENTS: dict[str, set[str]] = {
     "methods": {"engine"},
     "fused_step": {"engine", "methods"},
     "integrations": {"engine", "methods"},
+    "distributed": {"engine"},
     "adapters": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "finetune": {"engine", "methods", "runlog", "integrations", "adapters"},

@@ -26,8 +26,11 @@ from .files import fuzz_headers, fuzz_logs, fuzz_states
 from .inputs import bad_inputs, closures_that_write
 from .interruptions import interrupted_by_signals, interrupted_inside
 from .kills import cut_smollm2, kills, log_size, replay_speed
+from .ranks import killed_ranks
 
-ATTACKS = ("interruptions", "inputs", "logs", "headers", "states", "kills", "speed", "size")
+ATTACKS = (
+    *("interruptions", "inputs", "logs", "headers", "states", "kills", "ranks", "speed", "size"),
+)
 Made = Iterator[tuple[str, str, str, float, str]]
 """(what, metric, unit, value, outcome)"""
 
@@ -77,6 +80,13 @@ def attack(name: str, scale: float) -> Made:
         with tempfile.TemporaryDirectory() as folder:
             model, number = cut_smollm2(Path(folder) / "base"), times(50)
             yield from _counted("SIGKILL", lambda: kills(number, model, Path(folder), 4 * number))
+    elif name == "ranks":
+        for kind in ("replicas", "pieces"):
+            with tempfile.TemporaryDirectory() as folder:
+                what = f"SIGKILL of a rank under torchrun, {kind}"
+                yield from _counted(
+                    what, lambda k=kind, f=folder: killed_ranks(times(20), Path(f), k)
+                )
     else:
         for count in replay_speed() if name == "speed" else log_size():
             yield count.what, "count", count.unit, count.count, ""

@@ -15,10 +15,14 @@ from adamezo_kernels.backends import BACKENDS, Backend, choose
 
 from .arithmetic import Number
 from .device import DeviceGroup, DeviceNumbers, Setup
+from .known_model import check_has_all, known_model
 from .module_buffers import MODULE_BUFFERS
 from .options import check, check_kinds, make_plain, rename_values, shared, usual_lr
-from .perturb import Corrected, Readers
+from .perturb import Corrected, Readers, Saved
+from .perturb.interface import forget_cached_weights
+from .ranks import Ranks
 from .records import StepRecord
+from .sharded import forgetting, reshard
 from .state import COUNTERS, check_saved_group
 from .weights import Weights
 
@@ -55,11 +59,13 @@ class OptimizerBase(torch.optim.Optimizer):
     """The rule of an update, which also says what is kept for each weight: one of RULES."""
 
     recorder: Callable[[StepRecord], None] | None = None
+    ranks: Ranks | None = None
 
     _device: DeviceNumbers | None = None
     _weights: Weights | None = None
     _readers: Readers | None = None
     _corrected: Corrected | None = None
+    _saved: Saved | None = None
     _module_buffers: str = "every"
     _model: ref[nn.Module] | None = None  # weak: the optimizer of a model may be kept with it
 
@@ -88,7 +94,7 @@ class OptimizerBase(torch.optim.Optimizer):
         self._forget_last_step()
         self.model = model
         if options["perturbation"] != "inplace":
-            self._checked_model(options["perturbation"])
+            self._checked_model(f"perturbation={options['perturbation']!r}")
         if options["perturbation"] == "regenerated" and RULES[self.rule].has_direction:
             raise ValueError(
                 f"perturbation='regenerated' with {type(self).__name__}, whose perturbation "
@@ -98,6 +104,7 @@ class OptimizerBase(torch.optim.Optimizer):
     @classmethod
     def for_model(cls: type[_Base], model: nn.Module, **options: Any) -> _Base:
         """An optimizer of all parameters of a model, with their names, that knows the model."""
+        reshard(model)  # fully_shard may be showing parameters that are gathered, and will go
         return cls(model.named_parameters(), model=model, **options)
 
     @property
@@ -128,13 +135,18 @@ class OptimizerBase(torch.optim.Optimizer):
         """Bytes of memory for perturbed copies of weights, the most that steps have had at a time:
         with ``perturbation="out_of_place"`` those of the module with the largest weights of its
         own, or of several that call each other; with ``"regenerated"`` the factors of the
-        directions or pieces of weights, and the copies of vectors. It is kept from step to step."""
-        kept = (self._readers, self._corrected)
+        directions or pieces of weights, and the copies of vectors; of DTensors a copy of this
+        rank's pieces. It is kept from step to step."""
+        kept = (self._readers, self._corrected, self._saved)
         return sum(each.scratch_bytes for each in kept if each is not None)
 
     def plans(self) -> list[Plan]:
         """The tensors that a step trains, as checked tables: one for each parameter group."""
         return self._current_weights().plans
+
+    def owners(self) -> list[list[Tensor]]:
+        """For each plan the parameters whose elements, or whose pieces here, its tensors are."""
+        return self._current_weights().owners
 
     def _buffers_of(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         """What the method's rule keeps for each element of a weight, made here if need be."""
@@ -159,7 +171,7 @@ class OptimizerBase(torch.optim.Optimizer):
         self.losses: tuple[Number, ...] = ()
         self.measured: tuple[Number, ...] = ()
         self.skipped: Number = 0
-        self._device = self._weights = self._readers = self._corrected = None
+        self._device = self._weights = self._readers = self._corrected = self._saved = None
         self._checked: dict[int, list[Any]] = {}
 
     def _check_groups(self) -> None:
@@ -192,26 +204,21 @@ class OptimizerBase(torch.optim.Optimizer):
             )
         return backend
 
-    def _checked_model(self, perturbation: str) -> nn.Module:
+    def _checked_model(self, needed_by: str) -> nn.Module:
         """The model. Raises ValueError if there is none, or if it lacks parameters."""
-        model = known_model(self.model, type(self), f"perturbation={perturbation!r}")
-        known = {id(p) for p in model.parameters()}
-        missing = []
-        for i, group in enumerate(self.param_groups):
-            if not all([id(p) in known for p in group["params"]]):
-                names = group.get("param_names") or [
-                    f"parameter {k} of group {i}" for k in range(len(group["params"]))
-                ]
-                pairs = zip(names, group["params"], strict=True)
-                missing += [name for name, p in pairs if id(p) not in known]
-        if missing:
-            more = f" and {len(missing) - 3} more" * (len(missing) > 3)
-            raise ValueError(
-                f"the model has no {', '.join(missing[:3])}{more}: with "
-                f"perturbation={perturbation!r} all parameters of the optimizer must be the "
-                "model's. Was another model given?"
-            )
+        model = known_model(self.model, type(self), needed_by)
+        check_has_all(model, self.param_groups, needed_by)
         return model
+
+    def _forgetting(self, weights: Weights) -> Callable[[], None]:
+        """What forgets all that was computed or gathered from weights, once they have changed."""
+        if not weights.sharded:
+            return forget_cached_weights
+        needed_by = "a model in pieces (DTensors)"
+        forget = forgetting(known_model(self.model, type(self), needed_by))
+        forget()
+        self._checked_model(needed_by)
+        return forget
 
     def _on_device(self, first: PhiloxState, probes: Sequence[Probe]) -> DeviceNumbers:
         """The numbers of all steps so far; brought to the device anew where an option has
@@ -330,14 +337,3 @@ class OptimizerBase(torch.optim.Optimizer):
     def _check_state(self, saved: dict[str, Any], group: dict[str, Any], where: str) -> None:
         """Raises ValueError unless the saved group can go on as ``group``."""
         check_saved_group(saved, group, where, self.fixed_options, self.check_options)
-
-
-def known_model(model: nn.Module | None, kind: type, needed_by: str) -> nn.Module:
-    """The model. Raises ValueError if the optimizer does not know it."""
-    if model is None:
-        raise ValueError(
-            f"{needed_by} needs the model that the closure evaluates: "
-            f"{kind.__name__}.for_model(model, ...) or model=model, and after unpickling or "
-            "copying the optimizer `optimizer.model = model`"
-        )
-    return model

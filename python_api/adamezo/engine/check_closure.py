@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .closure import Closure, numbers
+from .closure import Closure, Result, numbers
 from .evaluation import evaluate
 from .generators import ForkedGenerators
 from .guard import Guard
@@ -88,7 +88,7 @@ def check_closure(
     return once
 
 
-def _tolerance(results: Sequence[Tensor | float]) -> float:
+def _tolerance(results: Sequence[Result]) -> float:
     last_places = [torch.finfo(r.dtype).eps for r in results if isinstance(r, Tensor)]
     return max([REORDERED, *last_places])
 

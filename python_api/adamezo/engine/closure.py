@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -10,24 +11,90 @@ from torch import Tensor
 
 from .arithmetic import Number, quotient, total
 from .options import plain
+from .sharded import whole
+
+GRID, FINE_GRID = 2.0**-30, 2.0**-64
+"""Of the two float64 sums of a :class:`LossSum`, the distances between the numbers that they may
+be. Sums of up to 2**20 samples and 2**23 in size are then exact, in any order and any parts."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """The losses of some samples as a sum and a number of samples, which a closure may return in
+    the place of their mean.
+
+    The sum is exact. So it is the same whatever the order of the samples, and however they were
+    divided among forwards (add the sums with ``+``) or ranks (:mod:`adamezo.distributed`); of a
+    mean in float32 that is not so.
+    """
+
+    coarse: Tensor
+    """float64: the sum of the losses, each rounded to multiples of GRID."""
+    fine: Tensor
+    """float64: the sum of what those roundings have left, in multiples of FINE_GRID."""
+    weight: Tensor
+    """float64: how many samples there are, or the sum of their weights."""
+
+    @classmethod
+    def of(cls, losses: Tensor, weights: Tensor | None = None) -> LossSum:
+        """The sum of the losses of samples.
+
+        Args:
+            losses: one for each sample, or token, of any shape and floating-point type. Numbers up
+                to 2**22; what is below FINE_GRID / 2 is lost.
+            weights: of that shape, such as a mask that leaves out padding, whose losses may be
+                anything but must be finite. None weighs all alike.
+        """
+        values = losses.detach().double()
+        if weights is not None:
+            if weights.shape != losses.shape:
+                raise ValueError(
+                    f"expected weights of the losses' shape {tuple(losses.shape)}, got "
+                    f"{tuple(weights.shape)}"
+                )
+            weights = weights.detach().double()
+            values = values * weights
+        coarse = (values / GRID).round() * GRID
+        fine = ((values - coarse) / FINE_GRID).round() * FINE_GRID
+        count = values.new_tensor(float(values.numel())) if weights is None else weights.sum()
+        return cls(coarse.sum(), fine.sum(), count)
+
+    def __add__(self, other: LossSum) -> LossSum:
+        return LossSum(
+            self.coarse + other.coarse, self.fine + other.fine, self.weight + other.weight
+        )
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean, a float64 scalar."""
+        return (self.coarse + self.fine) / self.weight
+
 
 Closure = Callable[[], Any]
 """Evaluates the model without gradients and returns the loss (:func:`checked_loss`)."""
 
 
-def checked_loss(result: Any) -> Tensor | float:
+Result = Tensor | float | LossSum
+"""What an evaluation gives."""
+
+
+def checked_loss(result: Any) -> Result:
     """The loss that a closure returned, if it is one real number.
 
     Args:
         result: a scalar tensor, or a number of Python's or numpy's; or a mapping or an object that
-            has one as its ``loss``, as the outputs of transformers' models have.
+            has one as its ``loss``, as the outputs of transformers' models have; or a
+            :class:`LossSum`, which is returned as it is.
 
     Raises:
         TypeError, ValueError: anything else, with what to return.
     """
+    if isinstance(result, LossSum):
+        _checked_tensor(result.loss)
+        return result
     loss = _loss_in(result)
     if isinstance(loss, Tensor):
-        return _checked_tensor(loss)
+        return _checked_tensor(whole(loss))
     loss = plain(loss)
     if isinstance(loss, bool) or not isinstance(loss, (int, float)):
         raise TypeError(
@@ -87,8 +154,9 @@ def _checked_tensor(loss: Tensor) -> Tensor:
     return loss if loss.is_floating_point() else loss.double()
 
 
-def numbers(losses: Sequence[Tensor | float]) -> list[float]:
+def numbers(results: Sequence[Result]) -> list[float]:
     """All losses as numbers. Those on a GPU are waited for and copied once, and not one by one."""
+    losses = [r.loss if isinstance(r, LossSum) else r for r in results]
     tensors = [loss for loss in losses if isinstance(loss, Tensor) and _costs_a_wait(loss)]
     if len(tensors) == len(losses) and len({t.device for t in tensors}) == 1:
         return torch.stack([t.double().reshape(()) for t in tensors]).tolist()
@@ -99,9 +167,10 @@ def _costs_a_wait(tensor: Tensor) -> bool:
     return not tensor.is_cpu
 
 
-def mean_loss(losses: Sequence[Number], results: Sequence[Tensor | float]) -> Tensor:
+def mean_loss(losses: Sequence[Number], results: Sequence[Result]) -> Tensor:
     """What a step returns: of the kind that the last of its results has."""
-    mean, last = quotient(total(losses), len(losses)), results[-1]
+    mean, last = quotient(total(losses), len(losses)), results[-1] if results else None
+    last = last.loss if isinstance(last, LossSum) else last
     if isinstance(mean, Tensor):
         return mean.to(last.dtype) if isinstance(last, Tensor) else mean
     like = last if isinstance(last, Tensor) else None

@@ -21,6 +21,7 @@ from torch import Tensor
 from adamezo_kernels import RULES, PhiloxState, Terms
 
 from .arithmetic import Number, usable
+from .closure import LossSum, Result
 
 Groups = Sequence[dict[str, Any]]
 
@@ -284,11 +285,12 @@ class DeviceNumbers:
             terms.counters.copy_(self._next + i)
         return [(self._directions[z.counter - first], scale) for z, scale in probes]
 
-    def losses(self, results: Sequence[Tensor | float]) -> list[Tensor]:
+    def losses(self, results: Sequence[Result]) -> list[Tensor]:
         """The losses in float64. Raises TypeError unless they are on the device."""
         device = self.setup.device
         losses = []
-        for loss in results:
+        for result in results:
+            loss = result.loss if isinstance(result, LossSum) else result
             if not isinstance(loss, Tensor) or loss.device != device:
                 got = loss.device if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(

@@ -42,6 +42,22 @@ def warn_of_nothing_to_train(name: str, groups: Sequence[dict[str, Any]], stackl
     )
 
 
+def warn_of_ranks(name: str, stacklevel: int) -> None:
+    """There are other processes, and the optimizer knows none of them."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        ranks = distributed.get_world_size()
+        if ranks > 1:
+            warnings.warn(
+                f"torch.distributed has {ranks} ranks, and this {name} steps along the losses of "
+                "its own: unless each rank has a run of its own, or averages its losses itself, "
+                "call `adamezo.distributed.connect(optimizer)` once",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
 def tell_of_skipped_step(
     losses: Sequence[float], in_a_row: int, nonfinite: str, limit: int, first: bool, stacklevel: int
 ) -> None:

@@ -14,11 +14,12 @@ from adamezo_kernels.backends import Backend
 
 from . import notices
 from .arithmetic import Number, two_sided, usable
-from .base import OptimizerBase, Probe, known_model
-from .closure import Closure, mean_loss, numbers
+from .base import OptimizerBase, Probe
+from .closure import Closure, mean_loss
 from .device import DeviceNumbers, is_capturing
-from .evaluation import evaluate
+from .evaluation import evaluate, evaluate_with
 from .guard import Guard
+from .known_model import known_model
 from .module_buffers import KeptBuffers
 from .options import set_lr
 from .perturb import (
@@ -29,7 +30,9 @@ from .perturb import (
     Point,
     Readers,
     Regenerated,
+    Saved,
 )
+from .ranks import DISCONNECTED
 from .records import StepRecord, check_record
 from .signals import HeldSignals
 from .weights import Weights
@@ -134,6 +137,12 @@ class ZerothOrder(OptimizerBase):
                 "a function without arguments, as a step evaluates the loss more than once"
             )
         options, first, probes, device, trained, _ = step = self._begin(*self._next_probes())
+        if self.ranks is not None:
+            self.ranks.begin(self)
+        elif not trained.sharded:
+            self._warn_once("alone", notices.warn_of_ranks)
+        else:
+            raise RuntimeError(DISCONNECTED.format(trained.names[0]))
         if not trained.trains:
             self._warn_once("nothing to train", notices.warn_of_nothing_to_train, self.param_groups)
         weights = self._perturbation(step)
@@ -144,8 +153,13 @@ class ZerothOrder(OptimizerBase):
         with HeldSignals() as signals, self._kept_buffers(trained.plans) as buffers:
             try:
                 closures = self._closures(closure, probes)
-                results = evaluate(closures, points, weights, guard, signals, buffers)
-                losses = numbers(results) if device is None else device.losses(results)
+                around = weights, guard, signals, buffers
+                losses: Sequence[Number]
+                if device is None:
+                    losses, results = evaluate_with(self.ranks, closures, points, *around)
+                else:
+                    results = evaluate(closures, points, *around)
+                    losses = device.losses(results)
                 self.losses = tuple(losses)
                 self.measured = self._measure(losses, options)
                 buffers.let_go()
@@ -166,6 +180,10 @@ class ZerothOrder(OptimizerBase):
                         outcome = "broken"
                         self._update(step, weights)
                         outcome = "updated"
+            except BaseException:
+                if self.ranks is not None and self.ranks.lost:
+                    outcome = "lost"  # without a record: the job goes on from the step before
+                raise
             finally:
                 try:
                     guard.put_back()
@@ -174,7 +192,8 @@ class ZerothOrder(OptimizerBase):
                     if weights.broken or guard.written:
                         outcome = "broken"
                     written = weights.perturbations
-                    if self.recorder is not None and (outcome != "failed" or written):
+                    happened = outcome != "lost" and (outcome != "failed" or written)
+                    if self.recorder is not None and happened:
                         lrs = tuple([float(group["lr"]) for group in self.param_groups])
                         record = StepRecord(outcome, first.counter, written, self.measured, lrs)
                         self.recorder(record)
@@ -243,20 +262,26 @@ class ZerothOrder(OptimizerBase):
         kind, distribution = step.options["perturbation"], step.options["distribution"]
         if kind == "inplace":
             return self._in_place(step)
-        model, plans = self._checked_model(kind), step.weights.plans
+        forget, plans = self._forgetting(step.weights), step.weights.plans
+        model = self._checked_model(f"perturbation={kind!r}")
         if kind == "regenerated":
             made = self._corrected
             if made is None or not made.are_of(model, plans, distribution):
                 made = self._corrected = Corrected(model, plans, distribution, step.backend)
             return Regenerated(made, model)
+        if step.weights.sharded:
+            if self._saved is None or not self._saved.are_of(plans, distribution, step.backend):
+                self._saved = Saved(plans, distribution, step.backend, forget)
+            self._saved.save()
+            return self._saved
         if self._readers is None or not self._readers.are_of(model, plans):
             self._readers = Readers(model, plans)
         return OutOfPlace(self._readers, distribution, step.backend)
 
     def _in_place(self, step: _Step) -> InPlace:
         roundings = [group["rounding"] for group in self.param_groups]
-        distribution = step.options["distribution"]
-        return InPlace(step.weights.plans, roundings, distribution, step.backend)
+        distribution, forget = step.options["distribution"], self._forgetting(step.weights)
+        return InPlace(step.weights.plans, roundings, distribution, step.backend, forget)
 
     def _update(self, step: _Step, weights: Perturbation) -> None:
         """Restores and updates the weights of all groups, and brings their history up to date."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from adamezo_kernels import Plan
+from adamezo_kernels import Plan, Shard
 from adamezo_kernels.plan import memories_of, memory_of
+
+from .sharded import local, shard_of
 
 Groups = Sequence[dict[str, Any]]
 
@@ -26,29 +28,35 @@ class Weights:
 
     Attributes:
         plans (list[Plan]): one for each group.
-        tensors (list[Tensor]): the weights of all plans, in their order.
+        owners (list[list[Tensor]]): for each plan, the parameters whose elements its tensors are.
+        tensors (list[Tensor]): the weights of all plans, in their order: of a DTensor what this
+            rank holds.
+        sharded (bool): whether there are DTensors among the parameters.
         names (list[str]): the names of the tensors, for messages.
         memories (list): where the tensors are in memory.
         devices (frozenset[torch.device]): where the tensors are.
-        trains (bool): whether the plans have any elements.
+        trains (bool): whether there are any elements, here or on other ranks.
     """
 
     def __init__(self, groups: Groups, buffers_of: BuffersOf) -> None:
         self._params = [list(group["params"]) for group in groups]
         self._trained = [[p.requires_grad for p in params] for params in self._params]
         self._shapes = [[p.requires_grad and p.shape for p in params] for params in self._params]
-        self.plans = _make_plans(groups, buffers_of)
+        self.plans, self.owners = _make_plans(groups, buffers_of)
+        owners = [p for own in self.owners for p in own]
         self.tensors = [segment.tensor for plan in self.plans for segment in plan]
         self.names = [name for plan in self.plans for name in plan.names]
-        self.trains = any(plan.elements for plan in self.plans)
+        self.trains = any(p.numel() for p in owners)
+        self._pieces = [(p, t) for p, t in zip(owners, self.tensors, strict=True) if p is not t]
+        self.sharded = bool(self._pieces)
         self.devices = frozenset(p.device for p in self.tensors)
         self.memories = memories_of(self.tensors)
         self._counting = [not p.is_inference() for p in self.tensors]
         self._all_count = all(self._counting)
         # Two Parameters over the same memory are one weight, until one of them is moved.
-        ours = set(map(id, self.tensors))
+        ours = set(map(id, owners))
         trained = (p for params in self._params for p in params if p.requires_grad)
-        self._aliases = [p for p in trained if id(p) not in ours]
+        self._aliases = [local(p) for p in trained if id(p) not in ours]
         self._alias_memories = memories_of(self._aliases)
 
     def are_of(self, groups: Groups, buffers_of: BuffersOf) -> bool:
@@ -62,7 +70,8 @@ class Weights:
             if [p.requires_grad for p in params] != trained:
                 return False
         return (
-            memories_of(self.tensors) == self.memories
+            all(local(p) is tensor for p, tensor in self._pieces)
+            and memories_of(self.tensors) == self.memories
             and memories_of(self._aliases) == self._alias_memories
             and self._have_buffers(groups, buffers_of)
         )
@@ -70,11 +79,12 @@ class Weights:
     def _have_buffers(self, groups: Groups, buffers_of: BuffersOf) -> bool:
         """Whether the plans have today's buffers: somebody may have put others in the state."""
         return all(
-            len(segment.buffers) == len(now) and all(map(operator.is_, segment.buffers, now))
-            for plan, group in zip(self.plans, groups, strict=True)
+            len(segment.buffers) == len(now)
+            and all(map(operator.is_, segment.buffers, map(local, now)))
+            for plan, own, group in zip(self.plans, self.owners, groups, strict=True)
             if plan.buffers
-            for segment in plan
-            for now in (buffers_of(segment.tensor, group),)
+            for segment, p in zip(plan, own, strict=True)
+            for now in (buffers_of(p, group),)
         )
 
     def check_shapes(self, groups: Groups) -> None:
@@ -99,31 +109,48 @@ class Weights:
         return [p._version if counts else 0 for p, counts in pairs]
 
 
-def _make_plans(groups: Groups, buffers_of: BuffersOf) -> list[Plan]:
-    """A plan of the trainable parameters of each group. A parameter's index counts frozen ones too,
-    so that freezing one does not change the directions of the others."""
-    members: list[tuple[list[Tensor], list[int], list[str]]] = []
+def _make_plans(groups: Groups, buffers_of: BuffersOf) -> tuple[list[Plan], list[list[Tensor]]]:
+    """A plan of the trainable parameters of each group, and those parameters. A parameter's index
+    counts frozen ones too, so that freezing one does not change the directions of the others."""
+    members: list[_Member] = []
     seen = set()
     index = 0
-    for group in groups:
-        tensors, parameters, names = [], [], []
+    for k, group in enumerate(groups):
         given = group.get("param_names")
         for i, p in enumerate(group["params"]):
-            # Two Parameters over the same memory are one weight, and must move once.
-            if p.requires_grad and (p.numel() == 0 or memory_of(p) not in seen):
-                seen.add(memory_of(p))
-                tensors.append(p)
-                parameters.append(index)
-                names.append(given[i] if given else f"parameter {index}")
+            if p.requires_grad:
+                tensor, name = local(p), given[i] if given else f"parameter {index}"
+                # Two Parameters over the same memory are one weight, and must move once.
+                memory = memory_of(tensor)
+                if tensor.numel() == 0 or memory not in seen:
+                    seen.add(memory)
+                    members.append(_Member(k, p, tensor, index, shard_of(p, name), name))
             index += 1
-        members.append((tensors, parameters, names))
+    own = [[m for m in members if m.group == k] for k in range(len(groups))]
     plans = [
-        Plan(tensors, parameters=parameters, names=names).with_buffers(
-            [buffers_of(p, group) for p in tensors]
-        )
-        for group, (tensors, parameters, names) in zip(groups, members, strict=True)
+        _plan(some).with_buffers([tuple(map(local, buffers_of(m.parameter, group))) for m in some])
+        for group, some in zip(groups, own, strict=True)
     ]
     if len(plans) > 1:  # also across groups no two may share memory
-        tensors, parameters, names = (sum(lists, []) for lists in zip(*members, strict=True))
-        Plan(tensors, parameters=parameters, names=names)
-    return plans
+        _plan(members)
+    return plans, [[m.parameter for m in some] for some in own]
+
+
+class _Member(NamedTuple):
+    """A weight of a plan."""
+
+    group: int
+    parameter: Tensor
+    tensor: Tensor
+    number: int
+    shard: Shard | None
+    name: str
+
+
+def _plan(members: Sequence[_Member]) -> Plan:
+    return Plan(
+        [m.tensor for m in members],
+        parameters=[m.number for m in members],
+        shards=[m.shard for m in members],
+        names=[m.name for m in members],
+    )

@@ -14,6 +14,7 @@ from adamezo_kernels import RULES, Direction, PhiloxState, Terms
 
 from ..engine.arithmetic import Number
 from ..engine.device import DeviceGroup, DeviceRule
+from ..engine.sharded import filled_like
 from .common import Method, directions_from
 
 BUFFER_DTYPES = ("float32", "bfloat16")
@@ -74,7 +75,7 @@ class Buffered(Method):
         for name, start in self.buffers.items():
             if name not in state:
                 dtype = getattr(torch, group["buffer_dtype"])
-                state[name] = torch.full(p.shape, start, dtype=dtype, device=p.device)
+                state[name] = filled_like(p, start, dtype)
         return tuple(state[name] for name in self.buffers)
 
     def _terms(

@@ -74,3 +74,22 @@ class LogFile:
     def close(self) -> None:
         """Closes the file, which unlocks it."""
         os.close(self._descriptor)
+
+
+class NoFile(LogFile):
+    """In the place of a log's file on ranks that do not write it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, data: bytes) -> None:
+        pass
+
+    def truncate(self, length: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from .. import methods
 from ..engine.optimizer import ZerothOrder
 from ..engine.options import plain, rename_values
+from ..engine.sharded import whole
 from .format import Entry, Header, LogError
 
 NOT_LOGGED = (
@@ -29,15 +30,15 @@ _CHUNK = 2**20
 
 
 def header_of(optimizer: ZerothOrder, run: dict[str, Any] | None = None) -> Header:
-    """The header of a log that begins with the optimizer and its weights as they are now."""
+    """The header of a log that begins with the optimizer and its weights as they are now. It is
+    the same however these are divided among ranks, which gather DTensors for it one by one."""
     entries, tensors = [], []
-    for group, plan in enumerate(optimizer.plans()):
-        for segment, name in zip(plan, plan.names, strict=True):
-            shape, dtype = tuple(segment.tensor.shape), str(segment.tensor.dtype)
-            entries.append(
-                Entry(name, shape, dtype.removeprefix("torch."), segment.parameter, group)
-            )
-            tensors.append(segment.tensor)
+    plans = zip(optimizer.plans(), optimizer.owners(), strict=True)
+    for group, (plan, owners) in enumerate(plans):
+        for segment, name, p in zip(plan, plan.names, owners, strict=True):
+            dtype = str(p.dtype).removeprefix("torch.")
+            entries.append(Entry(name, tuple(p.shape), dtype, segment.parameter, group))
+            tensors.append(p)
     history = [_plain(group, _history(optimizer)) for group in optimizer.param_groups]
     return Header(
         groups=tuple(o | h for o, h in zip(logged_options(optimizer), history, strict=True)),
@@ -65,13 +66,13 @@ def _plain(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors' bytes, each in row-major order, concatenated."""
+    """SHA-256 of the tensors' bytes, each whole and in row-major order, concatenated."""
     hashed = hashlib.sha256()
     chunk = bytearray(_CHUNK)
     view = torch.frombuffer(chunk, dtype=torch.uint8)
     for tensor in tensors:
         if tensor.numel():
-            elements = tensor.detach().reshape(-1)
+            elements = whole(tensor).detach().reshape(-1)
             if elements.stride() != (1,):  # reshape does not copy a single strided dimension
                 elements = elements.clone(memory_format=torch.contiguous_format)
             for piece in elements.view(torch.uint8).split(_CHUNK):

@@ -10,6 +10,7 @@ from adamezo_kernels.plan import memory_of
 
 from ..engine.module_buffers import BufferMarks, tracking
 from ..engine.optimizer import ZerothOrder
+from ..engine.sharded import local
 from .format import LogError
 from .header import logged_options
 
@@ -112,7 +113,8 @@ def _weight_marks(optimizer: ZerothOrder) -> _Marks:
         for i, p in enumerate(group["params"]):
             kept = [t for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor)]
             mark = p.requires_grad and [
-                (id(t), memory_of(t), t.is_inference() or t._version) for t in (p, *kept)
+                (id(t), memory_of(t), t.is_inference() or t._version)
+                for t in map(local, (p, *kept))
             ]
             marks[len(marks)] = names[i] if names else f"parameter {len(marks)}", mark
     return marks

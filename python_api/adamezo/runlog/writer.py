@@ -10,8 +10,9 @@ import torch
 from adamezo_kernels import RULES
 
 from ..engine.optimizer import ZerothOrder
+from ..engine.ranks import Alone
 from ..engine.records import StepRecord
-from .files import LogFile
+from .files import LogFile, NoFile
 from .format import Log, LogError, encode, is_completed, naming, parse
 from .header import check_same, header_of
 from .replaying import Progress, take_steps
@@ -24,7 +25,9 @@ class StepLog:
     A record is handed to the operating system in one piece before ``step`` returns, so a process
     that is killed loses nothing. Against a power failure, set ``sync_every``.
 
-    Use :meth:`create` or :meth:`resume`, and :meth:`close` or a ``with`` block.
+    Use :meth:`open`, :meth:`create` or :meth:`resume`, and :meth:`close` or a ``with`` block. On
+    several ranks (:func:`adamezo.distributed.connect`) all call these together; the first one
+    reads and writes the file, and the others get what it has read.
 
     A log does not hold buffers of the model's modules, such as BatchNorm's running statistics, so
     a replay does not restore them. If the optimizer knows its model, a step whose evaluations
@@ -77,13 +80,18 @@ class StepLog:
                 keeps tensors for the weights; or a module would write running statistics.
         """
         path = Path(path)
-        _check_optimizer(optimizer)
-        check_modules(optimizer, module_buffers)
-        if path.exists():
-            raise FileExistsError(f"{path} is there already: resume it, or name another file")
-        data = header_of(optimizer, run).to_bytes()
-        file = LogFile.create(path, data)
-        return cls(file, parse(data), optimizer, sync_every, module_buffers)
+        ranks = optimizer.ranks or Alone()
+        ranks.together(lambda: _check(optimizer, module_buffers))
+        data = ranks.together(lambda: header_of(optimizer, run).to_bytes())
+        created: list[LogFile] = [NoFile(path)]
+
+        def create() -> None:
+            if path.exists():
+                raise FileExistsError(f"{path} is there already: resume it, or name another file")
+            created[0] = LogFile.create(path, data)
+
+        ranks.from_first(create)
+        return cls(created[0], parse(data), optimizer, sync_every, module_buffers)
 
     @classmethod
     def resume(
@@ -112,12 +120,16 @@ class StepLog:
                 says what differs. Or a module would write running statistics. Nothing has changed
                 then.
         """
-        _check_optimizer(optimizer)
-        check_modules(optimizer, module_buffers)
-        file = LogFile.open(Path(path))
-        try:
+        ranks = optimizer.ranks or Alone()
+        ranks.together(lambda: _check(optimizer, module_buffers))
+        opened: list[LogFile] = [NoFile(Path(path))]
+
+        def read() -> bytes:
+            opened[0] = LogFile.open(Path(path))
+            return opened[0].path.read_bytes()
+
+        def take() -> tuple[Log, int]:
             with naming(path):
-                data = file.path.read_bytes()
                 log = parse(data)
                 check_same(log.header, header_of(optimizer, run))
                 length = len(data) - log.torn
@@ -125,11 +137,30 @@ class StepLog:
                     length -= log.header.record.size
                     log = parse(data[:length])
                 take_steps(log, optimizer, None, progress)
-            file.truncate(length)
+            return log, length
+
+        try:
+            data = ranks.from_first(read)
+            log, length = ranks.together(take)
+            opened[0].truncate(length)
         except BaseException:
-            file.close()
+            opened[0].close()
             raise
-        return cls(file, log, optimizer, sync_every, module_buffers)
+        return cls(opened[0], log, optimizer, sync_every, module_buffers)
+
+    @classmethod
+    def open(cls, path: str | Path, optimizer: ZerothOrder, **options: Any) -> StepLog:
+        """Resumes a log if there is a file, and creates it if there is none: what a job does that
+        is started again after a failure, on one rank or on several.
+
+        Args:
+            path, optimizer, options: of :meth:`resume` and :meth:`create`.
+        """
+        ranks = optimizer.ranks or Alone()
+        if ranks.from_first(Path(path).exists):
+            return cls.resume(path, optimizer, **options)
+        options.pop("progress", None)
+        return cls.create(path, optimizer, **options)
 
     def close(self) -> None:
         """Stops writing: releases the optimizer and the file."""
@@ -186,6 +217,11 @@ class StepLog:
                 "tries again before it does anything, so make room and go on"
             ) from error
         self._unwritten = b""
+
+
+def _check(optimizer: ZerothOrder, module_buffers: str) -> None:
+    _check_optimizer(optimizer)
+    check_modules(optimizer, module_buffers)
 
 
 def _check_optimizer(optimizer: ZerothOrder) -> None:

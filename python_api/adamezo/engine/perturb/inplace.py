@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from adamezo_kernels import Call, Direction, Plan, Terms, run
@@ -25,10 +25,16 @@ class InPlace:
         roundings: how the weights of each group are rounded when they are restored. Perturbed ones
             are rounded to nearest.
         distribution, backend: see :func:`adamezo_kernels.perturb_`.
+        forget: called when weights have changed, to forget what was computed from them.
     """
 
     def __init__(
-        self, plans: Sequence[Plan], roundings: Sequence[str], distribution: str, backend: Backend
+        self,
+        plans: Sequence[Plan],
+        roundings: Sequence[str],
+        distribution: str,
+        backend: Backend,
+        forget: Callable[[], None] = forget_cached_weights,
     ) -> None:
         self.perturbations = 0
         self.broken = False
@@ -36,6 +42,7 @@ class InPlace:
         self._roundings = roundings
         self._distribution = distribution
         self._backend = backend
+        self._forget = forget
         # The direction and the scale of the perturbation that each group has.
         self._now: list[tuple[Direction | None, float]] = [(None, 0.0)] * len(plans)
         self._checks = [OverflowCheck(plan, distribution) for plan in plans]
@@ -67,7 +74,7 @@ class InPlace:
         for i in range(len(self._plans)):
             self._move_group(i, direction, scale)
         self.broken = False
-        forget_cached_weights()
+        self._forget()
 
     def _move_group(self, i: int, direction: Direction | None, scale: float) -> None:
         was, at = self._now[i]

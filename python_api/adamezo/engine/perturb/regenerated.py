@@ -46,6 +46,12 @@ class Corrected:
     def __init__(
         self, model: nn.Module, plans: Sequence[Plan], distribution: str, backend: Backend
     ) -> None:
+        owned = {id(p) for p in model.parameters()}
+        if pieces := [s for plan in plans for s in plan if id(s.tensor) not in owned]:
+            raise ValueError(
+                f"perturbation='regenerated' with {len(pieces)} DTensors, whose modules gather "
+                "weights that are not perturbed: take 'inplace' or 'out_of_place'"
+            )
         self.index = index = WeightIndex(model, plans)
         self.distribution = distribution
         self.backend = backend
