@@ -38,6 +38,7 @@ DEPARTMENTS: dict[str, set[str]] = {
     "fused_step": {"engine", "methods"},
     "integrations": {"engine", "methods"},
     "adapters": {"engine", "integrations"},
+    "rewards": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "finetune": {"engine", "methods", "runlog", "integrations", "adapters"},
 }

@@ -165,11 +165,10 @@ class TensorTrainsBeside(TensorTrains):
     def _check_can_merge(self, name: str, module: Any) -> None:
         shape = module.out_features, module.in_features
         weight = getattr(module, "weight", None)
-        if weight is None or weight.shape != shape or weight.dtype.itemsize < 2:
-            what = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+        if weight is None or weight.shape != shape or not _is_plain(weight):
             raise ValueError(
-                f"{name} cannot take its tensor train: its weight is {what}, expected a "
-                f"floating-point one of shape {shape}"
+                f"{name} cannot take its tensor train: its weight is {_described(weight)}, "
+                f"expected a floating-point one of shape {shape}"
             )
         if module.tensor_train.bias is not None and module.bias is None:
             raise ValueError(
@@ -206,6 +205,15 @@ class LoRA(Scheme):
     def merge(self, model: nn.Module, places: Mapping[str, str]) -> None:
         from ..integrations import peft
 
+        for name in places:
+            layer: Any = model.get_submodule(name)
+            weight = layer.get_base_layer().weight
+            if not _is_plain(weight):
+                raise ValueError(
+                    f"{name} cannot take its LoRA adapter: its weight is {_described(weight)}, and "
+                    "the sum would be quantised again, which rounds adapters away. Keep them "
+                    "beside it, or merge into a base of full precision"
+                )
         peft.remove(model, merge=True)
 
 
@@ -233,6 +241,19 @@ class Prefixes(Scheme):
         for hook in model.prefix_hooks:
             hook.remove()
         del model.prefix_hooks, model.prefix
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight's elements are its numbers. Quantised ones are packed, or of a class of
+    tensors that stands for other numbers than it holds."""
+    return type(weight) in (Tensor, Parameter) and weight.dtype.itemsize >= 2
+
+
+def _described(weight: Tensor | None) -> str:
+    if weight is None:
+        return "none"
+    kind = "" if type(weight) in (Tensor, Parameter) else f" ({type(weight).__name__})"
+    return f"{weight.dtype}{kind} of shape {tuple(weight.shape)}"
 
 
 _ALL = (ResidualTensorTrains(), TensorTrainsBeside(), LoRA(), Prefixes())
