@@ -61,8 +61,9 @@ def bytes_of(tensor: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in (tensor.data, *scales))
 
 
-def roughness(loss: Callable[[], Tensor], trained: list[Tensor]) -> float:
-    """The standard deviation of what a parabola leaves of the loss along one direction."""
+def along_a_direction(loss: Callable[[], Tensor], trained: list[Tensor]) -> tuple[float, float]:
+    """The slope of the loss along one direction, which is its projected gradient, and the standard
+    deviation of what a parabola leaves of it."""
     generator = torch.Generator().manual_seed(3)
     z = [torch.randn(p.shape, generator=generator) for p in trained]
     kept = [p.detach().clone() for p in trained]
@@ -77,8 +78,10 @@ def roughness(loss: Callable[[], Tensor], trained: list[Tensor]) -> float:
             p.copy_(base)
     found = torch.stack(losses)[:, None]
     powers = torch.stack([places**k for k in range(3)], 1)
-    left = found - powers @ torch.linalg.lstsq(powers, found).solution
-    return (left.square().sum() / (len(places) - 3)).sqrt().item()
+    fitted = torch.linalg.lstsq(powers, found).solution
+    left = found - powers @ fitted
+    rough = (left.square().sum() / (len(places) - 3)).sqrt().item()
+    return fitted[1].item() / REACH, rough
 
 
 def rows(where: dict[str, Any]) -> Iterator[Row]:
@@ -118,7 +121,8 @@ def rows(where: dict[str, Any]) -> Iterator[Row]:
                 yield Row(
                     "quantised", "step over forward", "B", name, columns, median=above, **where
                 )
-            rough = roughness(loss, list(trained.values()))
+            slope, rough = along_a_direction(loss, list(trained.values()))
+            yield Row("quantised", "p", "1", name, columns, median=slope, **where)
             for zo_eps in (1e-3, 1e-2):
                 error = rough * 0.5**0.5 / zo_eps
                 label = f"error of p at zo_eps {zo_eps:g}"

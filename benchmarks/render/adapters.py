@@ -59,11 +59,12 @@ def quantised(rows: pandas.DataFrame) -> str:
                 str(variant),
                 f"{value['weights'] / 2**20:,.0f} MiB",
                 "" if above is None else f"{above / 2**20:+,.0f} MiB",
+                f"{value['p']:.2g}",
                 *(f"{value[f'error of p at zo_eps {mu:g}']:.2g}" for mu in (1e-3, 1e-2)),
             )
         )
     head = (
         *("base", "weights", "a step's peak over a forward's"),
-        *("error of p at zo_eps=1e-3", "at 1e-2"),
+        *("p along one direction", "its error at zo_eps=1e-3", "at 1e-2"),
     )
     return markdown(head, body) if body else NOT_YET

@@ -24,7 +24,6 @@ CONFIGS = {
     "prefix": lambda: peft.PrefixTuningConfig(task_type=CAUSAL, num_virtual_tokens=3),
     "prompt": lambda: peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=3),
 }  # fmt: skip
-RATES = {"lora": 3e-2, "dora": 3e-2, "ia3": 3e-2, "prefix": 3e-2, "prompt": 3e-2}
 IDS = families.tokens(rows=6, length=9)
 
 
@@ -37,22 +36,32 @@ def loss_of(model):
     return lambda: model(input_ids=IDS, labels=IDS).loss
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_each_kind_learns_and_leaves_the_base_alone(kind, perturbation):
+def test_each_kind_learns_and_leaves_the_base_alone(kind):
     model = adapted(kind)
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     with torch.no_grad():
         before = loss_of(model)()
-    optimizer = AdaMeZO.for_model(
-        model, lr=RATES[kind], zo_eps=1e-2, seed=1, perturbation=perturbation
-    )
+    optimizer = AdaMeZO.for_model(model, lr=3e-2, zo_eps=1e-2, seed=1)
     for _ in range(60):
         optimizer.step(loss_of(model))
     with torch.no_grad():
         after = loss_of(model)()
     assert after < before - 0.05
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_each_kind_is_perturbed_out_of_place(kind):
+    losses = []
+    for perturbation in ("inplace", "out_of_place"):
+        model = adapted(kind)
+        optimizer = AdaMeZO.for_model(model, lr=0.0, seed=1, perturbation=perturbation)
+        optimizer.step(loss_of(model))
+        losses.append(torch.tensor(optimizer.losses))
+    # The same perturbed weights, but for float32's rounding on the way from one side to the other.
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert losses[0][0] != losses[0][1]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -104,12 +104,9 @@ def test_a_log_replays_shaped_steps_without_the_shaping(tmp_path):
 # --- rewards of text
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
-def test_the_reward_grows(perturbation):
+def test_the_reward_grows():
     model = families.make("llama")
-    optimizer = MeZO.for_model(
-        model, lr=4e-4, queries=4, zo_eps=2e-2, seed=1, maximize=True, perturbation=perturbation
-    )
+    optimizer = MeZO.for_model(model, lr=4e-4, queries=4, zo_eps=2e-2, seed=1, maximize=True)
     score = objective(model)
     before = score.evaluate(PROMPTS)
     for _ in range(25):
@@ -118,6 +115,16 @@ def test_the_reward_grows(perturbation):
     assert len(score.completions) == 4
     assert before < 0.6
     assert after > before + 0.25
+
+
+@pytest.mark.slow
+def test_the_example_learns_to_count():
+    from examples import count
+
+    made = count.run(0, 20, lr=1e-4, zo_eps=1e-2, queries=8)
+    (_, before), (_, after) = made["right"]
+    assert len(made["rewards"]) == 20
+    assert after > before + 0.1
 
 
 def test_what_the_reward_function_is_given():

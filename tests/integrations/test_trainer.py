@@ -52,19 +52,23 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("method", methods.__all__)
-def test_twenty_steps_are_bitwise_those_of_a_loop_by_hand(tmp_path, method):
+def test_steps_are_bitwise_those_of_a_loop_by_hand(tmp_path, method):
     kind, options = getattr(adamezo, method), OPTIONS.get(method, {})
-    made = trainer(tmp_path, lr_scheduler_type="linear", optimizer_cls_and_kwargs=(kind, options))
+    steps = 20 if method in ("AdaMeZO", "MeZO", "ZOAdam") else 6
+    own = (kind, options)
+    made = trainer(
+        tmp_path, lr_scheduler_type="linear", max_steps=steps, optimizer_cls_and_kwargs=own
+    )
     start = weights(made.model)
     made.train()
     model = families.make("llama")
     expected = by_hand(
-        model, loader(tmp_path), kind.for_model(model, lr=1e-2, seed=3, **options), 20,
-        schedule=lambda step: 1 - step / 20,
+        model, loader(tmp_path), kind.for_model(model, lr=1e-2, seed=3, **options), steps,
+        schedule=lambda step: 1 - step / steps,
     )  # fmt: skip
     assert same(weights(made.model), expected)
     assert not same(start, expected)
-    assert made.state.global_step == 20
+    assert made.state.global_step == steps
 
 
 def test_without_an_optimizer_it_is_adamezo_and_one_that_was_made_is_taken(tmp_path):
@@ -438,12 +442,31 @@ def test_a_log_follows_only_the_checkpoint_that_it_was_saved_with(tmp_path):
         trainer(tmp_path, step_log=StepLog, **SAVED).train(str(earlier))
 
 
+def test_a_log_of_a_model_with_batch_norm_that_evaluates_in_evaluation_mode(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+
+        def forward(self, x, labels=None):
+            logits = self.inner(x)
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.full((4,), float(i)), "labels": i % 3} for i in range(12)]
+    options = dict(max_steps=2, train_dataset=data, step_log=StepLog,
+                   data_collator=transformers.default_data_collator)  # fmt: skip
+    trainer(tmp_path / "eval", Net(), **options).train()
+    assert read(tmp_path / "eval" / "steps.log").steps == 2
+    with pytest.raises(LogError, match="running statistics of inner.1"):
+        trainer(tmp_path / "train", Net(), train_mode=True, **options).train()
+
+
 def test_counts_go_on_after_a_checkpoint_of_another_trainer(tmp_path):
     """Whose state knows nothing of ours."""
     trainer(tmp_path, **(SAVED | {"max_steps": 4})).train()
     path = tmp_path / "checkpoint-4" / "trainer_state.json"
     state = json.loads(path.read_text())
-    assert state["stateful_callbacks"].pop("_Counts")["args"]["forward_passes"] == 16
+    assert state["stateful_callbacks"].pop("StepCounts")["args"]["forward_passes"] == 16
     path.write_text(json.dumps(state))
     made = trainer(tmp_path, **(SAVED | {"max_steps": 8}))
     made.train(resume_from_checkpoint=True)
@@ -524,6 +547,15 @@ def test_prompts_are_what_stands_before_the_answer(tmp_path):
     inputs["labels"][1] = -100
     with pytest.raises(ValueError, match="a row has no prompt or no reference"):
         score(model, inputs)
+
+
+def test_an_objective_is_not_maximized_twice(tmp_path):
+    made = trainer(
+        tmp_path, objective="f1", processing_class=tokenizer(),
+        optimizer_cls_and_kwargs=(MeZO, {"maximize": True}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="maximize=True would unlearn it"):
+        made.train()
 
 
 def test_metrics():

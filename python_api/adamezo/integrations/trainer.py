@@ -8,8 +8,6 @@ nothing.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,15 +23,14 @@ from .accelerate import unwrapped
 from .slopes import bounded, slopes
 
 try:
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_callback import ExportableState
+    from transformers import Trainer
     from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise ImportError(
         "ZOTrainer needs transformers and accelerate: pip install 'adamezo[transformers]'"
     ) from error
 
-LOG_NAME = "steps.log"
+from .trainer_callbacks import LOG_NAME, LogSaver, StepCounts, replace
 
 
 class Log(Protocol):
@@ -122,9 +119,10 @@ class ZOTrainerMixin:
         self._log_kind = step_log
         self._step_log: Log | None = None
         self._checkpoint: str | None = None
-        self._counts = _Counts()
+        self._counts = StepCounts()
         self.add_callback(self._counts)
-        self.add_callback(_SaveLog(self))
+        self._log_saver = LogSaver()
+        self.add_callback(self._log_saver)
 
     def _check(self) -> None:
         """Raises TypeError or ValueError for arguments that forward-only steps cannot serve."""
@@ -200,6 +198,7 @@ class ZOTrainerMixin:
             if self._step_log is not None:
                 self._step_log.close()
                 self._step_log = None
+                self._log_saver.active = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of the next step; those of one that was broken off are dropped."""
@@ -220,8 +219,11 @@ class ZOTrainerMixin:
             return torch.zeros((), device=self.args.device)
         staged, self._staged = self._staged, []
         optimizer = unwrapped(self.optimizer)
-        if self._log_kind is not None and self._step_log is None:
-            self._step_log = self._open_log(self._log_kind, optimizer)
+        if self._objective is not None and any(g["maximize"] for g in optimizer.param_groups):
+            raise ValueError(
+                "with an objective the loss of a step is minus its score, and maximize=True would "
+                "unlearn it: leave out maximize"
+            )
         if self.max_projected_grad is not None:
             optimizer.shaping = bounded(self.max_projected_grad)
         _, _, self._probes = optimizer._next_probes()
@@ -236,6 +238,9 @@ class ZOTrainerMixin:
             for child in self.model.children():
                 child.eval()
         try:
+            if self._log_kind is not None and self._step_log is None:
+                self._step_log = self._open_log(self._log_kind, optimizer)
+                self._log_saver.active = True
             loss = optimizer.step(closure)
         finally:
             model.train()
@@ -296,48 +301,3 @@ class ZOTrainerMixin:
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
     """transformers' Trainer with forward-only steps: see :class:`ZOTrainerMixin`."""
-
-
-def replace(source: Path, target: Path) -> None:
-    """Makes ``target`` a copy of ``source``, as a whole or not at all."""
-    temporary = target.with_name(f"{target.name}.copy")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
-class _Counts(TrainerCallback, ExportableState):
-    """Numbers of the whole run, also over resumes: they are saved in ``trainer_state.json``."""
-
-    def __init__(self, forward_passes: int = 0, skipped_steps: int = 0) -> None:
-        self.forward_passes = forward_passes
-        self._skipped_before = skipped_steps
-        self._optimizer: ZerothOrder | None = None
-
-    def numbers(self) -> dict[str, int]:
-        here = 0 if self._optimizer is None else int(self._optimizer.skipped)
-        return {
-            "forward_passes": self.forward_passes,
-            "skipped_steps": self._skipped_before + here,
-        }
-
-    def state(self) -> dict[str, Any]:
-        return {"args": self.numbers(), "attributes": {}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        # Read here, as transformers restores callbacks only where that is asked for.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._optimizer = unwrapped(objects["optimizer"])
-        self.forward_passes = saved["args"]["forward_passes"]
-        self._skipped_before = saved["args"]["skipped_steps"] - int(self._optimizer.skipped)
-
-
-class _SaveLog(TrainerCallback):
-    """Puts a copy of the log into each checkpoint."""
-
-    def __init__(self, trainer: ZOTrainerMixin) -> None:
-        self._trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._trainer._step_log is not None and folder.is_dir():
-            replace(Path(args.output_dir) / LOG_NAME, folder / LOG_NAME)
