@@ -2,7 +2,7 @@
 
     python -m examples.count            # three seeds, minutes; writes results/count.json and .png
 
-A Llama of 35,000 weights is first taught a language by backpropagation: a digit d, some letters, a
+A Llama of 28,000 weights is first taught a language by backpropagation: a digit d, some letters, a
 stop. In half of the texts there are d letters, in the others any number. It then answers the nine
 digits by sampling, and a step sees only how near the numbers of letters were. Steps are MeZO's with
 eight directions; the rewards of a step's 16 evaluations are z-scored. The share of answers that are

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from adamezo.integrations import ZOTrainer
 from helpers import families
@@ -53,6 +55,12 @@ def trainer(folder: Any, model: Any = None, kind: Any = ZOTrainer, **changed: An
         given["model"] = families.make("llama") if model is None else model
     settings = {"data_collator": collate, "train_dataset": rows(), **given}
     return kind(args=arguments(folder, **changed), **settings)
+
+
+def loader(folder: Any, model: Any = None, **changed: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of the Trainer itself, over and over."""
+    plain = trainer(folder, model, kind=Trainer, **changed)
+    return itertools.chain.from_iterable(itertools.repeat(plain.get_train_dataloader()))
 
 
 def weights(model: torch.nn.Module) -> list[torch.Tensor]:
