@@ -100,6 +100,7 @@ setup(
         "adamezo.runlog",
         "adamezo.finetune",
         "adamezo.integrations",
+        "adamezo.rewards",
     ],
     package_dir={"adamezo": "python_api/adamezo", "adamezo_kernels": "adamezo_kernels"},
     package_data={"adamezo": ["py.typed"], "adamezo_kernels": ["py.typed", "_native.pyi"]},

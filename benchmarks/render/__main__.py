@@ -95,6 +95,10 @@ PAGES: dict[str, dict[str, Block]] = {
         "adapters_costs": adapters.costs,
         "adapters_inits": adapters.inits,
     },
+    "docs/integrations.md": {
+        "quantised_conditions": partial(conditions, benchmarks=["quantised"]),
+        "quantised": adapters.quantised,
+    },
     "docs/reliability.md": {"counts": training.attacks},
     "docs/scaling.md": {
         "scaling_conditions": partial(conditions, benchmarks=["scaling"]),

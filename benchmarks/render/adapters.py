@@ -45,3 +45,26 @@ def inits(rows: pandas.DataFrame) -> str:
         for init, of in some.groupby("variant", sort=False)
     ]
     return markdown(("", "loss before training, by seed"), body) if body else NOT_YET
+
+
+def quantised(rows: pandas.DataFrame) -> str:
+    """Each quantised base: its bytes, a step's memory, and how rough its loss is."""
+    some = pick(rows, benchmark="quantised")
+    body = []
+    for variant, of in some.groupby("variant", sort=False):
+        value = of.set_index("metric")["median"]
+        above = value.get("step over forward")
+        body.append(
+            (
+                str(variant),
+                f"{value['weights'] / 2**20:,.0f} MiB",
+                "" if above is None else f"{above / 2**20:+,.0f} MiB",
+                f"{value['p']:.2g}",
+                *(f"{value[f'error of p at zo_eps {mu:g}']:.2g}" for mu in (1e-3, 1e-2)),
+            )
+        )
+    head = (
+        *("base", "weights", "a step's peak over a forward's"),
+        *("p along one direction", "its error at zo_eps=1e-3", "at 1e-2"),
+    )
+    return markdown(head, body) if body else NOT_YET

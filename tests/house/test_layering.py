@@ -39,6 +39,7 @@ DEPARTMENTS: dict[str, set[str]] = {
     "integrations": {"engine", "methods"},
     "distributed": {"engine"},
     "adapters": {"engine", "integrations"},
+    "rewards": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "finetune": {"engine", "methods", "runlog", "integrations", "adapters"},
 }

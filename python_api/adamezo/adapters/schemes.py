@@ -191,11 +191,11 @@ def _add(model: nn.Module, changes: Mapping[str, tuple[Any, Callable[[], Tensor]
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name, (layer, change) in changes.items():
         shape, weight = (layer.out_features, layer.in_features), getattr(layer, "weight", None)
-        if weight is None or weight.shape != shape or weight.dtype.itemsize < 2:
-            what = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+        if weight is None or weight.shape != shape or not _is_plain(weight):
             raise ValueError(
-                f"{name} cannot take its adapter: its weight is {what}, expected a floating-point "
-                f"one of shape {shape}"
+                f"{name} cannot take its adapter: its weight is {_described(weight)}, expected a "
+                f"floating-point one of shape {shape}. A quantised one would be quantised again, "
+                "which rounds adapters away: keep them beside it"
             )
         if shared[id(weight)] > 1:
             raise ValueError(
@@ -276,6 +276,19 @@ class Prefixes(Scheme):
         for hook in model.prefix_hooks:
             hook.remove()
         del model.prefix_hooks, model.prefix
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight's elements are its numbers. Quantised ones are packed, or of a class of
+    tensors that stands for other numbers than it holds."""
+    return type(weight) in (Tensor, Parameter) and weight.dtype.itemsize >= 2
+
+
+def _described(weight: Tensor | None) -> str:
+    if weight is None:
+        return "none"
+    kind = "" if type(weight) in (Tensor, Parameter) else f" ({type(weight).__name__})"
+    return f"{weight.dtype}{kind} of shape {tuple(weight.shape)}"
 
 
 _ALL = (ResidualTensorTrains(), TensorTrainsBeside(), LoRA(), Prefixes())

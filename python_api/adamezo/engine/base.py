@@ -61,6 +61,8 @@ class OptimizerBase(torch.optim.Optimizer):
     recorder: Callable[[StepRecord], None] | None = None
     ranks: Ranks | None = None
 
+    shaping: Callable[[Sequence[Number], Sequence[Probe]], Sequence[Number]] | None = None
+
     _device: DeviceNumbers | None = None
     _weights: Weights | None = None
     _readers: Readers | None = None

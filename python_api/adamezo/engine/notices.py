@@ -13,8 +13,9 @@ def warn_of_gradients(name: str, stacklevel: int) -> None:
         f"{name}.step() was called without a closure and did nothing, and parameters hold "
         f"gradients: somebody calls backward(), which {name} does not need, and expects "
         "step() to use them. The weights are not trained. Call step(closure), where the "
-        "closure runs the model forward and returns the loss; a training loop that calls "
-        "step() by itself, such as transformers.Trainer, cannot be used as it is",
+        "closure runs the model forward and returns the loss; in the place of "
+        "transformers.Trainer, which calls step() by itself, take "
+        "adamezo.integrations.ZOTrainer",
         UserWarning,
         stacklevel=stacklevel + 1,
     )

@@ -64,6 +64,9 @@ class ZerothOrder(OptimizerBase):
             a state was loaded into it.
         recorder (Callable[[StepRecord], None] | None): called at the end of every step, and of
             failed ones that have touched the weights.
+        shaping (Callable | None): given the losses of a step and its probes, returns those that the
+            update is computed from, as many. It is not saved; what it made of a step is in
+            ``measured``, so that a log replays without it.
     """
 
     _stacklevel: ClassVar[int] = 6  # of a warning to the caller of step, above torch's wrappers
@@ -161,7 +164,10 @@ class ZerothOrder(OptimizerBase):
                     results = evaluate(closures, points, *around)
                     losses = device.losses(results)
                 self.losses = tuple(losses)
-                self.measured = self._measure(losses, options)
+                used: Sequence[Number] = self.losses
+                if self.shaping is not None:
+                    used = self.shaping(used, probes)
+                self.measured = self._measure(used, options)
                 buffers.let_go()
                 if device is not None:
                     outcome = "broken"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from .. import methods
 from ..engine.optimizer import ZerothOrder
 from ..engine.options import plain, rename_values
 from ..engine.sharded import whole
-from .format import Entry, Header, LogError
+from .format import Entry, Header, Log, LogError, is_completed
 
 NOT_LOGGED = (
     *("lr", "perturbation"),  # each record holds what they were in its step
@@ -29,9 +30,14 @@ _IDENTITY = ("method", "stream_version")
 _CHUNK = 2**20
 
 
-def header_of(optimizer: ZerothOrder, run: dict[str, Any] | None = None) -> Header:
+def header_of(
+    optimizer: ZerothOrder, run: dict[str, Any] | None = None, *, reads_weights: bool = True
+) -> Header:
     """The header of a log that begins with the optimizer and its weights as they are now. It is
-    the same however these are divided among ranks, which gather DTensors for it one by one."""
+    the same however these are divided among ranks, which gather DTensors for it one by one.
+
+    Without ``reads_weights`` it has no hash of them, which takes a second for each gigabyte.
+    """
     entries, tensors = [], []
     plans = zip(optimizer.plans(), optimizer.owners(), strict=True)
     for group, (plan, owners) in enumerate(plans):
@@ -44,7 +50,7 @@ def header_of(optimizer: ZerothOrder, run: dict[str, Any] | None = None) -> Head
         groups=tuple(o | h for o, h in zip(logged_options(optimizer), history, strict=True)),
         counts=tuple(len(group["params"]) for group in optimizer.param_groups),
         manifest=tuple(entries),
-        base=digest(tensors),
+        base=digest(tensors) if reads_weights else "",
         measured=optimizer.measured_per_step,
         run={} if run is None else json.loads(json.dumps(run)),
     )
@@ -126,6 +132,40 @@ def check_same(log: Header, now: Header) -> None:
             "optimizer that has taken no step, of the same named parameters at their base weights, "
             f"with the options of the log (seed={log.groups[0].get('seed')}); another run needs a "
             "log of its own"
+        )
+
+
+def check_state_after(log: Log, optimizer: ZerothOrder) -> None:
+    """Raises LogError unless an optimizer can be in the state after the last step of a log.
+
+    Compared are options, parameters and counters: the weights are not known from a log alone.
+    """
+    header, now = log.header, header_of(optimizer, log.header.run, reads_weights=False)
+    moving = _history(optimizer)
+
+    def fixed(of: Header) -> Header:
+        groups = tuple({k: v for k, v in g.items() if k not in moving} for g in of.groups)
+        return replace(of, groups=groups, base="")
+
+    found = differences(fixed(header), fixed(now))
+    completed = [record for record in log.records if is_completed(record)]
+    updates = sum(record.outcome == "updated" for record in completed)
+    for i, (then, here) in enumerate(zip(header.groups, now.groups, strict=False)):
+        if here["steps"] != then["steps"] + updates:
+            found.append(
+                f"group {i} has taken {here['steps']} steps, at the end of the log it has taken "
+                f"{then['steps'] + updates}"
+            )
+        last = completed[-1].direction if completed else then["next_direction"] - 1
+        if here["next_direction"] <= last or (
+            not completed and here["next_direction"] != then["next_direction"]
+        ):
+            found.append(f"the next direction of group {i} is {here['next_direction']}")
+    if found or (log.records and log.records[-1].outcome == "broken"):
+        why = "; ".join(found[:3]) or "its last step failed half-way"
+        raise LogError(
+            f"the log does not end where this optimizer is: {why}. Load the "
+            "checkpoint that was saved with this copy of the log"
         )
 
 

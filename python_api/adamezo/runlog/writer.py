@@ -14,7 +14,7 @@ from ..engine.ranks import Alone
 from ..engine.records import StepRecord
 from .files import LogFile, NoFile
 from .format import Log, LogError, encode, is_completed, naming, parse
-from .header import check_same, header_of
+from .header import check_same, check_state_after, header_of
 from .replaying import Progress, take_steps
 from .watch import Watch, check_modules
 
@@ -162,6 +162,42 @@ class StepLog:
         options.pop("progress", None)
         return cls.create(path, optimizer, **options)
 
+    @classmethod
+    def follow(
+        cls,
+        path: str | Path,
+        optimizer: ZerothOrder,
+        *,
+        sync_every: int = 0,
+        module_buffers: str = "refuse",
+    ) -> StepLog:
+        """Continues a log on an optimizer that was loaded from a checkpoint of its last step.
+
+        Nothing is replayed, so the base weights are not needed. That the weights are those after
+        the last step is not known here: keep a copy of the log with each checkpoint.
+
+        Args:
+            optimizer: on the weights and with the state that were saved after the last step.
+            path, sync_every, module_buffers: see :meth:`resume`.
+
+        Raises:
+            LogError: the log is damaged, or the optimizer is not in its last state, as far as its
+                options, parameters and counts of steps tell. Nothing has changed then.
+        """
+        _check_recorder(optimizer)
+        check_modules(optimizer, module_buffers)
+        file = LogFile.open(Path(path))
+        try:
+            with naming(path):
+                data = file.path.read_bytes()
+                log = parse(data)
+                check_state_after(log, optimizer)
+            file.truncate(len(data) - log.torn)
+        except BaseException:
+            file.close()
+            raise
+        return cls(file, log, optimizer, sync_every, module_buffers)
+
     def close(self) -> None:
         """Stops writing: releases the optimizer and the file."""
         if not self._closed:
@@ -225,6 +261,16 @@ def _check(optimizer: ZerothOrder, module_buffers: str) -> None:
 
 
 def _check_optimizer(optimizer: ZerothOrder) -> None:
+    """Raises LogError for an optimizer with which no log can begin."""
+    _check_recorder(optimizer)
+    if RULES[optimizer.rule].buffers and any(group["steps"] for group in optimizer.param_groups):
+        raise LogError(
+            f"{type(optimizer).__name__} keeps tensors for its weights, which a log does not "
+            "hold: a log can only begin before the first step"
+        )
+
+
+def _check_recorder(optimizer: ZerothOrder) -> None:
     """Raises LogError for an optimizer whose steps cannot be logged."""
     if optimizer.recorder is not None:
         raise LogError("the optimizer has a recorder already: close the log that it writes")
@@ -232,9 +278,4 @@ def _check_optimizer(optimizer: ZerothOrder) -> None:
         raise LogError(
             "with capturable=True the numbers that a step measures stay on the device, so no log "
             "can be written. Use only one of them"
-        )
-    if RULES[optimizer.rule].buffers and any(group["steps"] for group in optimizer.param_groups):
-        raise LogError(
-            f"{type(optimizer).__name__} keeps tensors for its weights, which a log does not "
-            "hold: a log can only begin before the first step"
         )

@@ -1,0 +1,303 @@
+"""transformers' Trainer with steps of this package: forward passes only.
+
+All of the Trainer stays as it is but what stages a step. Its loop hands each micro-batch to
+``training_step``, which keeps it until the last one of an accumulation, and then takes one step
+whose closure evaluates all of them. The loop's own ``optimizer.step()`` has no closure and does
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.arithmetic import Number
+from ..engine.base import Probe
+from ..engine.optimizer import ZerothOrder
+from ..methods import AdaMeZO
+from .accelerate import unwrapped
+from .slopes import bounded, slopes
+
+try:
+    from transformers import Trainer
+    from transformers.trainer_utils import get_last_checkpoint
+except ImportError as error:
+    raise ImportError(
+        "ZOTrainer needs transformers and accelerate: pip install 'adamezo[transformers]'"
+    ) from error
+
+from .trainer_callbacks import LOG_NAME, LogSaver, StepCounts, replace
+
+
+class Log(Protocol):
+    """What :class:`adamezo.runlog.StepLog` has."""
+
+    @classmethod
+    def create(cls, path: str | Path, optimizer: ZerothOrder) -> Log: ...
+
+    @classmethod
+    def follow(cls, path: str | Path, optimizer: ZerothOrder) -> Log: ...
+
+    def close(self) -> None: ...
+
+
+class ZOTrainerMixin:
+    """Makes a Trainer take forward-only steps: ``class Mine(ZOTrainerMixin, Trainer)``.
+
+    The optimizer is one of this package: ``optimizer_cls_and_kwargs=(MeZO, {"zo_eps": 1e-3})``
+    makes it from ``args`` (lr, seed and weight_decay, unless the options name them) with the
+    model's parameters in their order, ``optimizers=(optimizer, None)`` takes one that was made, and
+    without either it is :class:`AdaMeZO`. docs/integrations.md says what each of the Trainer's
+    arguments does here.
+
+    Args:
+        args, kwargs: the Trainer's own.
+        objective: None trains the Trainer's loss. ``"f1"`` or ``"exact_match"``, or a function of
+            lists of texts (predictions, references) that returns a score for each, are maximized on
+            what the model generates; the loss of a step is then minus the mean score.
+        max_projected_grad: clips the slope of the loss along each direction of a step to this.
+        train_mode: False evaluates with all modules in evaluation mode, as MeZO does. True leaves
+            them in train mode: dropout has the same masks in all evaluations of a step.
+        step_log: :class:`adamezo.runlog.StepLog` writes ``steps.log`` to the output folder and
+            a copy of it into each checkpoint, from which base weights become those of the
+            checkpoint. A resumed run continues the copy.
+
+    Raises:
+        TypeError, ValueError: an optimizer of another package, or arguments that cannot work with
+            forward-only steps; the message says why.
+    """
+
+    # What a Trainer has.
+    args: Any
+    accelerator: Any
+    model: Any
+    optimizer: Any
+    state: Any
+    callback_handler: Any
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
+    compute_loss: Callable[..., Tensor]
+    compute_loss_context_manager: Callable[[], Any]
+    add_callback: Callable[[Any], None]
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: str | Callable[[list[str], list[str]], Any] | None = None,
+        max_projected_grad: float | None = None,
+        train_mode: bool = False,
+        step_log: type[Log] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if max_projected_grad is not None and not max_projected_grad > 0:
+            raise ValueError(
+                f"Invalid max_projected_grad: {max_projected_grad!r}, expected a positive number, "
+                "or None to clip nothing"
+            )
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if getattr(given, "fp16", False):  # before the Trainer makes a scaler, or fails to
+            raise ValueError(
+                "fp16=True scales a loss for its gradients, and there are none: torch's GradScaler "
+                "refuses steps with a closure. Leave it out and load the model in float16, take "
+                "bf16=True, or set bf16_full_eval for evaluations alone"
+            )
+        super().__init__(*args, **kwargs)
+        self.train_mode = train_mode
+        self.max_projected_grad = max_projected_grad
+        self._check()
+        self._objective: Callable[[Any, dict[str, Any]], Tensor] | None = None
+        if objective is not None:
+            from .objectives import GeneratedScore
+
+            self._objective = GeneratedScore(objective, getattr(self, "processing_class", None))
+        self._staged: list[tuple[dict[str, Any], Any]] = []
+        self._probes: list[Probe] = []
+        self._losses: tuple[Number, ...] = ()
+        self._log_kind = step_log
+        self._step_log: Log | None = None
+        self._checkpoint: str | None = None
+        self._counts = StepCounts()
+        self.add_callback(self._counts)
+        self._log_saver = LogSaver()
+        self.add_callback(self._log_saver)
+
+    def _check(self) -> None:
+        """Raises TypeError or ValueError for arguments that forward-only steps cannot serve."""
+        args = self.args
+        kind, _ = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
+        given = type(self.optimizer) if self.optimizer is not None else kind
+        if not issubclass(given, ZerothOrder):
+            raise TypeError(
+                f"the optimizer is {given.__name__}, which needs gradients; expected one of this "
+                "package, such as AdaMeZO or MeZO. Take transformers.Trainer for it"
+            )
+        optim = str(getattr(args.optim, "value", args.optim))
+        if not optim.startswith("adamw_torch"):  # the default, which nobody asked for
+            raise ValueError(
+                f"optim={optim!r} names an optimizer that needs gradients: leave it out and "
+                "pass optimizer_cls_and_kwargs=(AdaMeZO, {...})"
+            )
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1 or str(accelerator.distributed_type.value) not in (
+            "NO", "MULTI_CPU", "MULTI_GPU", "TP",
+        ):  # fmt: skip
+            raise ValueError(
+                f"got {accelerator.num_processes} processes of the kind "
+                f"{accelerator.distributed_type.value}. Each would take steps by the losses of its "
+                "own data, so that the weights drift apart, and DistributedDataParallel would "
+                "allocate a bucket of gradients as large as the model. Run one process"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"got {args.n_gpu} GPUs, over which the Trainer spreads a batch by DataParallel: "
+                "that was not tested with perturbed weights. Set CUDA_VISIBLE_DEVICES to one"
+            )
+        if args.neftune_noise_alpha is not None and not self.train_mode:
+            raise ValueError(
+                "neftune_noise_alpha adds noise in train mode alone: pass train_mode=True, or "
+                "leave it out"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Makes the optimizer of all parameters with their names, and lets it know the model."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
+            made: Any = kind
+            options = {"lr": self.args.learning_rate, "seed": self.args.seed, **options}
+            self.optimizer = made(self._groups(model), model=model, **options)
+        return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[Any]:
+        """One group in the model's order, as ``for_model`` makes; or two, as the Trainer makes,
+        where biases and norms have no weight decay."""
+        named = list(model.named_parameters())
+        if not self.args.weight_decay:
+            return named
+        decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
+        return [
+            {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": weight_decay}
+            if weight_decay
+            else {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0}
+            for weight_decay in (self.args.weight_decay, 0.0)
+        ]
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's own, around which the log is opened and closed."""
+        found: Any = resume_from_checkpoint or None
+        self._checkpoint = get_last_checkpoint(self.args.output_dir) if found is True else found
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._staged = []
+            if self._step_log is not None:
+                self._step_log.close()
+                self._step_log = None
+                self._log_saver.active = False
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of the next step; those of one that was broken off are dropped."""
+        self._staged = []
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Keeps a micro-batch. At the last one of an accumulation takes a step on all of them.
+
+        Returns:
+            The mean of the step's losses, a scalar tensor on ``args.device``; 0 before the last.
+        """
+        prepared = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        self._staged.append((prepared, num_items_in_batch))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        staged, self._staged = self._staged, []
+        optimizer = unwrapped(self.optimizer)
+        if self._objective is not None and any(g["maximize"] for g in optimizer.param_groups):
+            raise ValueError(
+                "with an objective the loss of a step is minus its score, and maximize=True would "
+                "unlearn it: leave out maximize"
+            )
+        if self.max_projected_grad is not None:
+            optimizer.shaping = bounded(self.max_projected_grad)
+        _, _, self._probes = optimizer._next_probes()
+
+        def closure() -> Tensor:
+            self._counts.forward_passes += len(staged)
+            return self._loss(model, staged)
+
+        model.train()
+        if not self.train_mode:
+            # All modules inside. The model's own flag says that this is training, which trl reads.
+            for child in self.model.children():
+                child.eval()
+        try:
+            if self._log_kind is not None and self._step_log is None:
+                self._step_log = self._open_log(self._log_kind, optimizer)
+                self._log_saver.active = True
+            loss = optimizer.step(closure)
+        finally:
+            model.train()
+        self._losses = optimizer.losses
+        return loss.to(self.args.device, torch.float32)
+
+    def _loss(self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]) -> Tensor:
+        """The loss of an accumulation, at the weights as they are, weighted as the Trainer does."""
+        if self._objective is not None:
+            with self.compute_loss_context_manager():
+                return -torch.cat([self._objective(self.model, dict(x)) for x, _ in staged]).mean()
+        total: Any = 0
+        for inputs, items in staged:
+            # A copy, of which compute_loss takes the labels out. The context is entered for each
+            # loss, as autocast keeps copies of weights until it is left.
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
+            total = total + (loss if self._is_scaled(items) else loss / len(staged))
+        return total
+
+    def _is_scaled(self, items: Any) -> bool:
+        """Whether a micro-batch's loss is its share of the whole already, as the Trainer says."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)  # of newer versions of transformers
+        if said is not None:
+            return bool(said)
+        takes = self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
+        function = self.compute_loss_func  # type: ignore[attr-defined]
+        return bool((takes and items is not None) or function is not None)
+
+    def _open_log(self, kind: type[Log], optimizer: ZerothOrder) -> Log:
+        """Begins the log, or continues the copy in the checkpoint that the run resumed from."""
+        path = Path(self.args.output_dir) / LOG_NAME
+        if self._checkpoint is None:
+            return kind.create(path, optimizer)
+        copy = Path(self._checkpoint) / LOG_NAME
+        if not copy.is_file():
+            raise FileNotFoundError(
+                f"{copy} is not there: the checkpoint is of a run without step_log, so no log can "
+                "continue it. Leave out step_log, or begin again from the base weights"
+            )
+        replace(copy, path)
+        return kind.follow(path, optimizer)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own; ``grad_norm``, of gradients that nobody computes, makes room for
+        ``projected_grad`` (the root mean square where a step has several directions)."""
+        if "loss" in logs:
+            logs.pop("grad_norm", None)
+            found = slopes(self._probes, self._losses)
+            if found:
+                logs["projected_grad"] = (
+                    found[0] if len(found) == 1 else (sum(x * x for x in found) / len(found)) ** 0.5
+                )
+        if "loss" in logs or "train_loss" in logs:
+            logs.update(self._counts.numbers())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class ZOTrainer(ZOTrainerMixin, Trainer):
+    """transformers' Trainer with forward-only steps: see :class:`ZOTrainerMixin`."""
