@@ -98,6 +98,8 @@ setup(
         "adamezo.adapters",
         "adamezo.runlog",
         "adamezo.finetune",
+        "adamezo.finetune.tasks",
+        "adamezo.command",
         "adamezo.integrations",
     ],
     package_dir={"adamezo": "python_api/adamezo", "adamezo_kernels": "adamezo_kernels"},
