@@ -43,7 +43,7 @@ DEPARTMENTS: dict[str, set[str]] = {
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "display": set(),
     "finetune": {"engine", "methods", "runlog", "integrations", "adapters", "display"},
-    "command": {"engine", "methods", "runlog", "display", "finetune"},
+    "command": {"engine", "methods", "integrations", "runlog", "display", "finetune"},
 }
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}
 

@@ -77,7 +77,7 @@ def advice() -> list[str]:
     """What this machine could do better, as sentences."""
     lines = []
     if not native.availability()[0]:
-        lines.append(f"compiled CPU kernels, ten times and more: {native.availability()[1]}")
+        lines.append(f"compiled CPU kernels: {native.availability()[1]}")
     elif native.instruction_set() != native.instruction_sets()[0]:
         lines.append(
             f"{native.instruction_sets()[0]} instructions: ADAMEZO_ISA holds the kernels to "
@@ -135,7 +135,7 @@ def self_test(seconds: float, seed: int | None = None) -> tuple[Counter[str], li
 
 def _case(chosen: random.Random, kinds: list[str]) -> dict[str, Any]:
     return {
-        "sizes": [chosen.choice([1, 3, 127, 128, 129, 1000, 4097]) for _ in range(3)],
+        "sizes": [chosen.choice([1, 3, 127, 128, 129, 1000]) for _ in range(3)],
         "dtype": chosen.choice(list(_BITS)),
         "distribution": chosen.choice(kinds),
         "rounding": chosen.choice(ROUNDINGS),

@@ -18,6 +18,7 @@ from adamezo_kernels import kind_of
 from .. import finetune
 from ..engine.perturb import perturbation_named
 from ..finetune import Options, checkpoint, report
+from ..integrations import transformers as language_models
 from ..runlog import LogError
 from . import typed
 
@@ -55,6 +56,8 @@ def _run(
     if overwrite:
         for path in (log, checkpoint.beside(log)):
             path.unlink(missing_ok=True)
+    if not sys.stderr.isatty():
+        language_models.without_bars()
     try:
         result = finetune.finetune(options)
     except KeyboardInterrupt as stop:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
+import json
 import os
 import re
+import subprocess
+import sys
 import weakref
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -168,9 +168,24 @@ def measured(path: str | Path, setup: Setup) -> Measured | None:
     """The same on this machine's CPU, in a process of its own, with weights of random numbers; None
     where a process cannot reset its peak."""
     # Of memory in use: glibc would keep up to hundreds of MiB of what was freed, or not.
-    with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(_measure, str(path), setup).result()
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    code = "import sys; from adamezo.finetune import needs; needs.measure_and_print(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), json.dumps(asdict(setup))],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the step that was to be measured failed: {done.stderr[-500:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return None if found is None else Measured(**found)
+
+
+def measure_and_print(path: str, setup: str) -> None:
+    """What the process of :func:`measured` does: prints the measurement as JSON."""
+    found = _measure(path, Setup(**json.loads(setup)))
+    print(json.dumps(None if found is None else asdict(found)))
 
 
 def _measure(path: str, setup: Setup) -> Measured | None:

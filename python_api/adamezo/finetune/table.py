@@ -154,23 +154,28 @@ def _of_json_lines(path: Path, encoding: str) -> Table:
     if not numbers:
         return Table(str(path), [], [], str)
     try:
-        frame = pandas.read_json(
-            path, lines=True, dtype=False, convert_dates=False, encoding=encoding
-        )
-    except ValueError:
-        for number in numbers:
-            try:
-                found = json.loads(lines[number])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number + 1}: not JSON ({error})") from None
-            if not isinstance(found, dict):
-                break
-        raise ValueError(
-            f"{path}, line {number + 1}: expected an object in each line, such as "
-            '{"text": "a film", "label": "good"}'
-        ) from None
+        frame = pandas.read_json(path, lines=True, dtype=False, encoding=encoding)
+        if not all(isinstance(name, str) for name in frame.columns):
+            raise ValueError("rows without names of columns")
+    except ValueError as error:
+        raise _not_lines_of_json(path, lines, error) from None
     rows = frame.to_dict("records")
     return Table(str(path), list(frame.columns), rows, lambda row: f"line {numbers[row] + 1}")
+
+
+def _not_lines_of_json(path: Path, lines: list[str], error: ValueError) -> ValueError:
+    """The error that names the first line that is no object."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as reason:
+            return ValueError(f"{path}, line {number}: not JSON ({reason})")
+        if not isinstance(found, dict):
+            return ValueError(
+                f"{path}, line {number}: expected an object in each line, such as "
+                '{"text": "a film", "label": "good"}'
+            )
+    return ValueError(f"{path}: not lines of JSON ({error})")
 
 
 def _of_parquet(path: Path) -> Table:

@@ -19,6 +19,11 @@ except ImportError as error:
     ) from error
 
 
+def without_bars() -> None:
+    """Loading shows no bars from now on: in a file they are hundreds of lines."""
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
