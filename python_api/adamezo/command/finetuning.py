@@ -55,7 +55,8 @@ def _run(
     options = replace(options, log=str(log))
     if overwrite:
         for path in (log, checkpoint.beside(log)):
-            path.unlink(missing_ok=True)
+            if path.exists():  # kept until the next time: what follows may be refused
+                path.replace(f"{path}.old")
     if not sys.stderr.isatty():
         language_models.without_bars()
     try:
@@ -167,7 +168,7 @@ def _command() -> Callable[..., int]:
     )
     overwrite = typer.Option(
         "--overwrite",
-        help="begin anew, and not where the log in --output ends",
+        help="begin anew, and not where the log in --output ends; it is kept as run.log.old",
         rich_help_panel="Results",
     )
     extra = {

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import methods
 from ..integrations import transformers as language_models
+from ..integrations.sequences import log_probs_of
 from .measure import PeakMemory
 
 
@@ -151,9 +152,7 @@ def _forward(model: Any, rows: int, setup: Setup) -> Tensor:
     logits = inputs.of_tokens(tokens, None, setup.logits)
     if setup.logits == 1:
         return logits[:, -1, :2].float()
-    logits = logits[:, :-1].float()
-    targets = tokens[:, 1:].flatten()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return log_probs_of(logits, tokens[:, 1:])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .transformers import Inputs
 
@@ -38,21 +39,36 @@ class SequenceScorer:
         self.tokenizer = tokenizer
         self._inputs = Inputs(model)
 
-    def __call__(self, sequences: Sequence[Tokens]) -> TokenScores:
-        """Scores of a batch of sequences."""
+    def __call__(self, sequences: Sequence[Tokens], *, right: bool = False) -> TokenScores:
+        """Scores of a batch of sequences; which tokens are right only if asked for."""
         width = max(s.targets for s in sequences)
-        logits = self._inputs.logits([s.ids for s in sequences], width + 1)[:, :-1].float()
+        logits = self._inputs.logits([s.ids for s in sequences], width + 1)
         targets = torch.zeros(len(sequences), width, dtype=torch.long)
         mask = torch.zeros(len(sequences), width, dtype=torch.bool)
         for row, (ids, count) in enumerate(sequences):
             targets[row, width - count :] = torch.tensor(ids[len(ids) - count :])
             mask[row, width - count :] = True
         targets, mask = targets.to(logits.device), mask.to(logits.device)
-        log_probs = -torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        ).view_as(mask)
-        right = (logits.argmax(dim=-1) == targets) & mask
-        return TokenScores(log_probs.where(mask, 0.0), right, mask)
+        best = torch.zeros_like(mask)
+        if right:
+            best = (logits[:, :-1].argmax(dim=-1) == targets) & mask
+        return TokenScores(log_probs_of(logits, targets).where(mask, 0.0), best, mask)
+
+
+def log_probs_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of tokens, float32 of the shape of ``targets``.
+
+    Args:
+        logits: of shape (texts, tokens + 1, vocabulary): the last position predicts nothing here.
+        targets: of shape (texts, tokens).
+    """
+    # Text by text: of all together, what cross_entropy makes would be as large as the logits, and
+    # these are the largest tensor of a forward.
+    losses = [
+        cross_entropy(row[:-1].float(), target, reduction="none")
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return -torch.stack(losses)
 
 
 def target_sequence(

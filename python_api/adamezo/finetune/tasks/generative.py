@@ -46,7 +46,7 @@ class Generative(Task):
         return -totals / batch.split(found.mask).flatten(1).sum(dim=1)
 
     def measure(self, rows: Sequence[int]) -> Evaluation:
-        found = self._scorer([self.rows[row] for row in rows])
+        found = self._scorer([self.rows[row] for row in rows], right=True)
         counts = found.mask.sum(dim=1).float()
         losses = -found.log_probs.sum(dim=1) / counts
         return Evaluation(losses, found.right.sum(dim=1) / counts, counts)
