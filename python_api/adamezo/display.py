@@ -25,18 +25,26 @@ class Display:
         try:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.text import Text
         except ImportError:
             return
+
+        class Bars(Progress):
+            """With a line below that is not cut off, as a column would be on a narrow terminal."""
+
+            line = ""
+
+            def get_renderables(self) -> Iterator[Any]:
+                yield self.make_tasks_table(self.tasks)
+                if self.line:
+                    yield Text(self.line)
+
         console = Console(stderr=True)
         self._lines = not console.is_terminal
         if self._lines:
             console = Console(stderr=True, width=200)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=console,
+        self._progress = Bars(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
         )
 
     def __enter__(self) -> Display:
@@ -57,17 +65,18 @@ class Display:
     def bar(
         self, description: str, total: int, done: int = 0
     ) -> Iterator[Callable[[int, str], None]]:
-        """A bar, as a function of how much is done since the last call and a text beside it."""
+        """A bar, as a function of how much is done since the last call and a text below it."""
         if self._progress is None:
             yield _nothing
             return
-        task = self._progress.add_task(description, total=total, completed=done, text="")
+        task = self._progress.add_task(description, total=total, completed=done)
         last = time.perf_counter()
 
         def advance(more: int, text: str = "") -> None:
             nonlocal done, last
             done += more
-            self._progress.update(task, completed=done, text=text)
+            self._progress.line = text or self._progress.line
+            self._progress.update(task, completed=done)
             if self._lines and done < total and time.perf_counter() - last > LINE_EVERY:
                 last = time.perf_counter()
                 self.write(f"{description} {done}/{total} {text}".rstrip())

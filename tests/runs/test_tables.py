@@ -75,7 +75,11 @@ def test_parts_and_names_of_labels_of_a_saved_dataset(tmp_path):
 
 BAD = {
     "other encoding": ("csv", "text,label\nnaïve,good\n".encode("latin-1"), "it is not utf-8"),
-    "semicolons": ("csv", b"text;label\na film;good\n", "separated by ';', which --separator"),
+    "semicolons": (
+        "csv",
+        b"text;label\na film;good\n",
+        "it looks separated by ';': see --separator",
+    ),
     "another column": ("csv", b"review,label\na,b\n", "'text', or name the column with --text-col"),
     "a field too many": ("csv", b"text,label\na,b\nc,d,e\n", "put texts that hold ',' in quotes"),
     "an open quote": ("csv", b'text,label\n"a,b\nc,d\n', "a quote is left open"),

@@ -30,17 +30,14 @@ class Table:
             ValueError: there is no such column; the message names the option that chooses it.
         """
         if name not in self.columns:
-            hint = ""
-            if len(self.columns) == 1 and (
-                mark := next(iter(set(self.columns[0]) & set(";\t|")), 0)
-            ):
-                hint = f"; the columns look separated by {mark!r}, which --separator takes"
-            elif self.columns:
-                hint = f", or name the column with --{option}"
+            hint = f", or name the column with --{option}"
+            if not self.columns:
+                hint = ": it is empty"
+            elif len(self.columns) == 1:
+                marks = [mark for mark in ";\t|" if mark in self.columns[0]]
+                hint = f"; it looks separated by {marks[0]!r}: see --separator" if marks else hint
             raise ValueError(
                 f"{self.path}: got the columns {self.columns}, expected one named {name!r}{hint}"
-                if self.columns
-                else f"{self.path}: got the columns [], expected one named {name!r}: it is empty"
             )
         return [row.get(name) for row in self.rows]
 
