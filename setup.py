@@ -99,6 +99,8 @@ setup(
         "adamezo.adapters",
         "adamezo.runlog",
         "adamezo.finetune",
+        "adamezo.finetune.tasks",
+        "adamezo.command",
         "adamezo.integrations",
         "adamezo.rewards",
     ],

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamezo import AdaMeZO
 from adamezo.adapters import SCHEMES, TensorTrainAdapter, adapt, adapters_of, remove
-from adamezo.finetune import Task, read_examples, split
+from adamezo.finetune import Classification, read_examples, split
 from adamezo.finetune.measure import PeakMemory
 from adamezo.integrations import transformers as language_models
 from benchmarks.harness import Variant, interleave
@@ -130,7 +130,7 @@ def before_training(where: dict[str, Any]) -> Iterator[Row]:
     model, tokenizer = language_models.load(job.model)
     _, held_out = split(read_examples(job.data), job.held_out)
     scorer = language_models.LabelScorer(model, tokenizer, job.template, job.label_words)
-    task = Task(scorer, held_out[:96])
+    task = Classification(scorer, held_out[:96])
     for init, seed in [("none", 0), ("zero", 0), *(("published", seed) for seed in range(4))]:
         if init != "none":
             adapt(model, "tensor-train", init=init, seed=seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from adamezo.adapters import FAMILIES, adapt
-from adamezo.finetune import Example, Options, Task, read_examples, split
+from adamezo.finetune import Classification, Example, Options, read_examples, split
 from adamezo.integrations import transformers as language_models
 from examples.demo import HELD_OUT, REVIEWS, options
 
@@ -196,11 +196,11 @@ class Main(Job):
         scorer = language_models.LabelScorer(
             model, self._tokenizer, self._options.template, self._options.label_words
         )
-        training = Task(scorer, self._training)
-        held_out = {name: Task(scorer, some) for name, some in self._held_out.items()}
+        training = Classification(scorer, self._training)
+        held_out = {name: Classification(scorer, some) for name, some in self._held_out.items()}
 
         def score(part: str) -> tuple[float, float]:
-            found = held_out[part].evaluate(2 * self.batch, describe=part).summary()
+            found = held_out[part].evaluate(2 * self.batch).summary()
             return found["loss"], found["accuracy"]
 
         return Start(model, trained(model), training.loss, score)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from adamezo import AdaZeta, check_closure
 from adamezo.adapters import adapt, adapters_of, save_adapters
-from adamezo.finetune import Task, read_examples, split
+from adamezo.finetune import Classification, read_examples, split
 from adamezo.integrations import transformers as language_models
 from examples.demo import options
 
@@ -38,7 +38,8 @@ def main() -> None:
     model, tokenizer = language_models.load(job.model)
     scorer = language_models.LabelScorer(model, tokenizer, job.template, job.label_words)
     training, held_out = split(read_examples(job.data), job.held_out)
-    train, test = Task(scorer, training[: chosen.rows]), Task(scorer, held_out[: chosen.held_out])
+    train = Classification(scorer, training[: chosen.rows])
+    test = Classification(scorer, held_out[: chosen.held_out])
     loader = DataLoader(range(len(train)), batch_size=16, shuffle=True, drop_last=True)
 
     adapt(model, "tensor-train", seed=chosen.seed)

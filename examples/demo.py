@@ -65,7 +65,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-to", help="folder for the trained model")
     parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument(
+        "--path", action="store_true", help="print where the model is, and nothing else"
+    )
     chosen = vars(parser.parse_args())
+    if chosen.pop("path"):
+        print(smollm2())
+        return
     output = chosen.pop("output")
     changed = {name: value for name, value in chosen.items() if value is not None}
     print(

@@ -26,7 +26,9 @@ FOLDERS = {
 # What each part may import besides the standard library and itself; "*" is any third-party package.
 ALLOWED = {
     "adamezo_kernels": {"torch", "triton"},
-    "adamezo": {"torch", "adamezo_kernels", "tqdm", "matplotlib"},
+    "adamezo": {
+        *("torch", "adamezo_kernels", "matplotlib", "typer", "rich", "pandas", "datasets"),
+    },
     "adamezo/integrations": {"torch", "adamezo", "adamezo_kernels", "*"},
     "examples": {"torch", "adamezo", "adamezo_kernels", "*"},
     "benchmarks": {"torch", "adamezo", "adamezo_kernels", "examples", "*"},
@@ -41,7 +43,9 @@ DEPARTMENTS: dict[str, set[str]] = {
     "adapters": {"engine", "integrations"},
     "rewards": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
-    "finetune": {"engine", "methods", "runlog", "integrations", "adapters"},
+    "display": set(),
+    "finetune": {"engine", "methods", "runlog", "integrations", "adapters", "display"},
+    "command": {"engine", "methods", "integrations", "runlog", "display", "finetune"},
 }
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}
 

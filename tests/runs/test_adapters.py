@@ -38,7 +38,7 @@ def test_a_run_trains_and_saves_adapters_alone(run, model_folder, tmp_path, sche
     load_adapters(base, folder)
     scorer = language_models.LabelScorer(base, tokenizer, chosen.template, WORDS)
     examples = finetune.read_examples(chosen.data, tuple(WORDS))
-    held_out = finetune.Task(scorer, finetune.split(examples, chosen.held_out)[1])
+    held_out = finetune.Classification(scorer, finetune.split(examples, chosen.held_out)[1])
     summary = held_out.evaluate(2 * chosen.batch_size).summary()
     assert summary == report["after"]  # the same batches, so the same bits
     assert report["before"] != report["after"]

@@ -271,7 +271,7 @@ def test_the_defaults_of_the_command_are_those_of_the_options(monkeypatch):
     monkeypatch.setattr(report, "text", lambda result: "")
     monkeypatch.setattr(report, "write", lambda result, folder: ("", ""))
     assert cli.main(["finetune", "--model", "m", "--data", "d"]) == 0
-    assert given == [finetune.Options(model="m", data="d")]
+    assert given == [finetune.Options(model="m", data="d", log="finetune/run.log")]
 
 
 @pytest.mark.parametrize(

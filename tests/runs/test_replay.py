@@ -551,7 +551,7 @@ def test_a_job_that_stopped_goes_on(model_folder, data_file, tmp_path, monkeypat
         )
     )
     calls = itertools.count(1)
-    real = finetune.Task.losses
+    real = finetune.Classification.losses
 
     def losses(self, rows, batch):
         # Two for its memory, two to check the loss, then the first of the third step.
@@ -562,7 +562,7 @@ def test_a_job_that_stopped_goes_on(model_folder, data_file, tmp_path, monkeypat
     settings = options(
         model_folder, data_file, log=str(tmp_path / "b"), save_to=str(tmp_path / "B"), **job
     )
-    monkeypatch.setattr(finetune.Task, "losses", losses)
+    monkeypatch.setattr(finetune.Classification, "losses", losses)
     with pytest.raises(MemoryError):
         finetune.finetune(settings)
     monkeypatch.undo()

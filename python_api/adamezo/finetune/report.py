@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.optimizer import ZerothOrder
 from .options import Options
-from .task import Evaluation, Task
+from .tasks import Evaluation, Task
 
 
 @dataclass
@@ -32,24 +35,36 @@ class Training:
 
 def numbers(
     options: Options,
+    optimizer: ZerothOrder,
     model: nn.Module,
-    trained_texts: int,
+    train: Task,
     test: Task,
     before: Evaluation,
     after: Evaluation,
+    answers: Sequence[tuple[dict[str, Any], dict[str, Any]]],
     training: Training,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The report of a run as plain values, ready for JSON."""
-    device, labels = test.scorer.model.device, test.scorer.labels
+    """The report of a run as plain values, ready for JSON.
+
+    Args:
+        options: of the run, with what it took where they left it open.
+        optimizer, model: after training.
+        train, test: the rows trained on, and the held-out ones.
+        before, after: measurements of the held-out rows.
+        answers: to the first held-out rows, before and after.
+        training: measurements of the steps.
+        seconds: what else took time.
+    """
     taken = len(training.curve)
     optimizer_seconds = training.seconds - training.forward_seconds
     peaks = training.step_peak, training.forward_peak
     start, end = {"step": 0} | before.summary(), {"step": options.steps} | after.summary()
+    shortened = train.shortened + test.shortened
     return {
         "options": asdict(options),
         "versions": _versions(),
-        "device": _device_name(device),
+        "device": _device_name(test.model.device),
         "threads": torch.get_num_threads(),
         "model": {
             "class": type(model).__name__,
@@ -57,19 +72,22 @@ def numbers(
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
         "data": {
-            "training": trained_texts,
+            "training": len(train),
             "held_out": len(test),
-            "labels": {label: int((test.targets == i).sum()) for i, label in enumerate(labels)},
+            **test.describe(),
+            **({"shortened": shortened} if shortened else {}),
         },
+        "accuracy_of": test.unit,
         "before": before.summary(),
         "after": after.summary(),
         "change": {
-            "loss": _difference(before.losses, after.losses),
-            "accuracy": _difference(before.right, after.right),
+            "loss": _difference(before.losses, after.losses, after.weights),
+            "accuracy": _difference(before.right, after.right, after.weights),
         },
         "training": {
             "steps": options.steps,
             "replayed": options.steps - taken,
+            "skipped": int(optimizer.skipped),
             "forward_passes": training.forward_passes,
             "seconds": training.seconds,
             "seconds_per_step": training.seconds / max(taken, 1),
@@ -85,31 +103,25 @@ def numbers(
         "seconds": seconds,
         "curve": training.curve,
         "held_out_curve": [start, *training.held_out_curve, end],
-        "examples": _answers(test, before, after, options.show),
+        "examples": [
+            test.question(row) | {"before": first, "after": last}
+            for row, (first, last) in enumerate(answers)
+        ],
     }
 
 
-def _difference(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Mean change over the held-out examples, and its standard error from paired differences."""
-    change = (after - before).double()
-    return {
-        "mean": change.mean().item(),
-        "standard_error": change.std().item() / len(change) ** 0.5,
-    }
+def _difference(before: Tensor, after: Tensor, weights: Tensor) -> dict[str, float | None]:
+    """Mean change over the held-out examples, and its standard error from paired differences.
 
-
-def _answers(test: Task, before: Evaluation, after: Evaluation, count: int) -> list[dict[str, Any]]:
-    """The model's answers to the first held-out examples, whose order is random (split)."""
-
-    def answer(evaluation: Evaluation, row: int) -> dict[str, Any]:
-        probabilities = evaluation.scores[row].softmax(dim=0)
-        best = int(probabilities.argmax())
-        return {"label": test.scorer.labels[best], "probability": probabilities[best].item()}
-
-    return [
-        example._asdict() | {"before": answer(before, row), "after": answer(after, row)}
-        for row, example in enumerate(test.examples[:count])
-    ]
+    The error is that of a ratio of sums over the examples, which without weights is the usual one
+    of a mean. A single example has none.
+    """
+    change, weights = (after - before).double(), weights.double()
+    mean = (change * weights).sum() / weights.sum()
+    count = len(change)
+    spread = ((change - mean) * weights).norm() / weights.sum()
+    error = spread.item() * (count / (count - 1)) ** 0.5 if count > 1 else None
+    return {"mean": mean.item(), "standard_error": error}
 
 
 def _versions() -> dict[str, str]:
@@ -131,19 +143,26 @@ def _device_name(device: torch.device) -> str:
 def text(report: dict[str, Any]) -> str:
     """The report as text that fits a screen."""
     before, after, change = report["before"], report["after"], report["change"]
-    training, memory = report["training"], report["memory"]
+    training, memory, data = report["training"], report["memory"], report["data"]
     lines = [
-        f"{report['model']['class']}, {report['model']['trained'] / 1e6:.1f}M weights trained, on "
-        f"{report['device']}; {report['data']['training']} training and "
-        f"{report['data']['held_out']} held-out texts",
+        f"{report['model']['class']}, {report['model']['trained'] / 1e6:.1f}M weights trained by "
+        f"{report['options']['method']}, on {report['device']}; {data['training']} training and "
+        f"{data['held_out']} held-out texts",
         "",
         "held-out      before   after    change (standard error over the texts)",
     ]
     for name in ("loss", "accuracy"):
+        error = change[name]["standard_error"]
         lines.append(
             f"  {name:<10}{before[name]:8.3f}{after[name]:8.3f}  {change[name]['mean']:+8.3f} "
-            f"({change[name]['standard_error']:.3f})"
+            f"({'-' if error is None else format(error, '.3f')})"
         )
+    if report["accuracy_of"] == "tokens":
+        lines.append("  (of tokens: accuracy is the share that the model finds likeliest)")
+    if data.get("shortened"):
+        lines.append(f"  {data['shortened']} texts were shortened to --max-tokens")
+    if training["skipped"]:
+        lines.append(f"  {training['skipped']} steps were skipped, as their loss was not finite")
     lines += [
         "",
         f"{training['steps']} steps, {training['forward_passes']} forward passes, no backward "
@@ -160,22 +179,48 @@ def text(report: dict[str, Any]) -> str:
         lines.append("peak memory: not measured (the system cannot reset its peak counter)")
     lines.append("")
     for example in report["examples"]:
-        lines.append(f"  {example['text']}")
+        lines += _shown(example)
+    return "\n".join(lines)
+
+
+def _shown(example: dict[str, Any]) -> list[str]:
+    """An example with the model's answers, as lines."""
+    lines = [f"  {_line(example['text'])}"]
+    if "label" in example["before"]:
         answers = [
             f"{when} {example[when]['label']} ({example[when]['probability']:.2f})"
             for when in ("before", "after")
         ]
-        lines.append(f"    people: {example['label']}; the model {', '.join(answers)}")
-    return "\n".join(lines)
+        return [*lines, f"    people: {example['label']}; the model {', '.join(answers)}"]
+    texts = {"data": example["label"]} | {
+        when: example[when]["text"] for when in ("before", "after")
+    }
+    return [*lines, *(f"    {name:<7} {_line(text)}" for name, text in texts.items())]
+
+
+def _line(text: str, most: int = 200) -> str:
+    """A text as one line that is not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def write(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Writes ``report.json`` and ``curves.png`` into ``folder`` and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     file, curves = folder / "report.json", folder / "curves.png"
-    file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False)
+    file.write_text(content + "\n", encoding="utf-8")
     _plot(report, curves)
     return file, curves
+
+
+def _finite(value: Any) -> Any:
+    """The same, with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
@@ -196,10 +241,10 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     left.plot(steps, losses, color="0.8", label="a batch")
     left.plot(steps, mean, color="C0", label=f"mean of the last {window}")
     left.plot(at, [point["loss"] for point in held_out], "o-", color="C3", label="held-out")
-    left.set(xlabel="step (two forward passes)", ylabel="loss (nats)")
+    left.set(xlabel="step", ylabel="loss (nats)")
     left.legend()
     right.plot(at, [point["accuracy"] for point in held_out], "o-", color="C3")
-    right.set(xlabel="step (two forward passes)", ylabel="held-out accuracy")
+    right.set(xlabel="step", ylabel=f"held-out accuracy, share of {report['accuracy_of']}")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

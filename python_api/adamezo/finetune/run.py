@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,62 +13,74 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..adapters import adapt, check_lr, save_adapters
 from ..adapters.presets import FULL
+from ..display import Display, in_words
 from ..engine.batched import PerturbedBatch, batched
 from ..engine.check_closure import check_closure
+from ..engine.optimizer import ZerothOrder
 from ..integrations import transformers as language_models
-from ..methods import AdaMeZO
-from ..runlog import StepLog
-from . import report
-from .data import Example, batches, read_examples, split
+from ..runlog import StepLog, read
+from . import checkpoint, report
+from .data import batches, split
 from .measure import PeakMemory, now
-from .options import DTYPES, Options
-from .task import Task
+from .optimizer import make_optimizer, with_defaults
+from .options import DTYPES, HELD_OUT, Options
+from .table import read_table
+from .tasks import TASKS, Evaluation, Task
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, after this many steps, which are in the log if there is one."""
+
+    def __init__(self, steps: int, of: int) -> None:
+        super().__init__(f"stopped after {steps} of {of} steps")
+        self.steps = steps
 
 
 def finetune(options: Options) -> dict[str, Any]:
-    """Does the run that ``options`` describe and returns its report (:func:`report.numbers`)."""
+    """Does the run that ``options`` describe and returns its report (:func:`report.numbers`).
+
+    Raises:
+        ValueError, RuntimeError, OSError, ImportError: what was given cannot be used; the message
+            says what was got, what was expected and what to do.
+        Stopped: Ctrl-C. With a log the same options go on.
+    """
+    with Display() as display:
+        return _finetune(options, display)
+
+
+def _finetune(options: Options, display: Display) -> dict[str, Any]:
     began = time.perf_counter()
-    if options.dtype not in DTYPES:
-        raise ValueError(f"--dtype: got {options.dtype!r}, expected one of {', '.join(DTYPES)}")
-    examples = read_examples(options.data, tuple(options.label_words))
-    words = options.label_words or {label: label for label in sorted({e.label for e in examples})}
-    training, held_out = split(examples, options.held_out)
+    _check(options)
+    kind = TASKS[options.task]
+    table = read_table(
+        options.data,
+        separator=options.separator,
+        encoding=options.encoding,
+        part=options.split,
+    )
+    examples = kind.read(options, table)
+    options = replace(options, held_out=_held_out(options, len(examples)))
+    training, held_out = split(examples, options.held_out or 0)
     model, tokenizer = language_models.load(
         options.model, dtype=getattr(torch, options.dtype), device=_device(options.device)
     )
     if options.adapt != FULL:
         adapt(model, options.adapt, seed=options.seed)
-    scorer = language_models.LabelScorer(
-        model, tokenizer, options.template, words, max_tokens=options.max_tokens
-    )
-    train, test = Task(scorer, training), Task(scorer, held_out)
-    optimizer = AdaMeZO(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-        lr=options.lr,
-        betas=options.betas,
-        zo_eps=options.zo_eps,
-        horizon=options.horizon,
-        weight_decay=options.weight_decay,
-        normalization=options.normalization,
-        warmup_lr=options.warmup_lr,
-        distribution=options.distribution,
-        perturbation=options.perturbation,
-        rounding=options.rounding,
-        model=model,
-        seed=options.seed,
-    )
+    make = kind.make(kind.resolved(options, examples), model, tokenizer)
+    train, test = make(training), make(held_out)
+    optimizer = make_optimizer(options, model, max(1, len(train) // options.batch_size))
+    options = with_defaults(options, optimizer)
     check_lr(optimizer, model)
     loaded = time.perf_counter()
 
-    before = test.evaluate(2 * options.batch_size, describe="held-out, before")
+    before, answers = _evaluate(test, options, display, "held-out, before")
     evaluated = time.perf_counter()
-    with _log(optimizer, options, training) as done:
-        measured = _train(optimizer, train, test, options, done)
-    after = test.evaluate(2 * options.batch_size, describe="held-out, after")
+    with _log(optimizer, options, train, display) as (log, done):
+        measured = _train(optimizer, train, test, options, log, done, display)
+    after, more = _evaluate(test, options, display, "held-out, after")
     if options.save_to and options.adapt != FULL:
         save_adapters(model, options.save_to)
     elif options.save_to:
@@ -78,38 +90,92 @@ def finetune(options: Options) -> dict[str, Any]:
         "evaluate_held_out": evaluated - loaded,
         "all": time.perf_counter() - began,
     }
-    used = replace(options, label_words=dict(words))
-    return report.numbers(used, model, len(train), test, before, after, measured, seconds)
+    used = kind.resolved(options, examples)
+    samples = list(zip(answers, more, strict=True))
+    return report.numbers(
+        used, optimizer, model, train, test, before, after, samples, measured, seconds
+    )
+
+
+def _check(options: Options) -> None:
+    for name, choices in (("dtype", DTYPES), ("task", TASKS)):
+        if getattr(options, name) not in choices:
+            raise ValueError(
+                f"--{name}: got {getattr(options, name)!r}, expected one of {', '.join(choices)}"
+            )
+    for name, least in (("steps", 1), ("batch_size", 1), ("max_tokens", 2), ("show", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected an integer of "
+                f"at least {least}"
+            )
+    if options.checkpoint_every and not options.log:
+        raise ValueError("--checkpoint-every needs --log: a checkpoint is a place in a log")
+
+
+def _held_out(options: Options, rows: int) -> int:
+    """How many rows are held out. A log of a time when the default was 500 goes on with 500."""
+    if options.held_out is not None:
+        return options.held_out
+    if options.log and Path(options.log).exists():
+        kept = read(options.log).header.run.get("held_out")
+        if isinstance(kept, int):
+            return kept
+    return min(HELD_OUT, max(1, rows // 5))
+
+
+def _evaluate(
+    test: Task, options: Options, display: Display, describe: str
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Measurements of the held-out rows, and the model's answers to the first ones."""
+    with display.bar(describe, len(test)) as advance:
+        found = test.evaluate(2 * options.batch_size, advance=lambda rows: advance(rows, ""))
+    return found, test.answers(found, options.show)
 
 
 @contextmanager
-def _log(optimizer: AdaMeZO, options: Options, training: Sequence[Example]) -> Iterator[int]:
-    """Writes the log, if one is wanted, and yields how many steps were replayed from it."""
+def _log(
+    optimizer: ZerothOrder, options: Options, train: Task, display: Display
+) -> Iterator[tuple[StepLog | None, int]]:
+    """The log, if one is wanted, and how many steps are in it. The weights are those after them."""
     if options.log is None:
-        yield 0
+        yield None, 0
         return
-    texts = hashlib.sha256(repr([tuple(example) for example in training]).encode())
+    texts = hashlib.sha256(repr(train.identity()).encode())
     run = options.identity() | {"training texts": texts.hexdigest()}
     if Path(options.log).exists():
-        bar = partial(tqdm, desc="replaying", unit="step")
-        log = StepLog.resume(options.log, optimizer, run=run, progress=bar)
+        log = StepLog.resume(
+            options.log,
+            optimizer,
+            run=run,
+            progress=partial(display.track, description="replaying"),
+            checkpoint=checkpoint.at(checkpoint.beside(options.log), optimizer),
+        )
     else:
+        Path(options.log).parent.mkdir(parents=True, exist_ok=True)
         log = StepLog.create(options.log, optimizer, run=run)
     with log:
         if log.steps > options.steps:
             raise ValueError(
                 f"--log: {options.log} has {log.steps} steps, expected {options.steps} at most"
             )
-        yield log.steps
+        yield log, log.steps
 
 
 def _train(
-    optimizer: AdaMeZO, train: Task, test: Task, options: Options, done: int
+    optimizer: ZerothOrder,
+    train: Task,
+    test: Task,
+    options: Options,
+    log: StepLog | None,
+    done: int,
+    display: Display,
 ) -> report.Training:
     """Takes the steps after the first ``done``."""
-    device = train.scorer.model.device
+    device = train.model.device
+    lr = optimizer.defaults["lr"]
     for group in optimizer.param_groups:
-        group["initial_lr"] = options.lr
+        group["initial_lr"] = lr
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, options.lr_factor, done - 1)
     plan = batches(len(train), options.batch_size, options.steps, options.seed)
     memory = PeakMemory(device)
@@ -118,11 +184,9 @@ def _train(
     if done < len(plan):  # two more forward passes, for a new run and for a resumed one
         check_closure(optimizer, lambda: train.loss(plan[done]))
 
-    bar = tqdm(plan[done:], desc="training", unit="step", initial=done, total=len(plan))
-    for number, rows in enumerate(bar, start=done + 1):
-
+    def step(number: int, rows: list[int]) -> None:
         @batched
-        def closure(batch: PerturbedBatch, rows: list[int] = rows) -> Tensor:
+        def closure(batch: PerturbedBatch) -> Tensor:
             start = now(device)
             losses = train.losses(rows, batch)
             measured.forward_seconds += now(device) - start
@@ -137,24 +201,50 @@ def _train(
         if peak is not None:
             measured.step_peak = max(peak, measured.step_peak or 0)
         measured.curve.append(
-            {"step": number, "loss": loss, "projected_grad": optimizer.projected_grad}
+            {"step": number, "loss": loss, "projected_grad": float(optimizer.measured[0])}
         )
         scheduler.step()
-        recent = [point["loss"] for point in measured.curve[-10:]]
-        bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
-        if options.eval_every and number % options.eval_every == 0 and number < options.steps:
-            point = {"step": number} | test.evaluate(2 * options.batch_size).summary()
-            measured.held_out_curve.append(point)
-            bar.write(
-                f"step {number}: held-out loss {point['loss']:.3f}, "
-                f"accuracy {point['accuracy']:.3f}"
-            )
+
+    taken = done
+    try:
+        with display.bar("training", len(plan), done) as advance:
+            for number, rows in enumerate(plan[done:], start=done + 1):
+                step(number, rows)
+                taken = number
+                advance(1, _progress(measured, len(plan) - number))
+                if log and options.checkpoint_every and number % options.checkpoint_every == 0:
+                    checkpoint.save(optimizer, log)
+                if options.eval_every and number % options.eval_every == 0 < len(plan) - number:
+                    found = test.evaluate(2 * options.batch_size).summary()
+                    measured.held_out_curve.append({"step": number} | found)
+                    display.write(
+                        f"step {number}: held-out loss {found['loss']:.3f}, accuracy "
+                        f"{found['accuracy']:.3f}"
+                    )
+    except KeyboardInterrupt:
+        if log and options.checkpoint_every and taken > done:
+            checkpoint.save(optimizer, log)
+        # The signal may have come when the step was done.
+        raise Stopped(taken if log is None else log.steps, options.steps) from None
     return measured
+
+
+def _progress(measured: report.Training, left: int) -> str:
+    """The text beside the bar of the training steps."""
+    recent = [point["loss"] for point in measured.curve[-10:]]
+    each = measured.seconds / len(measured.curve)
+    share = 1 - measured.forward_seconds / measured.seconds
+    return (
+        f"loss={sum(recent) / len(recent):.3f} "
+        f"projected gradient={measured.curve[-1]['projected_grad']:+.1e} "
+        f"{measured.forward_passes / measured.seconds:.2g} forwards/s "
+        f"optimizer {share:.0%} left {in_words(left * each)}"
+    )
 
 
 def _bare_forward_peak(task: Task, plan: list[list[int]], memory: PeakMemory) -> int | None:
     """Peak memory of a forward pass on the widest batch, which also determines a step's peak."""
-    widest = max(plan, key=lambda rows: max(len(task.prompts[row]) for row in rows))
+    widest = max(plan, key=lambda rows: max(task.width(row) for row in rows))
     with torch.no_grad():
         task.loss(widest)  # allocates what libraries keep from the first pass on
         memory.reset()
@@ -165,4 +255,7 @@ def _bare_forward_peak(task: Task, plan: list[list[int]], memory: PeakMemory) ->
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:0") from None

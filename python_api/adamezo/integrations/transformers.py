@@ -23,6 +23,11 @@ except ImportError as error:
     ) from error
 
 
+def without_bars() -> None:
+    """Loading shows no bars from now on: in a file they are hundreds of lines."""
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
@@ -42,7 +47,8 @@ def load(
     else:
         raise FileNotFoundError(
             f"--model: got {str(path)!r}, expected a folder with a transformers model or a .gguf "
-            "file on this machine; names on a hub are not looked up, so download the model first"
+            "file on this machine; names on a hub are not looked up, so download the model first: "
+            f"hf download {path} --local-dir FOLDER"
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     if "gguf_file" in options:
@@ -58,10 +64,72 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
+def from_config(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model of a config, with weights of random numbers, in evaluation mode.
+
+    ``path`` is a folder with a config.json, such a file, or a ``.gguf`` file, whose weights are not
+    read.
+    """
+    path = Path(path).expanduser()
+    options: dict[str, Any] = {"local_files_only": True}
+    if path.suffix == ".gguf" and path.is_file():
+        options["gguf_file"] = path.name
+        path = path.parent
+    elif not (path / "config.json" if path.is_dir() else path).is_file():
+        raise FileNotFoundError(
+            f"MODEL: got {str(path)!r}, expected a folder with a config.json, such a file, or a "
+            ".gguf file, on this machine; names on a hub are not looked up"
+        )
+    config = transformers.AutoConfig.from_pretrained(path, **options)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write model and tokenizer to ``folder``, readable by :func:`load`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+class Inputs:
+    """Batches of token ids as a causal language model takes them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._keeps = "logits_to_keep" in accepted
+        self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def logits(self, texts: Sequence[Sequence[int]], keep: int) -> Tensor:
+        """Logits at the last ``keep`` positions of texts, of shape (texts, keep, vocabulary).
+
+        Texts are padded on the left, so that every one ends at the last position. With fewer than
+        ``keep`` positions there are that many.
+        """
+        length = max(len(ids) for ids in texts)
+        tokens = torch.zeros(len(texts), length, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, ids in enumerate(texts):
+            tokens[row, length - len(ids) :] = torch.tensor(ids)
+            mask[row, length - len(ids) :] = 1
+        return self.of_tokens(tokens, mask, keep)
+
+    def of_tokens(self, tokens: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+        """The same of tokens of shape (texts, length), padded where the mask is 0."""
+        device = self._model.device
+        inputs = {"input_ids": tokens.to(device)}
+        if mask is not None:
+            inputs["attention_mask"] = mask.to(device)
+            if self._takes_positions:
+                inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)
+        if self._keeps:  # the vocabulary's logits at these positions, not at all
+            self._extra["logits_to_keep"] = keep
+        logits: Tensor = self._model(**inputs, **self._extra).logits
+        return logits[:, -keep:]
+
+
+class SeveralTokens(ValueError):
+    """A label's word is not one token behind the prompt."""
 
 
 class LabelScorer:
@@ -102,13 +170,7 @@ class LabelScorer:
                 f"label words: got {dict(label_words)}, where two share a token; "
                 "expected a different word for each label"
             )
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._extra: dict[str, Any] = {}
-        if "logits_to_keep" in accepted:
-            self._extra["logits_to_keep"] = 1  # the vocabulary's logits at one position, not all
-        if "use_cache" in accepted:
-            self._extra["use_cache"] = False
+        self._inputs = Inputs(model)
 
     def _token(self, word: str) -> int:
         # Tokenized behind the prompt, because some tokenizers treat the start of a text apart.
@@ -116,7 +178,7 @@ class LabelScorer:
         before = self.tokenizer(context).input_ids
         after = self.tokenizer(context + word).input_ids
         if len(after) != len(before) + 1 or after[:-1] != before:
-            raise ValueError(
+            raise SeveralTokens(
                 f"label word {word.strip()!r}: got the tokens "
                 f"{self.tokenizer.tokenize(word)} behind the prompt, expected exactly one; "
                 "choose a commoner word with --label-words LABEL=WORD"
@@ -135,18 +197,7 @@ class LabelScorer:
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Scores of a batch of encoded prompts: float32, ``(len(prompts), len(labels))``."""
-        # Padded on the left, so that every prompt ends, and is read out, at the last position.
-        length = max(len(ids) for ids in prompts)
-        tokens = torch.zeros(len(prompts), length, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, ids in enumerate(prompts):
-            tokens[row, length - len(ids) :] = torch.tensor(ids)
-            mask[row, length - len(ids) :] = 1
-        device = self.model.device
-        inputs = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-        if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)
-        logits = self.model(**inputs, **self._extra).logits[:, -1]
+        logits = self._inputs.logits(prompts, 1)[:, -1]
         return logits[:, self.token_ids].float()
 
 

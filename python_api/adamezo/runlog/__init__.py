@@ -14,7 +14,7 @@ above it only:
 """
 
 from ..engine.records import StepRecord
-from .format import Entry, Header, Log, LogError, parse, read
+from .format import Entry, Header, Log, LogError, Place, parse, read
 from .header import differences, digest, header_of, optimizer_for
 from .replaying import Progress, replay, replay_file
 from .writer import StepLog
@@ -24,6 +24,7 @@ __all__ = [
     "Header",
     "Log",
     "LogError",
+    "Place",
     "Progress",
     "StepLog",
     "StepRecord",

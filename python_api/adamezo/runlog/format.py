@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..engine.records import OUTCOMES, StepRecord
 
@@ -85,6 +85,23 @@ class Log:
     def steps(self) -> int:
         """The number of completed steps. A failed step is not one: it was taken again."""
         return sum(map(is_completed, self.records))
+
+
+class Place(NamedTuple):
+    """A place in a log: behind this many records, the last of which has this checksum. As checksums
+    continue each other, no other log has the same place."""
+
+    records: int
+    checksum: int
+
+
+def has_place(log: Log, data: bytes, place: Place) -> bool:
+    """Whether a log, of these bytes without a torn end, has a place."""
+    if not 0 < place.records <= len(log.records):
+        return False
+    end = len(data) - (len(log.records) - place.records) * log.header.record.size
+    found: int = _CHECKSUM.unpack_from(data, end - _CHECKSUM.size)[0]
+    return found == place.checksum
 
 
 def is_completed(record: StepRecord) -> bool:

@@ -48,8 +48,11 @@ def replay(
     return take_steps(log, optimizer, until, progress)
 
 
-def take_steps(log: Log, optimizer: ZerothOrder, until: int | None, progress: Progress) -> int:
-    """The same for an optimizer that has been compared with the header of the log."""
+def take_steps(
+    log: Log, optimizer: ZerothOrder, until: int | None, progress: Progress, *, begin: int = 0
+) -> int:
+    """The same for an optimizer that has been compared with the header of the log, and is behind
+    its first ``begin`` records."""
     records, steps = [], 0
     if until is not None and not 0 <= until <= log.steps:
         raise LogError(f"the log has {log.steps} steps, there is no step {until}")
@@ -63,7 +66,7 @@ def take_steps(log: Log, optimizer: ZerothOrder, until: int | None, progress: Pr
             )
         records.append(record)
         steps += is_completed(record)
-    for number, record in enumerate(progress(records), start=1):
+    for number, record in enumerate(progress(records[begin:]), start=begin + 1):
         try:
             optimizer.replay(record)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..engine.optimizer import ZerothOrder
 from ..engine.ranks import Alone
 from ..engine.records import StepRecord
 from .files import LogFile, NoFile
-from .format import Log, LogError, encode, is_completed, naming, parse
+from .format import Log, LogError, Place, encode, has_place, is_completed, naming, parse
 from .header import check_same, check_state_after, header_of
 from .replaying import Progress, take_steps
 from .watch import Watch, check_modules
@@ -35,17 +36,20 @@ class StepLog:
     are refused, unless the log was opened with ``module_buffers="ignore"``.
 
     Attributes:
+        path (Path): of the file.
         steps (int): number of steps in the log.
     """
 
     def __init__(
         self, file: LogFile, log: Log, optimizer: ZerothOrder, sync_every: int, module_buffers: str
     ) -> None:
+        self.path = file.path
         self.steps = log.steps
         self._file = file
         self._header, self._checksum = log.header, log.checksum
         self._optimizer = optimizer
         self._sync_every = sync_every
+        self._begin = len(log.records)
         self._watch = Watch(optimizer, module_buffers)
         self._records = 0
         self._unwritten = b""
@@ -103,6 +107,7 @@ class StepLog:
         sync_every: int = 0,
         progress: Progress = iter,
         module_buffers: str = "refuse",
+        checkpoint: tuple[Place, Callable[[], None]] | None = None,
     ) -> StepLog:
         """Replays a log onto an optimizer on the base weights, and continues it.
 
@@ -113,6 +118,10 @@ class StepLog:
             optimizer: on the base weights, made with the arguments that it had for :meth:`create`.
             run: as it was for :meth:`create`.
             progress: see :func:`replay`.
+            checkpoint: a :attr:`place` of this log, and a function that brings the weights and the
+                optimizer to where they were there, so that only later steps are replayed. The
+                function is called once everything has been compared. It is left out, and all steps
+                are replayed, if the log has no such place: it may have lost its end.
             path, sync_every, module_buffers: see :meth:`create`. A log does not hold them.
 
         Raises:
@@ -136,7 +145,11 @@ class StepLog:
                 if log.records and log.records[-1].outcome == "broken":
                     length -= log.header.record.size
                     log = parse(data[:length])
-                take_steps(log, optimizer, None, progress)
+                begin = 0
+                if checkpoint is not None and has_place(log, data[:length], checkpoint[0]):
+                    checkpoint[1]()
+                    begin = checkpoint[0].records
+                take_steps(log, optimizer, None, progress, begin=begin)
             return log, length
 
         try:
@@ -197,6 +210,13 @@ class StepLog:
             file.close()
             raise
         return cls(file, log, optimizer, sync_every, module_buffers)
+
+    @property
+    def place(self) -> Place:
+        """The end of the log as it is now, for a checkpoint of weights and optimizer."""
+        if self._broken:
+            raise LogError("the last step failed half-way, so the weights are unknown")
+        return Place(self._begin + self._records, self._checksum)
 
     def close(self) -> None:
         """Stops writing: releases the optimizer and the file."""
