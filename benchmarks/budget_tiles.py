@@ -19,7 +19,7 @@ from adamezo_kernels.backends import products, tiling
 from adamezo_kernels.backends import triton as triton_backend
 from benchmarks.budget import SIGNATURE, TARGETS, Budget, Kernel, compiler, number, without_triton
 from benchmarks.results import Row, conditions, parser, write
-from benchmarks.sass import cuobjdump, instructions, nested_loops, run
+from benchmarks.sass import Instruction, cuobjdump, instructions, nested_loops, run
 
 KERNELS = [
     *(Kernel(o, "lowrank", s) for o in ("perturb", "update") for s in (False, True)),
@@ -103,6 +103,16 @@ def _compiled(
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
+def made_of(compiled: Any) -> tuple[int, int, list[Instruction]]:
+    """The registers of a thread, the bytes spilled and the instructions of a kernel for NVIDIA."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        usage, sass = (run(cuobjdump(), what, str(binary)) for what in ("-res-usage", "-sass"))
+    spilled = number(r"STACK:(\d+)", usage)
+    return number(r"REG:(\d+)", usage), spilled, list(instructions(sass))
+
+
 def counted(kernel: Kernel) -> Budget:
     """The counts of one kernel for an H100."""
     threads = triton_backend.THREADS
@@ -113,11 +123,8 @@ def counted(kernel: Kernel) -> Budget:
     else:
         compiled = compiled_tiles("cuda:90", kernel.operation, stochastic=kernel.stochastic)
         elements = tiling.ROWS * tiling.COLUMNS // threads
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(compiled.asm["cubin"])
-        usage, sass = (run(cuobjdump(), what, str(binary)) for what in ("-res-usage", "-sass"))
-    program, loop, term, _ = nested_loops(list(instructions(sass)), whole_program=True, tiles=True)
+    registers, spilled, code = made_of(compiled)
+    program, loop, term, _ = nested_loops(code, whole_program=True, tiles=True)
     if kernel.operation == "product":
         normal, weight = 0, loop
     elif kernel.operation == "update":
@@ -125,10 +132,7 @@ def counted(kernel: Kernel) -> Budget:
         normal, weight = loop - term, program - loop - 2 * term
     else:
         normal, weight = 0, program - loop
-    return Budget(
-        *(kernel, number(r"REG:(\d+)", usage), number(r"STACK:(\d+)", usage)),
-        *(normal / elements, weight / elements),
-    )
+    return Budget(kernel, registers, spilled, normal / elements, weight / elements)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from adamezo_kernels import PhiloxState, Plan, moments, perturb_, perturbed_line
 from adamezo_kernels.backends import products, reference, tiling, triton
 from benchmarks import budget
 from benchmarks.budget import TARGETS, Kernel
-from benchmarks.budget_tiles import compiled_product, compiled_tiles, counted
+from benchmarks.budget_tiles import compiled_product, compiled_tiles, counted, made_of
 from helpers.backends import needs_native
 from helpers.interpreted import ROOT, in_a_process, installed, needs_linker, needs_triton
 from helpers.operations import TYPES, assert_same_bits, coefficients, states, weights
@@ -91,8 +91,8 @@ class TestCompiled:
         """No register is spilled; the counts are those of budget_tiles.csv, with a sixth of room
         for another compiler."""
         for kernel, registers, normal, weight in (
-            (Kernel("update", "lowrank", True), 184, 10.0, 70.0),
-            (Kernel("product", "exact", False), 240, 0.0, 50.0),
+            (Kernel("update", "lowrank", True), 207, 10.0, 107.0),
+            (Kernel("product", "exact", False), 235, 0.0, 59.0),
         ):
             made = counted(kernel)
             assert made.spilled_bytes == 0
@@ -105,7 +105,8 @@ class TestCompiled:
     def test_rules_spill_nothing(self, rule):
         kernel = compiled_tiles("cuda:90", "update", "bfloat16", False, True, rule, "bfloat16")
         rounds_as_the_core_says("cuda:90", kernel)
-        assert not re.search(r"\.local\b.*__local_depot", kernel.asm["ptx"])
+        _, spilled, _ = made_of(kernel)
+        assert spilled == 0
 
 
 # --- on a GPU: `make gpu-check` -----------------------------------------------------------------
