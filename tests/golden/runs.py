@@ -546,7 +546,6 @@ def low_rank_directions(backend: str | None = None) -> dict[str, str]:
 IN_TRITON = (
     "AdaMeZO, two groups",
     "AdaMeZO, signs",
-    "AdaMeZO, low rank 3, two groups",
     "AdaMeZO, out of place, skipped and failed",
     "ScalarAdaMeZO, bias corrected",
     "MeZO, skipped and failed",
