@@ -32,15 +32,20 @@ class Pieces:
         self._backend = backend
         self._calls: dict[tuple[int, int, bool, int], Call] = {}
 
-    def some_rows(self, direction: Direction, start: int, out: Tensor) -> None:
+    def some_rows(
+        self, direction: Direction, start: int, out: Tensor, *, again: bool = False
+    ) -> None:
         """Fills ``out``, contiguous and of shape (rows, columns of the whole), with the rows from
-        ``start`` on."""
-        self._fill(direction, start, out, False)
+        ``start`` on. With ``again``, for memory that the caller uses for that piece many times: it
+        is kept, and what was checked."""
+        self._fill(direction, start, out, False, again)
 
-    def some_columns(self, direction: Direction, start: int, out: Tensor) -> None:
+    def some_columns(
+        self, direction: Direction, start: int, out: Tensor, *, again: bool = False
+    ) -> None:
         """Fills ``out``, contiguous and of shape (rows of the whole, columns), with the columns
-        from ``start`` on."""
-        self._fill(direction, start, out, True)
+        from ``start`` on, as :meth:`some_rows` does."""
+        self._fill(direction, start, out, True, again)
 
     def these_rows(self, direction: Direction, rows: Sequence[int], out: Tensor) -> None:
         """Fills ``out``, contiguous and of shape (len(rows), columns of the whole)."""
@@ -52,8 +57,9 @@ class Pieces:
         m, n = self.rows, self.columns
         self._fill_these(direction, out, [(column, m, 1) for column in columns], m, n)
 
-    def _fill(self, direction: Direction, start: int, out: Tensor, by_columns: bool) -> None:
-        # The same piece of the same memory comes again in every forward.
+    def _fill(
+        self, direction: Direction, start: int, out: Tensor, by_columns: bool, again: bool
+    ) -> None:
         size = out.shape[1 if by_columns else 0]
         key = start, size, by_columns, out.data_ptr()
         call = self._calls.get(key)
@@ -66,7 +72,8 @@ class Pieces:
             )
             plan = Plan([out], parameters=[self._parameter], shards=[shard], names=["out"])
             call = Call("sample", plan, _first(direction), self._distribution)
-            self._calls[key] = call
+            if again:
+                self._calls[key] = call
         self._run(call.vary(terms=_first(direction)))
 
     def _fill_these(

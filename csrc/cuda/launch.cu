@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "cuda/kernels.cuh"
 
 namespace adamezo {

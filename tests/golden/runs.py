@@ -201,6 +201,12 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("FZOO, skipped and failed", f, events=bad)
     yield case("FZOO, capturable", {**f, "capturable": True})
 
+    g = {"lr": 2.0**-13, "examples": 4}
+    yield case("GRZO, defaults", {"examples": 4})
+    yield case("GRZO, flipout", g, events=bad, groups=two)
+    yield case("GRZO, normals", {**g, "distribution": "exact"})
+    yield case("GRZO, normals, capturable", {**g, "distribution": "exact", "capturable": True})
+
     epochs = {"steps_per_epoch": 10, "exponent": 1.5, "queries": 5}
     yield case("AdaZeta, defaults", {"steps_per_epoch": 10, "exponent": 1.5})
     yield case("AdaZeta, plain", {**z, **epochs}, events=skips)
@@ -261,6 +267,7 @@ ALIKE = {
     "MeZO, capturable": "MeZO, two directions",
     "MEAZO, capturable": "MEAZO, plain",
     "FZOO, capturable": "FZOO, signs",
+    "GRZO, normals, capturable": "GRZO, normals",
     "ZOAdam, capturable": "ZOAdam, plain",
     "MeZO, one direction": "AdaMeZO, no betas",
 }
@@ -275,6 +282,7 @@ STATES = {
     "MeZO": "MeZO, linear",
     "MEAZO": "MEAZO, two groups",
     "FZOO": "FZOO, signs",
+    "GRZO": "GRZO, flipout",
     "AdaZeta": "AdaZeta, plain",
     "HiZOO": "HiZOO, two groups, skipped and failed",
     "HELENE": "HELENE, sampled, skipped and failed",
@@ -551,6 +559,7 @@ IN_TRITON = (
     "MeZO, skipped and failed",
     "MEAZO, two groups",
     "FZOO, signs",
+    "GRZO, normals",
     "AdaZeta, signs, two groups",
     "HiZOO, bfloat16 buffers",
     "HELENE, sampled, skipped and failed",

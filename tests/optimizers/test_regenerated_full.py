@@ -52,7 +52,7 @@ def test_pieces_have_the_bits_of_the_whole(shape, distribution):
     for start, stop in ((0, n), (1, 4), (2, 3)):
         out = torch.full((shape[0], stop - start), torch.nan)
         for _ in range(2):  # the second one from what is kept of the first
-            pieces.some_columns(state, start, out)
+            pieces.some_columns(state, start, out, again=True)
             assert torch.equal(out, whole[:, start:stop])
     out = torch.full((3, n), torch.nan)
     pieces.these_rows(state, [4, 0, 2], out)
@@ -208,6 +208,26 @@ def test_nothing_of_a_weights_size_is_made(kind, turned, monkeypatch):
     else:
         assert 0 < largest.elements <= 2**12
         assert optimizer.scratch_bytes == 2 * 4 * 2**12
+
+
+def test_nothing_is_kept_of_a_whole_weight():
+    """A function that is not served gets the perturbed weight, which exists while it runs."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(20, 30))
+
+        def forward(self):
+            return torch.linalg.norm(self.weight) + torch.cumsum(self.weight, 0).mean()
+
+    model = Norm()
+    optimizer = MeZO.for_model(model, lr=0.0, distribution="exact", perturbation="regenerated")
+    for _ in range(3):
+        optimizer.step(lambda: model())
+    pieces = optimizer._corrected.kind._pieces[0]
+    assert pieces._calls == {}
+    assert optimizer.scratch_bytes == 0
 
 
 def test_gradients_of_inputs_are_not_silently_wrong():

@@ -48,6 +48,8 @@ class WeightIndex:
         for name, p in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), name)
         self.names = [names[id(segment.tensor)] for segment in self.segments]
+        # Of their own: perturbation out of place lets the parameters point elsewhere for a time.
+        self._tensors = [segment.tensor.detach() for segment in self.segments]
         number: dict[object, int] = {}
         self._by_storage: dict[int, list[int]] = {}
         for i, segment in enumerate(self.segments):
@@ -71,7 +73,7 @@ class WeightIndex:
             candidates = self._by_storage.get(storage_of(tensor), ())
         except (NotImplementedError, RuntimeError):  # sparse, and others without one memory
             return None
-        return next((i for i in candidates if overlap(tensor, self.segments[i].tensor)), None)
+        return next((i for i in candidates if overlap(tensor, self._tensors[i])), None)
 
 
 def _structure(model: nn.Module) -> list[tuple[object, ...]]:

@@ -148,10 +148,10 @@ class Full:
         z = self._borrowed(raw.device, None)
         if matrix.turned:
             z = z[: raw.shape[1] * (stop - start)].view(raw.shape[1], stop - start)
-            pieces.some_columns(direction, start, z)
+            pieces.some_columns(direction, start, z, again=True)
             return z.t()
         z = z[: (stop - start) * pieces.columns].view(stop - start, pieces.columns)
-        pieces.some_rows(direction, start, z)
+        pieces.some_rows(direction, start, z, again=True)
         return z.view(stop - start, *raw.shape[1:])
 
     def _piece(self, raw: Tensor, start: int, stop: int) -> Tensor:

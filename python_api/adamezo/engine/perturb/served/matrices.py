@@ -122,7 +122,7 @@ def _addmm(function: Any, args: Any, kwargs: Any) -> Any:
     def compute(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
 
-    if bias.dim() != 1:  # an element for each row, or for none
+    if bias.shape != weight.shape[1:]:  # an element for each row, or one for all
         return _product(function, x, weight.transposed(), compute) + bias
     return _product(function, x, weight.transposed(), compute, bias)
 
