@@ -1,16 +1,15 @@
 """The CUDA kernels of the compiled module, queued on the caller's current stream.
 
-No call waits for the device, but the first of a plan on a stream. Besides the weights a kernel
-reads two tensors on the device:
+No call waits for what is queued on the device. Besides the weights a kernel reads two tensors:
 
-- the table of segments, copied once for each plan and stream: a capture on any stream may use the
-  copy later, so it is waited for;
+- the table of segments, copied once for each plan and stream, on a stream of its own whose end is
+  waited for: a capture on any stream may use the copy later;
 - the words of adamezo_kernels.terms. Words on the host are copied for each call: one small copy
   from pinned memory serves any number of directions, where kernel parameters would end at 4 KB.
   Words on the device are read there, also by a captured call.
 
-Copies are allocated under the current stream and used on no other, so torch's caching allocators
-keep their memory until that stream is done with it: the pinned side by the event that a
+Copies of words are allocated under the current stream and used on no other, so torch's caching
+allocators keep their memory until that stream is done with it: the pinned side by the event that a
 non-blocking copy records, the device side by the order of the stream.
 """
 
@@ -100,9 +99,13 @@ class Place:
         """A copy on the device, without waiting for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def wait(self) -> None:
-        """Until all that was queued here is done."""
-        torch.cuda.current_stream(self.device).synchronize()
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy for as long as its plan lives, complete when this returns: a capture on any stream
+        may use it. It waits for the copy, and for nothing that was queued before."""
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            copy = tensor.to(self.device)
+        copy.record_stream(torch.cuda.current_stream(self.device))
+        return copy
 
     def run(self, job: Any, highs: Sequence[int]) -> None:
         compiled.cuda_launch(job, highs, self.device.index, self.stream)
@@ -159,8 +162,7 @@ def _table(launch: Launch, unit: str, offset: int, place: Place) -> tuple[Tensor
         table = launch.table.clone()
         make = compiled.count_tiles if unit == "tiles" else compiled.count_windows
         count = make(table.data_ptr(), len(table), offset)
-        found = launch.copies[unit, offset, place.stream] = place.copy(table), count
-        place.wait()
+        found = launch.copies[unit, offset, place.stream] = place.keep(table), count
     return found
 
 

@@ -168,6 +168,8 @@ class Interpreter(Place):
     def copy(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
 
+    keep = copy
+
 
 def run(call: Call) -> None:
     name, rank = kind_of(call.distribution)
@@ -309,7 +311,7 @@ def _table(launch: Launch, place: Any, size: int, count: _Counted) -> _Table:
             raise RuntimeError("a capture cannot copy the table: run the same call once before")
     if found is None:
         table, programs = table_of(launch, count)
-        found = tables[size, place.stream] = (place.copy(table), programs)
+        found = tables[size, place.stream] = (place.keep(table), programs)
     return found
 
 

@@ -118,8 +118,7 @@ class Place:
     def copy(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
 
-    def wait(self) -> None:
-        pass
+    keep = copy
 
     def run(self, job, highs) -> None:
         launch(job, highs)

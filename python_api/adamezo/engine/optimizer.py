@@ -164,10 +164,8 @@ class ZerothOrder(OptimizerBase):
                     results = evaluate(closures, points, *around)
                     losses = device.losses(results)
                 self.losses = tuple(losses)
-                used: Sequence[Number] = self.losses
-                if self.shaping is not None:
-                    used = self.shaping(used, probes)
-                self.measured = self._measure(used, options)
+                shaped = losses if self.shaping is None else self.shaping(self.losses, probes)
+                self.measured = self._measure(shaped, options)
                 buffers.let_go()
                 if device is not None:
                     outcome = "broken"
