@@ -116,10 +116,11 @@ class ZerothOrder(OptimizerBase):
 
         Args:
             closure: evaluates the model without gradients and returns the loss as a scalar tensor
-                or a number, or an output of a model or a dict that has such a ``loss``. It must be
-                a function of the weights alone: whatever else changes between the evaluations of a
-                step goes into the projected gradient, unseen. So it is on the same batch each
-                time, which is drawn before the step. The global generators of torch, Python
+                or a number, or an output of a model or a dict that has such a ``loss``; or a
+                :class:`adamezo.LossSum` of samples' losses. It must be a function of the weights
+                alone: whatever else changes between the evaluations of a step goes into the
+                projected gradient, unseen. So it is on the same batch each time, which is drawn
+                before the step. The global generators of torch, Python
                 (``random``) and numpy (``numpy.random``) give all evaluations the same numbers;
                 generators that were made (``torch.Generator``, ``random.Random``,
                 ``numpy.random.default_rng``) do not. :func:`adamezo.check_closure` looks. Without
