@@ -17,7 +17,7 @@ from .arithmetic import Number, two_sided, usable
 from .base import OptimizerBase, Probe
 from .closure import Closure, mean_loss
 from .device import DeviceNumbers, is_capturing
-from .evaluation import evaluate, evaluate_with
+from .evaluation import evaluate_with
 from .guard import Guard
 from .known_model import known_model
 from .module_buffers import KeptBuffers
@@ -158,12 +158,7 @@ class ZerothOrder(OptimizerBase):
             try:
                 closures = self._closures(closure, probes)
                 around = weights, guard, signals, buffers
-                losses: Sequence[Number]
-                if device is None:
-                    losses, results = evaluate_with(self.ranks, closures, points, *around)
-                else:
-                    results = evaluate(closures, points, *around)
-                    losses = device.losses(results)
+                losses, results = evaluate_with(self.ranks, device, closures, points, *around)
                 self.losses = tuple(losses)
                 used: Sequence[Number] = self.losses
                 if self.shaping is not None:
