@@ -78,8 +78,14 @@ def alone(method, options, steps=50):
     return bits(model), optimizer.losses, optimizer.state_dict()["param_groups"]
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "out_of_place"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "perturbation"),
+    [
+        pytest.param(method, at, marks=[] if method in quick else pytest.mark.slow)
+        for at, quick in (("inplace", METHODS), ("out_of_place", [AdaMeZO]))
+        for method in METHODS
+    ],
+)
 def test_world_sizes_have_the_same_bits(pool, method, perturbation):
     options = dict(perturbation=perturbation)
     steps = 50 if method is AdaMeZO else 12

@@ -60,8 +60,14 @@ PERTURBATIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", PERTURBATIONS)
-@pytest.mark.parametrize("method", METHODS)
+CASES = [(AdaMeZO, PERTURBATIONS[0]), (MeZO, PERTURBATIONS[1]), (FZOO, PERTURBATIONS[2])]
+ALL = [(method, options) for method in METHODS for options in PERTURBATIONS]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [pytest.param(*case, marks=[] if case in CASES else pytest.mark.slow) for case in ALL],
+)
 def test_queries_on_ranks_have_the_bits_of_one_process(pool, method, options):
     expected, last, all_calls = train(method, options)
     for roles, world in (("queries", 2), ("queries", 3), ("both", 4)):

@@ -28,13 +28,16 @@ def state_of(optimizer: ZerothOrder) -> State:
     """Options and history of each group, with all that decides where a step goes."""
     return [
         [("method", type(optimizer).__name__)]
-        + [
-            (name, value.item() if isinstance(value, Tensor) else value)
-            for name, value in sorted(group.items())
-            if name not in _OWN
-        ]
+        + [(name, _comparable(value)) for name, value in sorted(group.items()) if name not in _OWN]
         for group in optimizer.param_groups
     ]
+
+
+def _comparable(value: Any) -> Any:
+    """The same for what a state from JSON has in another type."""
+    if isinstance(value, Tensor):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def token_of(state: State) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from .arithmetic import Number
 from .batched import BatchedClosure, check_equal
 from .closure import Closure, Result, checked_loss, numbers
+from .device import DeviceNumbers
 from .generators import ForkedGenerators
 from .guard import Guard
 from .module_buffers import KeptBuffers
@@ -77,23 +79,25 @@ def evaluate(
 
 def evaluate_with(
     ranks: Ranks | None,
+    device: DeviceNumbers | None,
     closures: Sequence[Closure],
     points: Sequence[Point],
     weights: Perturbation,
     guard: Guard,
     signals: HeldSignals,
     module_buffers: KeptBuffers,
-) -> tuple[list[float], list[Result]]:
+) -> tuple[Sequence[Number], list[Result]]:
     """The losses of a step's evaluations, and the results of those that were this process's.
 
     Args:
         ranks: the processes that take the step together, if there are others.
+        device: where the losses stay, if they do.
         closures, points, weights, guard, signals, module_buffers: see :func:`evaluate`.
     """
     around = weights, guard, signals, module_buffers
     if ranks is None:
         results = evaluate(closures, points, *around)
-        return numbers(results), results
+        return numbers(results) if device is None else device.losses(results), results
     try:
         results = evaluate(closures, points, *around, ranks.own(len(points)))
         numbers(results)  # an error on a device is seen here, before the others are told

@@ -17,7 +17,7 @@ from .arithmetic import Number, two_sided, usable
 from .base import OptimizerBase, Probe
 from .closure import Closure, mean_loss
 from .device import DeviceNumbers, is_capturing
-from .evaluation import evaluate, evaluate_with
+from .evaluation import evaluate_with
 from .guard import Guard
 from .known_model import known_model
 from .module_buffers import KeptBuffers
@@ -116,10 +116,11 @@ class ZerothOrder(OptimizerBase):
 
         Args:
             closure: evaluates the model without gradients and returns the loss as a scalar tensor
-                or a number, or an output of a model or a dict that has such a ``loss``. It must be
-                a function of the weights alone: whatever else changes between the evaluations of a
-                step goes into the projected gradient, unseen. So it is on the same batch each
-                time, which is drawn before the step. The global generators of torch, Python
+                or a number, or an output of a model or a dict that has such a ``loss``; or a
+                :class:`adamezo.LossSum` of samples' losses. It must be a function of the weights
+                alone: whatever else changes between the evaluations of a step goes into the
+                projected gradient, unseen. So it is on the same batch each time, which is drawn
+                before the step. The global generators of torch, Python
                 (``random``) and numpy (``numpy.random``) give all evaluations the same numbers;
                 generators that were made (``torch.Generator``, ``random.Random``,
                 ``numpy.random.default_rng``) do not. :func:`adamezo.check_closure` looks. Without
@@ -157,12 +158,7 @@ class ZerothOrder(OptimizerBase):
             try:
                 closures = self._closures(closure, probes)
                 around = weights, guard, signals, buffers
-                losses: Sequence[Number]
-                if device is None:
-                    losses, results = evaluate_with(self.ranks, closures, points, *around)
-                else:
-                    results = evaluate(closures, points, *around)
-                    losses = device.losses(results)
+                losses, results = evaluate_with(self.ranks, device, closures, points, *around)
                 self.losses = tuple(losses)
                 shaped = losses if self.shaping is None else self.shaping(self.losses, probes)
                 self.measured = self._measure(shaped, options)
