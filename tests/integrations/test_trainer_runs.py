@@ -40,7 +40,6 @@ SAVED = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "logging_st
     ("method", "options"),
     [
         (AdaMeZO, {}),
-        (MeZO, {"queries": 2}),
         (ZOAdam, {}),
         (AdaZeta, {"steps_per_epoch": 3, "exponent": 0.5}),
     ],

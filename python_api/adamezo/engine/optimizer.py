@@ -65,8 +65,7 @@ class ZerothOrder(OptimizerBase):
         recorder (Callable[[StepRecord], None] | None): called at the end of every step, and of
             failed ones that have touched the weights.
         shaping (Callable | None): given the losses of a step and its probes, returns those that the
-            update is computed from, as many. It is not saved; what it made of a step is in
-            ``measured``, so that a log replays without it.
+            update is computed from. Not saved; a log holds what it made, and replays without it.
     """
 
     _stacklevel: ClassVar[int] = 6  # of a warning to the caller of step, above torch's wrappers
