@@ -78,6 +78,7 @@ def test_a_mistake_of_usage_is_one_line_and_code_2(capsys, given, message):
         ({"text_column": "review"}, "expected one named 'review', or name the column with --text-"),
         ({"method": "MeZO", "horizon": 3}, "--horizon: MeZO has no such option"),
         ({"method_option": "queries"}, "--method-option: got 'queries', expected NAME=VALUE"),
+        ({"method_option": "queries=1", "label_words": "negative=bad"}, "got 'negative' twice"),
         ({"steps": 0}, "--steps: got 0, expected an integer of at least 1"),
     ],
 )

@@ -24,6 +24,8 @@ from . import typed
 
 OUTPUT = Path("finetune")
 LOG = "run.log"
+LONG = 1000
+"""Steps from which on the default learning rates are not too small."""
 
 
 def _run(
@@ -38,16 +40,10 @@ def _run(
 ) -> int:
     if more and not label_words:
         raise typer.BadParameter(f"got {' '.join(more)!r} without an option in front of it")
+    given = _pairs("--method-option", method_option or [], "NAME=VALUE")
     options = Options(
-        label_words=dict(
-            _pair("--label-words", text, "LABEL=WORD") for text in _all(label_words, more)
-        ),
-        method_option={
-            name: _value(value)
-            for name, value in (
-                _pair("--method-option", t, "NAME=VALUE") for t in method_option or ()
-            )
-        },
+        label_words=_pairs("--label-words", [*(label_words or ()), *(more or ())], "LABEL=WORD"),
+        method_option={name: _value(text) for name, text in given.items()},
         choice_columns=tuple(choice_columns or ()),
         **chosen,
     )
@@ -57,15 +53,23 @@ def _run(
         for path in (log, checkpoint.beside(log)):
             if path.exists():  # kept until the next time: what follows may be refused
                 path.replace(f"{path}.old")
+    if options.lr is None and options.steps < LONG:
+        print(
+            f"adamezo: note: without --lr {options.method} takes its default, which is for "
+            f"thousands of steps, and here are {options.steps}: see --lr in --help",
+            file=sys.stderr,
+        )
     if not sys.stderr.isatty():
         language_models.without_bars()
     try:
         result = finetune.finetune(options)
     except KeyboardInterrupt as stop:
-        steps = f"{stop}" if isinstance(stop, finetune.Stopped) else "stopped"
+        said = "stopped outside of the steps. Those that were taken"
+        if isinstance(stop, finetune.Stopped):
+            said = f"{stop}. They"
         arguments = [argument for argument in typed if argument != "--overwrite"]
         print(
-            f"\nadamezo: {steps}. They are saved in {log}. The same command goes on:\n"
+            f"\nadamezo: {said} are saved in {log}. The same command goes on:\n"
             f"  {shlex.join(['adamezo', *arguments])}",
             file=sys.stderr,
         )
@@ -85,15 +89,16 @@ def _run(
     return 0
 
 
-def _all(*lists: Sequence[str] | None) -> list[str]:
-    return [item for each in lists for item in each or ()]
-
-
-def _pair(option: str, text: str, expected: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise ValueError(f"{option}: got {text!r}, expected {expected}")
-    return name, value
+def _pairs(option: str, texts: Sequence[str], expected: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{option}: got {text!r}, expected {expected}")
+        if name in pairs:
+            raise ValueError(f"{option}: got {name!r} twice, expected it once")
+        pairs[name] = value
+    return pairs
 
 
 def _value(text: str) -> Any:
