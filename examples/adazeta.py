@@ -40,7 +40,10 @@ def main() -> None:
     training, held_out = split(read_examples(job.data), job.held_out)
     train = Classification(scorer, training[: chosen.rows])
     test = Classification(scorer, held_out[: chosen.held_out])
-    loader = DataLoader(range(len(train)), batch_size=16, shuffle=True, drop_last=True)
+    order = torch.Generator().manual_seed(chosen.seed)
+    loader = DataLoader(
+        range(len(train)), batch_size=16, shuffle=True, drop_last=True, generator=order
+    )
 
     adapt(model, "tensor-train", seed=chosen.seed)
     adapters = adapters_of(model)
