@@ -602,7 +602,7 @@ def test_what_a_batched_closure_returns():
     batch = adamezo.PerturbedBatch(2)
     with pytest.raises(ValueError, match=r"for 2 blocks of rows, got shape \(3,\)"):
         batch.mean(torch.ones(3))
-    with pytest.raises(ValueError, match="expected weights for the 2 losses of a block, got 3"):
+    with pytest.raises(ValueError, match="expected weights for the 2 losses of the inputs, got 3"):
         batch.mean(torch.ones(4), torch.ones(3))
 
 
