@@ -200,7 +200,7 @@ ADAMEZO_HD void walk_windows(const DeviceJob& job, int64_t worker, int64_t worke
   int s = int(segment_at(job.segments, job.segment_count, next));
   for (; left > 0; --left, ++next) {
     while (s + 1 < job.segment_count && job.segments[s + 1].first <= next) ++s;
-    const Segment& segment = job.segments[s];
+    const Segment segment = job.segments[s];  // what is used of it is read once for a window
     int64_t window = next - segment.first, memory = 0, source = 0, position = 0;
     uint64_t index = uint64_t(segment.index_offset) + job.offset;
     if (segment.rows > 1) {

@@ -217,12 +217,12 @@ ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t work
 // each quad, out of the nearest cache: held from one to the next they would take too many
 // registers.
 template <class R, bool kUpdate, class Where, class Direction>
-ADAMEZO_HD void quad_by_rule(const DeviceJob& job, const Where& where, Direction direction) {
+ADAMEZO_HD void quad_by_rule(const DeviceJob& job, float minus_lr, float decay, const Where& where,
+                             Direction direction) {
   Quad<R, Where> quad{job, where, {}, {}, {}};
   float n[kRuleNumbers];
   ADAMEZO_UNROLL
   for (int i = 0; i < kRuleNumbers; ++i) n[i] = job.numbers[i];
-  const float minus_lr = job.step[0], decay = job.step[1];
   quad.load(kUpdate ? quad.weights() : quad.source(), direction);
   ADAMEZO_UNROLL
   for (int i = 0; i < kQuad; ++i) {
@@ -247,10 +247,11 @@ struct ByRule {
 
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
+    const float minus_lr = job.step[0], decay = job.step[1];
     for_each_quad(job, worker, workers, [&](const QuadInWindow& where) {
       const uint32_t parameter = uint32_t(where.segment().parameter) | uint32_t(Purpose::kDirection)
                                                                            << 24;
-      quad_by_rule<R, kUpdate>(job, where, [&](int k, float z[kQuad]) {
+      quad_by_rule<R, kUpdate>(job, minus_lr, decay, where, [&](int k, float z[kQuad]) {
         D::quad(job.round_keys, where.index(), parameter, space.table[k], z);
       });
     });

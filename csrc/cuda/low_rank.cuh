@@ -484,7 +484,8 @@ struct TileByRule : Tiled {
         for_each_piece_of(job, space.tile, patch, c,
                           [&](uint64_t index, int64_t row, int64_t column, int low, int high) {
                             quad_by_rule<R, kUpdate>(
-                                job, QuadInTile{space.tile, index, row, column, low, high},
+                                job, job.step[0], job.step[1],
+                                QuadInTile{space.tile, index, row, column, low, high},
                                 [&](int k, float of[kQuad]) {
                                   ADAMEZO_UNROLL
                                   for (int i = 0; i < kQuad; ++i)

@@ -132,6 +132,13 @@ def test_tests_import_no_tests():
         assert imports_of_tests(wrong)
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by their names, without the folder."""
+    names = sorted(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 40
+    assert names == sorted(set(names))
+
+
 def test_files_fit_a_few_screens():
     for part, most in (("adamezo", 350), ("adamezo/integrations", 350), ("benchmarks", 400)):
         for _, file in modules(part):

@@ -648,7 +648,7 @@ def test_modules_and_weights_are_replaced():
 def test_a_plan_of_pieces_has_no_factors():
     from adamezo_kernels.factors import Factors
 
-    with pytest.raises(ValueError, match="expected a lowrank distribution, got 'exact'"):
+    with pytest.raises(ValueError, match="expected a lowrank or flipout distribution, got 'exact'"):
         Factors([Plan([torch.zeros(2, 3)])], "exact")
     factors = Factors([Plan([torch.zeros(2, 3)])], "lowrank")
     with pytest.raises(ValueError, match="without offset and of no rule, got offset 3"):

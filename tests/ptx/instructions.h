@@ -36,6 +36,10 @@ template <class T>
 inline T div(T a, T b) {
   return b == 0 ? T(-1) : b == T(-1) && T(-1) < 0 ? sub(T(0), a) : T(a / b);
 }
+template <class T>
+inline T rem(T a, T b) {
+  return b == 0 ? a : b == T(-1) && T(-1) < 0 ? T(0) : T(a % b);
+}
 
 template <class T>
 inline T and_(T a, T b) {

@@ -23,6 +23,7 @@ INSTRUCTIONS = {
     "mul.wide": ("us", "TT"),
     "mad.lo": ("us", "TTT"),
     "div": ("us", "TT"),
+    "rem": ("us", "TT"),
     "min": ("usf", "TT"),
     "max": ("usf", "TT"),
     "neg": ("sf", "T"),
