@@ -188,6 +188,8 @@ def cuda_sums(architecture: str) -> tuple[Budget, ...]:
     made = []
     for kernel, (*used, code) in zip(SUMS, compiled_by_nvcc(architecture, bodies), strict=True):
         window, loop = loop_sizes(code, whole_program=False)
+        if kernel.operation == "perturb":
+            loop = 0  # has no directions to go over: it looks for the next segment
         counts = (loop / ELEMENTS_OF_A_THREAD, (window - loop) / ELEMENTS_OF_A_THREAD)
         made.append(Budget(kernel, *used, *counts, accesses(code)))
     return tuple(made)

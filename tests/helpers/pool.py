@@ -34,6 +34,8 @@ def _work(pipe, rank: int) -> None:
                 timeout=timedelta(seconds=timeout),
             )
             try:
+                # A rank that has nothing to exchange would leave before a slow one has connected.
+                distributed.barrier()
                 result = True, function(*arguments)
             finally:
                 distributed.destroy_process_group()
