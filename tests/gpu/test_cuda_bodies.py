@@ -300,15 +300,14 @@ def test_low_rank_pieces_of_a_parameter(on_host, guarded, columns):
             assert_same_bits(got, piece.to(dtype).contiguous(), shard)
 
 
-@pytest.mark.parametrize("count", [20, 100])
-@pytest.mark.parametrize("rank", [3, 64])
+@pytest.mark.parametrize(("count", "rank"), [(2, 64), (40, 3)])
 def test_more_terms_than_shared_memory_holds(on_host, count, rank):
     """The factors are then made in parts, also within a direction."""
     on_host((2, 64))
     kind = (f"lowrank:{rank}", "nearest")
     results = []
     for backend in ("cuda", "native"):
-        shapes = [(70, 140), (900,), (300, 8)]
+        shapes = [(70, 140), (300,), (300, 8)]
         tensors = [weights(math.prod(s), torch.bfloat16, i).view(s) for i, s in enumerate(shapes)]
         run_update(Plan(tensors), (count, True, 1e-3, 0.1), backend, kind)
         results.append(tensors)
