@@ -20,10 +20,13 @@ from ..terms import OPERATIONS, RULES
 try:
     from .. import _native
 
-    # A rule is called by its number, so a module of other sources would run another one, or none.
-    _built: list[str] = getattr(_native, "rules", list)()
-    if _built != list(RULES):
-        raise ImportError(f"it was built with the rules {_built}, and Python has {list(RULES)}")
+    # They are called by their numbers, so a module of other sources would run another, or none.
+    for _what, _here in (("rules", RULES), ("distributions", ALL_DISTRIBUTIONS)):
+        _built: list[str] = getattr(_native, _what, list)()
+        if _built != list(_here):
+            raise ImportError(
+                f"it was built with the {_what} {_built}, and Python has {list(_here)}"
+            )
     _import_error: ImportError | None = None
 except ImportError as error:
     _native = None  # type: ignore[assignment]
@@ -34,11 +37,7 @@ NAME = "native"
 compiled: Any = _native
 """The compiled module, for the backend that shares it; None where it cannot be imported."""
 
-_BEFORE_FLIPOUT = ALL_DISTRIBUTIONS[:4]
-_built_distributions = getattr(_native, "distributions", lambda: _BEFORE_FLIPOUT)()
-"""Those whose numbers the compiled module knows: an older one has fewer."""
-
-DISTRIBUTIONS: tuple[str, ...] = tuple(name for name in _built_distributions if name != "fast")
+DISTRIBUTIONS: tuple[str, ...] = ("exact", "rademacher", "lowrank", "flipout")
 
 _RULES = {name: place for place, name in enumerate(RULES)}
 
