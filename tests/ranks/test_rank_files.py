@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,18 +15,9 @@ from adamezo import AdaMeZO, MeZO, ZOAdam
 from adamezo.distributed import RankFailed, connect
 from adamezo.engine.sharded import reshard, whole
 from adamezo.runlog import LogError, StepLog, optimizer_for, read, replay
+from helpers.elastic import Model
 
 METHODS = {AdaMeZO: {}, MeZO: {"queries": 2}, ZOAdam: {}}
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 3)
-
-    def forward(self, row: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(row).tanh()).square().mean()
 
 
 def make(kind, method, options=None):
