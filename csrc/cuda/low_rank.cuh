@@ -335,14 +335,19 @@ struct Tiled {
   using Directions = Exact;  // of the factors
 };
 
+struct TileAlong {
+  static constexpr int kKept = 0;
+  float z[kThreadElements];
+
+  static ADAMEZO_HD int64_t directions(const DeviceJob&) { return 1; }
+  ADAMEZO_HD void add(const TileSpace&, int, int, float, float) {}
+};
+
 struct TileSample : Tiled {
   template <class T>
-  struct State {
-    static constexpr int kColumns = kChunk<T>, kKept = 0;
-    float z[kThreadElements];
+  struct State : TileAlong {
+    static constexpr int kColumns = kChunk<T>;
 
-    static ADAMEZO_HD int64_t directions(const DeviceJob&) { return 1; }
-    ADAMEZO_HD void add(const TileSpace&, int, int, float, float) {}
     ADAMEZO_HD void finish(const DeviceJob& job, const TileSpace& space,
                            const Patch<kColumns>& patch, int) const {
       const PatchOf<T, Rounding::kNearest> out{job, space.tile, patch};
@@ -355,12 +360,9 @@ struct TileSample : Tiled {
 template <Rounding kRounding>
 struct TilePerturb : Tiled {
   template <class T>
-  struct State {
-    static constexpr int kColumns = kChunk<T>, kKept = 0;
-    float z[kThreadElements];
+  struct State : TileAlong {
+    static constexpr int kColumns = kChunk<T>;
 
-    static ADAMEZO_HD int64_t directions(const DeviceJob&) { return 1; }
-    ADAMEZO_HD void add(const TileSpace&, int, int, float, float) {}
     ADAMEZO_HD void finish(const DeviceJob& job, const TileSpace& space,
                            const Patch<kColumns>& patch, int) const {
       const PatchOf<T, kRounding> theta{job, space.tile, patch};
