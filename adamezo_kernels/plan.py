@@ -147,8 +147,17 @@ class Launch:
         """The largest index of an element in its whole parameter; -1 without elements."""
         return max(segment.last_index for segment in self.segments)
 
+    def by_kernel(self, distribution: str) -> list[tuple[Launch, str]]:
+        """The launches of kernels for a call along directions of a distribution, and the
+        distribution of each: directions that belong to rows and columns have a kernel for matrices,
+        and exact normals for vectors."""
+        if not distribution.startswith(("lowrank", "flipout")):
+            return [(self, distribution)]
+        kinds = zip(self._matrices_and_vectors, (distribution, "exact"), strict=True)
+        return [(part, kind) for part, kind in kinds if part.elements]
+
     @cached_property
-    def matrices_and_vectors(self) -> tuple[Launch, Launch]:
+    def _matrices_and_vectors(self) -> tuple[Launch, Launch]:
         """Its segments of parameters with two or more dimensions, and the others."""
         matrices = tuple(segment for segment in self.segments if segment.columns)
         vectors = tuple(segment for segment in self.segments if not segment.columns)

@@ -120,7 +120,7 @@ def run(call: Call) -> None:
             with place.guard:
                 # References last until the launches: after them their memory may be reused.
                 words = words_for(call.terms, place)
-                for part, distribution in _parts(launch, call.distribution):
+                for part, distribution in launch.by_kernel(call.distribution):
                     _run(call, part, distribution, place, words)
         except RuntimeError as error:
             raise RuntimeError(
@@ -136,15 +136,6 @@ def _run(call: Call, launch: Launch, distribution: str, place: Place, words: Ten
     # The kernels that take tiles find the high words themselves.
     highs = [0] if tiles else high_words(launch, offset)
     place.run(native.job(call, launch, table, words, distribution=distribution, count=count), highs)
-
-
-def _parts(launch: Launch, distribution: str) -> list[tuple[Launch, str]]:
-    """The launches of kernels for one launch of a call, with the distribution of each: of low-rank
-    directions, vectors have exact normals and matrices kernels of their own."""
-    if not distribution.startswith("lowrank"):
-        return [(launch, distribution)]
-    kinds = zip(launch.matrices_and_vectors, (distribution, "exact"), strict=True)
-    return [(part, kind) for part, kind in kinds if part.elements]
 
 
 def _table(launch: Launch, unit: str, offset: int, place: Place) -> tuple[Tensor, int]:

@@ -146,7 +146,9 @@ def job(
 def run(call: Call) -> None:
     isa, threads = instruction_set(), torch.get_num_threads()
     for launch in call.plan.launches:
-        compiled.run(job(call, launch, launch.table, call.terms.words), isa, threads)
+        for part, kind in launch.by_kernel(call.distribution):
+            made = job(call, part, part.table, call.terms.words, distribution=kind)
+            compiled.run(made, isa, threads)
         mark_written(launch)
 
 

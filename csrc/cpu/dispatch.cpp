@@ -34,9 +34,8 @@ Kernel kernel_of(Distribution distribution, const InstructionSet& set) {
     case Distribution::kRademacher:
       return set.rademacher;
     case Distribution::kLowRank:
-      return set.lowrank;
     case Distribution::kFlipout:
-      return set.flipout;
+      return set.factored;
     default:
       return set.exact;
   }

@@ -33,7 +33,8 @@ using Kernel = void (*)(const Job& job, const Scratch& scratch, int64_t worker, 
 
 struct InstructionSet {
   const char* name;
-  Kernel exact, rademacher, lowrank, flipout;
+  Kernel exact, rademacher;
+  Kernel factored;  // `lowrank` and `flipout` of matrices; their vectors are `exact`
 };
 
 const InstructionSet& portable_kernels();

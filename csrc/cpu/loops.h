@@ -288,7 +288,7 @@ void by_operation(const Job& job, const Scratch& scratch, int64_t worker, int64_
 template <class L>
 InstructionSet instruction_set_over(const char* name) {
   return {name, by_operation<L, Exact<L>>, by_operation<L, Rademacher<L>>,
-          by_operation<L, LowRank<L>>, by_operation<L, Flipout<L>>};
+          by_operation<L, Factored<L>>};
 }
 
 }  // namespace

@@ -58,6 +58,8 @@ const std::vector<Shape> kShapes = {
     {4, 16, 16, 0}, {2, 65, 3, 1}, {7, 33, 1, 5},  {1, 40000, 0, 1},
 };
 constexpr int kSizes[] = {4, 2, 2};  // of the three element types
+constexpr int64_t kColumns[] = {7, 200, 1, 64, 1000};
+constexpr int64_t kColumnCount = sizeof kColumns / sizeof *kColumns;
 
 struct Call {
   Operation operation;
@@ -109,6 +111,8 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   std::vector<Elements> tensors, sources, buffers;
   std::vector<Segment> table;
   int64_t elements = 0;
+  const bool tiles = distribution == Distribution::kLowRank;
+  const bool by_rows = tiles || distribution == Distribution::kFlipout;
   for (const Shape& shape : shapes) {
     const int64_t parameter = int64_t(table.size());
     Shape out = shape;
@@ -126,7 +130,10 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
                     shape.row_length + 2,
                     parameter,
                     {0, 0},
-                    elements};
+                    elements,
+                    by_rows ? kColumns[parameter % kColumnCount] : 0};
+    // Rows of a piece of a wider matrix, or narrow or wide ones that the elements run on over.
+    if (by_rows && shape.rows > 1) segment.columns = segment.index_stride;
     for (int i = 0; i < kMaxBuffers && call.rule != kMoments; ++i) {
       // Row after row; numbers as curvatures are, above 0.
       const Shape kept{1, shape.rows * shape.row_length, 0, (shape.misaligned + 3 * i) % 8};
@@ -149,6 +156,7 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   Job job{};
   job.operation = call.operation;
   job.distribution = distribution;
+  job.rank = 3;
   job.segments = table.data();
   job.segment_count = int64_t(table.size());
   job.elements = elements;
@@ -171,7 +179,8 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
   const DefaultFloatingPoint guard;
   if (runner == "cuda") {
     HighWords highs = {uint32_t(offset >> 34)};
-    if ((offset + 60000) >> 34 != offset >> 34) highs.push_back(highs[0] + 1);
+    if (!tiles && (offset + 60000) >> 34 != offset >> 34) highs.push_back(highs[0] + 1);
+    job.elements = (tiles ? count_tiles : count_windows)(table.data(), job.segment_count, offset);
     cuda_on_host(job, highs, 2, 32);
   } else {
     run(job, runner, threads);
@@ -209,7 +218,8 @@ int main(int count, char** arguments) {
     return 0;
   }
   std::vector<std::string> runners = instruction_sets();
-  for (const Distribution distribution : {Distribution::kExact, Distribution::kRademacher})
+  for (const Distribution distribution : {Distribution::kExact, Distribution::kRademacher,
+                                          Distribution::kLowRank, Distribution::kFlipout})
     for (int type = 0; type < 3; ++type)
       for (const Call& call : with_rules(kCalls)) {
         if (call.operation == Operation::kMoment && type != 0) continue;
@@ -229,6 +239,7 @@ int main(int count, char** arguments) {
                     after(runner, distribution, type, call, shapes, threads, offset, special);
                 if (!special && got != expected) differ(runner, type, call);
               }
+              if (distribution == Distribution::kFlipout) continue;  // the CPU's alone
               if (all || (kShapes[i].rows * kShapes[i].row_length < 1000 && offset)) {
                 const auto got =
                     after("cuda", distribution, type, call, shapes, 1, offset, special);

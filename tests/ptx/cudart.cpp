@@ -137,9 +137,12 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0 || attribute != cudaDevAttrMultiProcessorCount)
+  if (device == 0 && attribute == cudaDevAttrMultiProcessorCount)
+    *value = multiprocessors;
+  else if (device == 0 && attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    *value = kMostShared;
+  else
     return failed(cudaErrorInvalidValue, "an attribute or a device that is not known here");
-  *value = multiprocessors;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
