@@ -121,13 +121,13 @@ nvcc ptx-check: $(TOOLKIT)/stamp
 nvcc ptx-check: export CUDACXX := $(abspath $(TOOLKIT)/nvidia/cu13/bin/nvcc)
 endif
 
+# In the build folder of the package (setup.py), as what ptx-check builds: nothing is compiled twice
+# where the package was built with the same CMAKE_ARGS.
+STRICT = -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
-	cmake -S . -B build/nvcc -G Ninja -DADAMEZO_CUDA=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
-	    -DPython_EXECUTABLE="$$(command -v $(PY))"
-	cmake --build build/nvcc
-	@PYTHONPATH=build/nvcc $(PY) -c 'import torch, _native; print("imports:", _native.__file__)'
+	ADAMEZO_CUDA=ON CMAKE_ARGS='$(STRICT)' $(PY) setup.py -q build_ext --build-lib build/nvcc
+	@PYTHONPATH=build/nvcc/adamezo_kernels $(PY) -c 'import torch, _native; print("imports:", _native.__file__)'
 
-# In the same folder, with which it shares the CPU's kernels.
 ptx-check: $(READY) ## the CUDA kernels launched on the CPU, from their PTX, with every access checked; minutes
 	@$(PY) tests/ptx/check.py --count $(COUNT) --seed $(SEED)
 

@@ -55,7 +55,7 @@ const std::vector<Shape> kShapes = {
     {1, 0, 0, 0},   {1, 1, 0, 1},  {1, 2, 0, 3},   {1, 3, 0, 2},     {1, 4, 0, 0},  {1, 5, 0, 1},
     {1, 15, 0, 3},  {1, 16, 0, 1}, {1, 17, 0, 7},  {1, 31, 0, 5},    {1, 63, 0, 1}, {1, 64, 0, 0},
     {1, 65, 0, 9},  {1, 67, 0, 2}, {1, 129, 0, 1}, {1, 257, 0, 3},   {5, 1, 2, 1},  {3, 7, 1, 3},
-    {4, 16, 16, 0}, {2, 65, 3, 1}, {7, 33, 1, 5},  {1, 40000, 0, 1},
+    {4, 16, 16, 0}, {2, 65, 3, 1}, {7, 33, 1, 5},  {1, 17000, 0, 1},
 };
 constexpr int kSizes[] = {4, 2, 2};  // of the three element types
 constexpr int64_t kColumns[] = {7, 200, 1, 64, 1000};
@@ -203,7 +203,8 @@ std::vector<unsigned char> after(const std::string& runner, Distribution distrib
 int main(int count, char** arguments) {
   if (count > 1 && std::string(arguments[1]) == "overrun") {
     Elements tensor({1, 64, 0, 0}, 4, 1, false);
-    const Segment segment{tensor.address(), tensor.address(), 1, 65, 65, 65, 0, 65, 0, {0, 0}, 0};
+    const Segment segment{
+        tensor.address(), tensor.address(), 1, 65, 65, 65, 0, 65, 0, {0, 0}, 0, 0};
     const uint32_t direction = 0;
     Job job{};
     job.operation = Operation::kPerturb;
@@ -224,9 +225,13 @@ int main(int count, char** arguments) {
       for (const Call& call : with_rules(kCalls)) {
         if (call.operation == Operation::kMoment && type != 0) continue;
         for (const uint64_t offset : {uint64_t(0), uint64_t(3), (uint64_t(1) << 34) - 70}) {
+          // Directions of rows and columns take long: one place, and it is the hardest.
+          if (distribution > Distribution::kRademacher && offset < 5) continue;
           for (const bool special : {false, true}) {
-            // One tensor at a time, then all at once on several threads.
+            // One tensor at a time, but for the last and largest; then all at once on several
+            // threads.
             for (size_t i = 0; i <= kShapes.size(); ++i) {
+              if (i + 1 == kShapes.size()) continue;
               const bool all = i == kShapes.size();
               const std::vector<Shape> shapes = all ? kShapes : std::vector<Shape>{kShapes[i]};
               if (special && !all) continue;
@@ -239,8 +244,7 @@ int main(int count, char** arguments) {
                     after(runner, distribution, type, call, shapes, threads, offset, special);
                 if (!special && got != expected) differ(runner, type, call);
               }
-              if (distribution == Distribution::kFlipout) continue;  // the CPU's alone
-              if (all || (kShapes[i].rows * kShapes[i].row_length < 1000 && offset)) {
+              if (all && distribution != Distribution::kFlipout) {
                 const auto got =
                     after("cuda", distribution, type, call, shapes, 1, offset, special);
                 if (!special && got != expected) differ("cuda", type, call);

@@ -1,6 +1,7 @@
 """The build, for real on a copy of the tree: with CUDA and without, with a compiler and without.
 
-Where configuring is enough to see the outcome nothing is compiled; one wheel is.
+Where configuring is enough to see the outcome nothing is compiled; one wheel is. CUDA's kernels are
+compiled by `make nvcc`.
 """
 
 from __future__ import annotations
@@ -122,7 +123,6 @@ class TestCuda:
         assert not worked
         assert "ADAMEZO_CUDA is MAYBE; it may be AUTO, ON or OFF" in output
 
-    @pytest.mark.slow
     @needs_nvcc
     def test_nvcc(self, configure, tmp_path):
         worked, output = configure(ADAMEZO_CUDA_ROOTS=str(Path(NVCC).parent.parent))
@@ -136,8 +136,6 @@ class TestCuda:
             assert "fast" not in command.replace("kernels_fast", "")
             for target in ("code=[sm_80]", "code=[sm_90]", "code=[compute_90]"):
                 assert target in command
-        done = run([CMAKE, "--build", tmp_path / "build", "--target", "kernels_cuda"])
-        assert done.returncode == 0, done.stdout
 
     @needs_nvcc
     def test_architecture_that_the_toolkit_lacks(self, configure):

@@ -56,6 +56,6 @@ endfunction()
 
 add_ptx_native(ptx_native "${CMAKE_CURRENT_SOURCE_DIR}/csrc" "")
 add_ptx_module(ptx_faulty "" "" "${ptx_folder}/faulty.cu")
-if(ADAMEZO_PTX_PLANTED)
+if(EXISTS "${ADAMEZO_PTX_PLANTED}")
   add_ptx_native(ptx_planted "${ADAMEZO_PTX_PLANTED}" "${ADAMEZO_PTX_PLANTED_KERNELS}")
 endif()
