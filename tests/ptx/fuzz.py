@@ -84,10 +84,10 @@ class Case:
             seed=seed,
         )
 
-    def terms(self) -> Terms:
+    def terms(self, offset: int) -> Terms:
         rnd = random.Random(self.seed + 1)
         key = rnd.randrange(2**64)
-        states = [PhiloxState(key, rnd.randrange(2**32), self.offset) for _ in range(self.horizon)]
+        states = [PhiloxState(key, rnd.randrange(2**32), offset) for _ in range(self.horizon)]
         moments = self.rule == "moments"
         return Terms.of(
             states,
@@ -129,9 +129,11 @@ class Case:
         if self.into:
             plan = plan.into([make(t.numel(), self.dtype).view(t.shape) for t in tensors])
         scale = rnd.choice((0.0, 1e-3, -0.5)) if self.operation == "update" else 1e-2
-        call = Call(
-            self.operation, plan, self.terms(), self.distribution, self.rounding, scale, 1e-8
-        )
+        offset = self.offset
+        if self.distribution == "lowrank":
+            offset = min(offset, plan.largest_matrix_offset)
+        terms = self.terms(offset)
+        call = Call(self.operation, plan, terms, self.distribution, self.rounding, scale, 1e-8)
         return call, memory
 
 
