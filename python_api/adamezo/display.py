@@ -17,11 +17,16 @@ class Display:
     """Bars of the parts of a run, on the standard error. Without rich nothing is shown.
 
     Use as a ``with`` block.
+
+    Args:
+        shown: whether it shows anything: one of several processes does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         self._progress: Any = None
         self._lines = False
+        if not shown:
+            return
         try:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

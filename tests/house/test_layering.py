@@ -44,7 +44,9 @@ DEPARTMENTS: dict[str, set[str]] = {
     "rewards": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "display": set(),
-    "finetune": {"engine", "methods", "runlog", "integrations", "adapters", "display"},
+    "finetune": {
+        *("engine", "methods", "distributed", "runlog", "integrations", "adapters", "display"),
+    },
     "command": {"engine", "methods", "integrations", "runlog", "display", "finetune"},
 }
 OURS = {"adamezo", "adamezo_kernels", "benchmarks", "examples", "tests"}

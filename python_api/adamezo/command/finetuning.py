@@ -17,7 +17,7 @@ from adamezo_kernels import kind_of
 
 from .. import finetune
 from ..engine.perturb import perturbation_named
-from ..finetune import Options, checkpoint, report
+from ..finetune import Options, checkpoint, launch, report
 from ..integrations import transformers as language_models
 from ..runlog import LogError
 from . import typed
@@ -49,11 +49,12 @@ def _run(
     )
     log = Path(options.log or output / LOG)
     options = replace(options, log=str(log))
-    if overwrite:
+    first = launch.rank() == 0
+    if overwrite and first:
         for path in (log, checkpoint.beside(log)):
             if path.exists():  # kept until the next time: what follows may be refused
                 path.replace(f"{path}.old")
-    if options.lr is None and options.steps < LONG:
+    if options.lr is None and options.steps < LONG and first:
         print(
             f"adamezo: note: without --lr {options.method} takes its default, which is for "
             f"thousands of steps, and here are {options.steps}: see --lr in --help",
@@ -64,12 +65,15 @@ def _run(
     try:
         result = finetune.finetune(options)
     except KeyboardInterrupt as stop:
+        if not first:
+            return 130
         said = "stopped outside of the steps. Those that were taken"
         if isinstance(stop, finetune.Stopped):
             said = f"{stop}. They"
         arguments = [argument for argument in typed if argument != "--overwrite"]
+        again = " under the same launcher" if launch.size() > 1 else ""
         print(
-            f"\nadamezo: {said} are saved in {log}. The same command goes on:\n"
+            f"\nadamezo: {said} are saved in {log}. The same command goes on{again}:\n"
             f"  {shlex.join(['adamezo', *arguments])}",
             file=sys.stderr,
         )
@@ -80,6 +84,8 @@ def _run(
         raise ValueError(
             f"{error}. For another run here, name another --output, or begin anew with --overwrite"
         ) from None
+    if not first:
+        return 0
     print(report.text(result))
     print("\nwritten: {}, {}".format(*report.write(result, output)))
     if options.save_to:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.optimizer import ZerothOrder
+from . import launch
 from .options import Options
 from .tasks import Evaluation, Task
 
@@ -66,6 +67,7 @@ def numbers(
         "versions": _versions(),
         "device": _device_name(test.model.device),
         "threads": torch.get_num_threads(),
+        "processes": launch.size(),
         "model": {
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),

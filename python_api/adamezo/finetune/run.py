@@ -17,12 +17,13 @@ from torch import Tensor
 from ..adapters import adapt, check_lr, save_adapters
 from ..adapters.presets import FULL
 from ..display import Display, in_words
+from ..distributed import connect
 from ..engine.batched import PerturbedBatch, batched
 from ..engine.check_closure import check_closure
 from ..engine.optimizer import ZerothOrder
 from ..integrations import transformers as language_models
 from ..runlog import StepLog, read
-from . import checkpoint, report
+from . import checkpoint, launch, report
 from .data import batches, split
 from .measure import PeakMemory, now
 from .optimizer import make_optimizer, with_defaults
@@ -47,13 +48,16 @@ def finetune(options: Options) -> dict[str, Any]:
             says what was got, what was expected and what to do.
         Stopped: Ctrl-C. With a log the same options go on.
     """
-    with Display() as display:
-        return _finetune(options, display)
-
-
-def _finetune(options: Options, display: Display) -> dict[str, Any]:
-    began = time.perf_counter()
     _check(options)
+    device = launch.device(options.device)
+    with launch.joined(device) as several, Display(shown=launch.rank() == 0) as display:
+        return _finetune(options, device, several, display)
+
+
+def _finetune(
+    options: Options, device: torch.device, several: bool, display: Display
+) -> dict[str, Any]:
+    began = time.perf_counter()
     kind = TASKS[options.task]
     table = read_table(
         options.data,
@@ -65,7 +69,7 @@ def _finetune(options: Options, display: Display) -> dict[str, Any]:
     options = replace(options, held_out=_held_out(options, len(examples)))
     training, held_out = split(examples, options.held_out or 0)
     model, tokenizer = language_models.load(
-        options.model, dtype=getattr(torch, options.dtype), device=_device(options.device)
+        options.model, dtype=getattr(torch, options.dtype), device=device
     )
     if options.adapt != FULL:
         adapt(model, options.adapt, seed=options.seed)
@@ -74,6 +78,8 @@ def _finetune(options: Options, display: Display) -> dict[str, Any]:
     optimizer = make_optimizer(options, model, max(1, len(train) // options.batch_size))
     options = with_defaults(options, optimizer)
     check_lr(optimizer, model)
+    if several:
+        connect(optimizer)
     loaded = time.perf_counter()
 
     before, answers = _evaluate(test, options, display, "held-out, before")
@@ -81,7 +87,9 @@ def _finetune(options: Options, display: Display) -> dict[str, Any]:
     with _log(optimizer, options, train, display) as (log, done):
         measured = _train(optimizer, train, test, options, log, done, display)
     after, more = _evaluate(test, options, display, "held-out, after")
-    if options.save_to and options.adapt != FULL:
+    if launch.rank() != 0:
+        pass
+    elif options.save_to and options.adapt != FULL:
         save_adapters(model, options.save_to)
     elif options.save_to:
         language_models.save(model, tokenizer, options.save_to)
@@ -109,6 +117,11 @@ def _check(options: Options) -> None:
                 f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected an integer of "
                 f"at least {least}"
             )
+    if options.batch_size % launch.size():
+        raise ValueError(
+            f"--batch-size: got {options.batch_size}, expected a multiple of the {launch.size()} "
+            "processes, each of which takes as many rows of every batch"
+        )
     if options.checkpoint_every and not options.log:
         raise ValueError("--checkpoint-every needs --log: a checkpoint is a place in a log")
 
@@ -143,18 +156,14 @@ def _log(
         return
     texts = hashlib.sha256(repr(train.identity()).encode())
     run = options.identity() | {"training texts": texts.hexdigest()}
-    if Path(options.log).exists():
-        log = StepLog.resume(
-            options.log,
-            optimizer,
-            run=run,
-            progress=partial(display.track, description="replaying"),
-            checkpoint=checkpoint.at(checkpoint.beside(options.log), optimizer),
-        )
-    else:
-        Path(options.log).parent.mkdir(parents=True, exist_ok=True)
-        log = StepLog.create(options.log, optimizer, run=run)
-    with log:
+    Path(options.log).parent.mkdir(parents=True, exist_ok=True)
+    with StepLog.open(
+        options.log,
+        optimizer,
+        run=run,
+        progress=partial(display.track, description="replaying"),
+        checkpoint=checkpoint.at(checkpoint.beside(options.log), optimizer),
+    ) as log:
         if log.steps > options.steps:
             raise ValueError(
                 f"--log: {options.log} has {log.steps} steps, expected {options.steps} at most"
@@ -184,7 +193,9 @@ def _train(
     if done < len(plan):  # two more forward passes, for a new run and for a resumed one
         check_closure(optimizer, lambda: train.loss(plan[done]))
 
-    def step(number: int, rows: list[int]) -> None:
+    def step(number: int, batch_rows: list[int]) -> None:
+        rows = batch_rows[launch.rank() :: launch.size()]
+
         @batched
         def closure(batch: PerturbedBatch) -> Tensor:
             start = now(device)
@@ -213,7 +224,7 @@ def _train(
                 taken = number
                 advance(1, _progress(measured, len(plan) - number))
                 if log and options.checkpoint_every and number % options.checkpoint_every == 0:
-                    checkpoint.save(optimizer, log)
+                    _save(optimizer, log)
                 if options.eval_every and number % options.eval_every == 0 < len(plan) - number:
                     found = test.evaluate(2 * options.batch_size).summary()
                     measured.held_out_curve.append({"step": number} | found)
@@ -223,10 +234,15 @@ def _train(
                     )
     except KeyboardInterrupt:
         if log and options.checkpoint_every and taken > done:
-            checkpoint.save(optimizer, log)
+            _save(optimizer, log)
         # The signal may have come when the step was done.
         raise Stopped(taken if log is None else log.steps, options.steps) from None
     return measured
+
+
+def _save(optimizer: ZerothOrder, log: StepLog) -> None:
+    if launch.rank() == 0:
+        checkpoint.save(optimizer, log)
 
 
 def _progress(measured: report.Training, left: int) -> str:
@@ -250,12 +266,3 @@ def _bare_forward_peak(task: Task, plan: list[list[int]], memory: PeakMemory) ->
         memory.reset()
         task.loss(widest)
     return memory.read()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:0") from None

@@ -172,7 +172,8 @@ class StepLog:
         ranks = optimizer.ranks or Alone()
         if ranks.from_first(Path(path).exists):
             return cls.resume(path, optimizer, **options)
-        options.pop("progress", None)
+        for of_resume in ("progress", "checkpoint"):
+            options.pop(of_resume, None)
         return cls.create(path, optimizer, **options)
 
     @classmethod
