@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamezo.finetune import batches
 from benchmarks.method_entries import BY_DIRECTIONS, ENTRIES, USUAL, Entry
@@ -226,7 +226,8 @@ STILL = 1e-12
 def storages() -> dict[int, int]:
     """Bytes by address of the memory of all tensors in this process, but tables of addresses."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # By exact types: a subclass such as torch.compile's FakeTensor may have no memory to ask for.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     dense = [t for t in tensors if t.layout == torch.strided and not t.is_nested]
     found = [tensor.untyped_storage() for tensor in dense if tensor.is_floating_point()]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
