@@ -85,7 +85,7 @@ SETTINGS = (
     *("what", "type", "horizon", "threads", "isa", "elements", "method", "part", "tokens"),
     *("weights", "betas", "seed", "steps", "step", "lr", "held_out"),
     *("cycles", "update", "job", "mode", "budget", "forwards", "by", "target"),
-    *("attack", "outcome", "ranks"),
+    *("attack", "outcome", "ranks", "latency", "loss"),
 )
 
 

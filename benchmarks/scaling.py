@@ -52,9 +52,9 @@ def _optimizer(elements: int) -> tuple[nn.Parameter, AdaMeZO]:
     return weight, AdaMeZO([weight], lr=1e-9, seed=1)
 
 
-def steps(repeats: int) -> Found:
+def steps(repeats: int, elements: int = ELEMENTS) -> Found:
     """Seconds of a step and of its exchange, on a rank."""
-    _, optimizer = _optimizer(ELEMENTS)
+    _, optimizer = _optimizer(elements)
     ranks = connect(optimizer, check_every=0)
     exchange: list[float] = []
     whole = ranks.losses
@@ -159,12 +159,12 @@ def predicted(workers: int, of: Cluster) -> dict[str, float]:
     its time in which a job makes progress, by the way in which it recovers.
 
     The slowest of N normal times is about ``sqrt(2 ln N)`` deviations above the mean. The exchange
-    is a ring of N - 1 messages, as Gloo's and NCCL's all_gather of few bytes are, or a tree of
-    ``2 log2 N``.
+    is a ring of N - 1 messages, before each of which Gloo's receiver says that it is ready, so that
+    it takes two (benchmarks/network.py); or a tree of ``2 log2 N``.
     """
     stragglers = of.step * of.jitter * math.sqrt(2 * math.log(workers)) if workers > 1 else 0.0
     received = workers * of.row / of.bandwidth if workers > 1 else 0.0
-    ring = (workers - 1) * of.latency + received
+    ring = 2 * (workers - 1) * of.latency + received
     tree = 2 * math.ceil(math.log2(workers)) * of.latency + received if workers > 1 else 0.0
     every = of.between_failures
     by_log = of.restart + of.replay * of.checkpoint_every / 2

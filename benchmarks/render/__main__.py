@@ -103,6 +103,8 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/scaling.md": {
         "scaling_conditions": partial(conditions, benchmarks=["scaling"]),
         "scaling_measured": scaling.measured,
+        "network_conditions": partial(conditions, benchmarks=["network"]),
+        "network": scaling.network,
         "scaling_model": scaling.model,
         "scaling_recovery": scaling.recovery,
     },

@@ -35,6 +35,20 @@ def measured(rows: pandas.DataFrame) -> str:
     return markdown(("", "weights", "p20", "median", "p80"), body) if body else NOT_YET
 
 
+def network(rows: pandas.DataFrame) -> str:
+    """Seconds of an exchange by the number of hosts and what the links between them do."""
+    some = pick(rows, benchmark="network")
+    body = []
+    for (latency, loss), links in some.groupby(["latency", "loss"]):
+        cells = []
+        for hosts in (2, 4):
+            at = links[links.ranks == hosts].set_index("metric")["median"]
+            cells += [at["exchange"], at["exchange, 99 %"]]
+        body.append((_seconds(latency), f"{loss:.1%}", *map(_seconds, cells)))
+    header = ("latency", "lost", "2 hosts", "99 % of them", "4 hosts", "99 % of them")
+    return markdown(header, body) if body else NOT_YET
+
+
 def model(rows: pandas.DataFrame) -> str:
     """The predicted step, by the number of workers."""
     of = Cluster()
