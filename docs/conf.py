@@ -1,0 +1,60 @@
+"""The site of docs/, built by `make docs`. The pages are Markdown that GitHub shows as well."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# The sources of this checkout, also where an installed package is of another one.
+sys.path[:0] = [str(ROOT / "python_api"), str(ROOT)]
+
+project = "adamezo"
+copyright = "the adamezo authors, Apache-2.0"
+try:
+    release = metadata.version("adamezo")
+except metadata.PackageNotFoundError:
+    release = ""
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
+html_theme = "furo"
+html_title = f"adamezo {release}".strip()
+# Code in pages is highlighted where a fence names its language, and nothing is guessed elsewhere.
+highlight_language = "none"
+
+# Headings get the anchors that GitHub gives them, which the pages' links use.
+myst_heading_anchors = 6
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures as they are written; docstrings have the types' meaning
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+
+# Where links to files outside of docs/ lead. A site that is published sets it, such as
+# https://host/owner/adamezo/blob/main; without it these files are copied beside the pages.
+REPOSITORY = os.environ.get("ADAMEZO_REPOSITORY", "").rstrip("/")
+# The pages of the site that show a file of the root.
+SHOWN = {"../README.md": "index.md", "../CHANGELOG.md": "changelog.md"}
+
+OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>\.\./[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def lead_outside(match: re.Match[str]) -> str:
+    """A link to a file outside of docs/ in the form that leads somewhere on the site."""
+    text, path = match["text"], match["path"]
+    if path in SHOWN:
+        return f"[{text}]({SHOWN[path]})"
+    if REPOSITORY:
+        return f"[{text}]({REPOSITORY}/{path.removeprefix('../')}{match['anchor'] or ''})"
+    return f"{{download}}`{text.strip('`')} <{path}>`"
+
+
+def rewrite_links(app, docname, content):
+    content[0] = OUTSIDE.sub(lead_outside, content[0])
+
+
+def setup(app):
+    app.connect("source-read", rewrite_links)
