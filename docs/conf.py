@@ -28,6 +28,7 @@ highlight_language = "none"
 # Headings get the anchors that GitHub gives them, which the pages' links use.
 myst_heading_anchors = 6
 
+napoleon_use_ivar = True  # a property that a docstring lists is described once
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures as they are written; docstrings have the types' meaning
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -49,8 +49,9 @@ NEEDS = {
     ("integrations.md", "import lightning"): ("needs lightning", installed("lightning")),
     ("integrations.md", "llm = vllm.LLM("): ("needs vLLM and its GPU", False),
 }
-# What is shortened, since a page has the numbers of a real run.
+# What is shortened, since a page has the model and the numbers of a real run.
 SHORTER = {
+    "quick_start.md": [("load(smollm2())", 'load("small")')],
     "integrations.md": [("max_steps=20000", "max_steps=3, use_cpu=True, report_to=[]")],
 }
 
