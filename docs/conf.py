@@ -31,7 +31,7 @@ myst_heading_anchors = 6
 napoleon_use_ivar = True  # a property that a docstring lists is described once
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures as they are written; docstrings have the types' meaning
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"show-inheritance": True}
 autodoc_preserve_defaults = True
 
 # Where links to files outside of docs/ lead. A site that is published sets it, such as
@@ -57,5 +57,11 @@ def rewrite_links(app, docname, content):
     content[0] = OUTSIDE.sub(lead_outside, content[0])
 
 
+def link_pages(app, what, name, obj, options, lines):
+    """Pages that a docstring names become links."""
+    lines[:] = [re.sub(r"\bdocs/(\w+)\.md\b", r":doc:`\1`", line) for line in lines]
+
+
 def setup(app):
     app.connect("source-read", rewrite_links)
+    app.connect("autodoc-process-docstring", link_pages)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import adamezo
 from adamezo import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,3 +109,17 @@ def test_enough_commands_were_seen():
 )
 def test_what_is_not_there_is_found(line):
     assert len(complaints(line)) == 1
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    names = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    linked = set(re.findall(r"\]\((\w+\.md)", index))
+    assert names == linked
+    assert len(re.findall(r"^\| \d+\. ", index, re.MULTILINE)) == 10
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", page, re.MULTILINE))
+    assert documented == set(adamezo.__all__) - {"__version__"}
