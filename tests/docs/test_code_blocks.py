@@ -38,7 +38,7 @@ def installed(name: str) -> bool:
 
 # (page, how the block begins): the reason why it may not run, and whether it runs here.
 NEEDS = {
-    ("adamezo.md", "optimizer = AdaMeZO(model.parameters(), lr=1e-5, capturable=True)"): (
+    ("cuda_graphs.md", "optimizer = AdaMeZO("): (
         "captures a CUDA graph: needs a CUDA device",
         torch.cuda.is_available(),
     ),
