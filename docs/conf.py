@@ -31,8 +31,19 @@ myst_heading_anchors = 6
 napoleon_use_ivar = True  # a property that a docstring lists is described once
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures as they are written; docstrings have the types' meaning
-autodoc_default_options = {"show-inheritance": True}
 autodoc_preserve_defaults = True
+
+# Names in docstrings are links, and those that lead nowhere are warnings, but for other packages,
+# for modules of the inside and for what a "Returns" section calls its results.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|transformers|abc|collections)\..*|Path"),
+    (
+        r"py:.*",
+        r"adamezo\.(methods\.history|engine\.ranks\.Ranks)|adamezo_kernels\.backends\.choose|report\.numbers",
+    ),
+    (r"py:class", r"Module|rank|m|v"),
+]
 
 # Where links to files outside of docs/ lead. A site that is published sets it, such as
 # https://host/owner/adamezo/blob/main; without it these files are copied beside the pages.
@@ -62,6 +73,21 @@ def link_pages(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"\bdocs/(\w+)\.md\b", r":doc:`\1`", line) for line in lines]
 
 
+COLON = "\ue000"
+
+
+def hide_colons(app, what, name, obj, options, lines):
+    """napoleon takes "text: more" in the docstring of an attribute for a type and a text."""
+    if what in ("attribute", "property"):
+        lines[:] = [line.replace(":", COLON) for line in lines]
+
+
+def show_colons(app, what, name, obj, options, lines):
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)  # napoleon is at 500
+    app.connect("autodoc-process-docstring", show_colons, priority=600)
     app.connect("source-read", rewrite_links)
     app.connect("autodoc-process-docstring", link_pages)
