@@ -123,3 +123,17 @@ def test_the_reference_has_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", page, re.MULTILINE))
     assert documented == set(adamezo.__all__) - {"__version__"}
+
+
+def test_the_figures_are_those_that_the_script_draws(tmp_path, monkeypatch):
+    figures = ROOT / "docs" / "figures"
+    spec = importlib.util.spec_from_file_location("draw", figures / "draw.py")
+    assert spec is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    draw.fused_pass()
+    draw.regenerated_forward()
+    for drawn in tmp_path.iterdir():
+        assert drawn.read_text() == (figures / drawn.name).read_text()
+    assert len(list(figures.glob("*.svg"))) == len(list(tmp_path.iterdir())) == 2
