@@ -51,12 +51,12 @@ REPOSITORY = os.environ.get("ADAMEZO_REPOSITORY", "").rstrip("/")
 # The pages of the site that show a file of the root.
 SHOWN = {"../README.md": "index.md", "../CHANGELOG.md": "changelog.md"}
 
-OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>\.\./[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<path>\.\./[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def lead_outside(match: re.Match[str]) -> str:
     """A link to a file outside of docs/ in the form that leads somewhere on the site."""
-    text, path = match["text"], match["path"]
+    text, path = match["text"].replace("\n", " "), match["path"]
     if path in SHOWN:
         return f"[{text}]({SHOWN[path]})"
     if REPOSITORY:
