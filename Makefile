@@ -100,8 +100,9 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 links: ## check the relative links and anchors of every Markdown file
 	@$(PYTHON) .ci/check_links.py $(sort $(wildcard *.md docs/*.md examples/*/*.md tests/*/*.md))
 
+# All pages each time (-E): a page that has not changed since would not warn again.
 docs: links $(READY) ## the site of docs into build/docs; broken links and warnings are errors
-	@$(PY) -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	@$(PY) -m sphinx -q -E -W --keep-going -d build/doctrees docs build/docs
 	@echo "the site is build/docs/index.html"
 
 bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results, tables in docs
