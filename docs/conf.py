@@ -51,7 +51,9 @@ REPOSITORY = os.environ.get("ADAMEZO_REPOSITORY", "").rstrip("/")
 # The pages of the site that show a file of the root.
 SHOWN = {"../README.md": "index.md", "../CHANGELOG.md": "changelog.md"}
 
-OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<path>\.\./[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+OUTSIDE = re.compile(
+    r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<path>\.\./[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
+)
 
 
 def lead_outside(match: re.Match[str]) -> str:
