@@ -34,7 +34,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all stress lint format docs bench nvcc ptx-check wheel gpu-check gpu-bench \
+.PHONY: help setup demo test test-all stress lint format links docs bench nvcc ptx-check wheel gpu-check gpu-bench \
     gpu-bench-kernels gpu-bench-steps clean
 
 help: ## this list
@@ -97,8 +97,13 @@ format: $(READY) ## let ruff and clang-format rewrite the files
 	clang-format -i $(CPP_FILES) $(CPP_TESTS)
 
 # Needs no package, so no environment either.
-docs: ## check the relative links and anchors of every Markdown file
+links: ## check the relative links and anchors of every Markdown file
 	@$(PYTHON) .ci/check_links.py $(sort $(wildcard *.md docs/*.md examples/*/*.md tests/*/*.md))
+
+# All pages each time (-E): a page that has not changed since would not warn again.
+docs: links $(READY) ## the site of docs into build/docs; broken links and warnings are errors
+	@$(PY) -m sphinx -q -E -W --keep-going -d build/doctrees docs build/docs
+	@echo "the site is build/docs/index.html"
 
 bench: $(READY) ## the benchmarks: CSV files and plots under benchmarks/results, tables in docs
 	$(PY) -m benchmarks.kernels

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import adapters, kernels, scaling, steps, training
+from benchmarks.render import adapters, kernels, memory, scaling, steps, training
 from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
 from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
@@ -98,6 +98,10 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/integrations.md": {
         "quantised_conditions": partial(conditions, benchmarks=["quantised"]),
         "quantised": adapters.quantised,
+    },
+    "docs/memory.md": {
+        "memory_conditions": partial(conditions, benchmarks=["needs"]),
+        "memory_cards": memory.cards,
     },
     "docs/reliability.md": {"counts": training.attacks},
     "docs/scaling.md": {

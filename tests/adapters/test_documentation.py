@@ -1,4 +1,4 @@
-"""docs/adapters.md: its code runs, and what it says of others is so."""
+"""docs/adapters.md names every scheme and family, and what it says of others is so."""
 
 from __future__ import annotations
 
@@ -8,15 +8,6 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
-
-
-def test_the_code_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), {})
-    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
 
 
 def test_every_scheme_and_family_has_its_row():

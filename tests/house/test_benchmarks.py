@@ -1006,6 +1006,32 @@ def test_the_rows_of_pythons_part_name_the_target():
     assert all(row.repeats == 2 for row in made)
 
 
+# The memory of a step ----------------------------------------------------------------------------
+
+PUBLISHED = {
+    "SmolLM2-135M": 134_515_008,
+    "Qwen2.5-0.5B": 494_032_768,
+    "OPT-1.3B": 1_315_758_080,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-3.1-8B": 8_030_261_248,
+    "OPT-13B": 12_853_473_280,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Llama-3.1-70B": 70_553_706_496,
+}
+
+
+def test_the_shapes_have_as_many_weights_as_the_models(committed):
+    pytest.importorskip("transformers")
+    from benchmarks import memory
+
+    found = results.pick(committed, benchmark="needs", metric="weights")
+    assert dict(zip(found.variant, found["median"], strict=True)) == PUBLISHED
+    assert list(memory.MODELS) == list(PUBLISHED)
+    ((kind, needs),) = memory.of("SmolLM2-135M", quick=True)
+    assert (kind, needs.parameters) == ("one position", PUBLISHED["SmolLM2-135M"])
+
+
 # The commands ------------------------------------------------------------------------------------
 
 

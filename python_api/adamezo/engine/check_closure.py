@@ -43,7 +43,8 @@ def check_closure(
 
     Args:
         optimizer: that is to step with it.
-        closure: as for :meth:`ZerothOrder.step`. One for sampled labels is checked the same way.
+        closure: as for :meth:`~adamezo.AdaMeZO.step`. One for sampled labels is checked the same
+            way.
         tolerance: how far the losses may differ, relative to the larger one. None allows what a
             function of the weights may have whose kernels sum in another order each time, as some
             multithreaded and GPU kernels do: REORDERED, or a unit in the last place of the loss's

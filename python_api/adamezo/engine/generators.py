@@ -24,7 +24,7 @@ class ForkedGenerators:
         for kind in ("cuda", "xpu"):
             module = torch.get_device_module(kind)
             if module.is_initialized():
-                # In a capture torch refuses to tell a generator's state (docs/adamezo.md).
+                # In a capture torch refuses to tell a generator's state (docs/cuda_graphs.md).
                 if kind == "cuda" and torch.cuda.is_current_stream_capturing():
                     continue
                 devices = range(module.device_count())

@@ -51,8 +51,8 @@ class ZOTrainerMixin:
     The optimizer is one of this package: ``optimizer_cls_and_kwargs=(MeZO, {"zo_eps": 1e-3})``
     makes it from ``args`` (lr, seed and weight_decay, unless the options name them) with the
     model's parameters in their order, ``optimizers=(optimizer, None)`` takes one that was made, and
-    without either it is :class:`AdaMeZO`. docs/integrations.md says what each of the Trainer's
-    arguments does here.
+    without either it is :class:`~adamezo.AdaMeZO`. docs/integrations.md says what each of the
+    Trainer's arguments does here.
 
     Args:
         args, kwargs: the Trainer's own.

@@ -69,7 +69,7 @@ class AdaMeZO(ZerothOrder):
         fused: None uses the compiled kernels where there are some; True is an error without them;
             False uses the reference backend, which is plain torch and slow.
         capturable: numbers of a step are tensors on the weights' device and nothing is read back,
-            so that a step can be captured in a CUDA graph (docs/adamezo.md).
+            so that a step can be captured in a CUDA graph (docs/cuda_graphs.md).
         seed: 64-bit key of all directions; None draws one from torch's default generator.
         differentiable: refused; a forward-only step has no graph.
         model: what the closure evaluates; all perturbations but ``"inplace"`` need it. All

@@ -34,9 +34,10 @@ class HELENE(Buffered):
 
     Two numbers are kept for each weight, ``state[p]["m"]`` and ``state[p]["h"]``.
 
-    ``curvature="sampled"`` is the paper's: :meth:`step` then takes a second closure, and calls it
-    in the steps that update h. ``curvature="loss"`` takes p for p_hat, which costs no evaluation:
-    the empirical Fisher information in the place of Gauss-Newton's matrix.
+    ``curvature="sampled"`` is the paper's: :meth:`~adamezo.AdaMeZO.step` then takes a
+    second closure, and calls it in the steps that update h. ``curvature="loss"`` takes p for p_hat,
+    which costs no evaluation: the empirical Fisher information in the place of Gauss-Newton's
+    matrix.
 
     Deviations: p_hat is along the step's own z, where the paper draws another. ``clip`` is by
     group; the paper's is by layer: make groups of layers. No code of the authors was found, and

@@ -20,7 +20,7 @@ class TextReward:
     Args:
         model: of transformers, with ``generate``. It is put into evaluation mode for a step.
         tokenizer: encodes prompts and decodes completions.
-        reward: see :data:`RewardFunction`.
+        reward: see :data:`~adamezo.rewards.text.RewardFunction`.
         shaping: ``"none"``, ``"z-score"`` or ``"rank"``, over the evaluations of a step.
         batch_size: how many prompts are completed at once; None takes all.
         generate: options of ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ...
