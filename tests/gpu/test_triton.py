@@ -44,6 +44,7 @@ GPU, CPU = [torch.device("cuda:0")], [torch.device("cpu")]
 # --- the interpreter ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreter_gives_the_bits_of_the_cpu():
     """Every test of triton_interpreted.py passes; or this Triton is too old for it, and says so."""
