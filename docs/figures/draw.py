@@ -54,14 +54,26 @@ class Figure:
         (HERE / name).write_text("\n".join([*self.parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
+# As characters: moved and smaller text is drawn in other places by some programs.
+_LOW = {
+    "k": "&#8342;",
+    "0": "&#8320;",
+    "1": "&#8321;",
+    "2": "&#8322;",
+    "+": "&#8330;",
+    "&#8722;": "&#8331;",
+}
+_HIGH = {"k": "&#7503;", "T": "&#7488;"}
+
+
 def low(index: str) -> str:
     """A subscript."""
-    return f'<tspan font-size="70%" dy="4">{index}</tspan><tspan dy="-4">&#8203;</tspan>'
+    return _LOW[index]
 
 
 def high(index: str) -> str:
     """A superscript."""
-    return f'<tspan font-size="70%" dy="-6">{index}</tspan><tspan dy="6">&#8203;</tspan>'
+    return _HIGH[index]
 
 
 def fused_pass() -> None:
