@@ -35,7 +35,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all stress lint format links docs bench nvcc ptx-check wheel gpu-check gpu-bench \
-    gpu-bench-kernels gpu-bench-steps clean
+    gpu-bench-kernels gpu-bench-steps newcomer sdist wheels wheel-check release-check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -140,6 +140,39 @@ ptx-check: $(READY) ## the CUDA kernels launched on the CPU, from their PTX, wit
 wheel: $(READY) ## a wheel without CUDA, in build/wheel
 	ADAMEZO_CUDA=OFF $(PY) -m pip wheel -qq --no-deps --wheel-dir build/wheel .
 	@ls build/wheel
+
+# Longer than .ci/run by a build and the demo, so a job of its own. Neither it nor what follows needs .venv.
+newcomer: ## follow the README in a fresh clone and environment, from its first block to its last
+	$(PYTHON) .ci/newcomer.py --torch '$(TORCH)'
+
+# What a release is made with. In build/tools, where there is no torch.
+TOOLS = build/tools
+$(TOOLS)/stamp: Makefile
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/pip --disable-pip-version-check install -qq build==1.6.1 cibuildwheel==4.3.5 twine==7.0.0
+	@touch $@
+
+sdist: $(TOOLS)/stamp ## the package's sources, in build/dist
+	rm -rf build/dist
+	$(TOOLS)/bin/python -m build --sdist --outdir build/dist .
+	$(TOOLS)/bin/python -m twine check --strict build/dist/*.tar.gz
+
+# From the sdist, so that what somebody builds from it is what the wheels are.
+wheels: sdist ## manylinux wheels of every Python for this machine's architecture, in build/dist; needs docker
+	$(TOOLS)/bin/cibuildwheel --output-dir build/dist build/dist/*.tar.gz
+	rm build/dist/*.tar.gz
+
+# The check has its own environment alone on PATH, so no compiler, and runs outside of the checkout.
+wheel-check: ## try the wheel of build/dist that fits PYTHON, in a fresh environment with TORCH
+	rm -rf build/fresh
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/pip --disable-pip-version-check install -qq '$(TORCH)'
+	build/fresh/bin/pip --disable-pip-version-check install -qq --no-index --no-deps --find-links build/dist \
+	    --only-binary :all: adamezo
+	cd build/fresh && PATH=$(abspath build/fresh/bin) ./bin/python -I ../../.ci/check_wheel.py
+
+release-check: ## whether tag, version, changelog and citation agree
+	$(PYTHON) .ci/check_release.py
 
 gpu-check: $(READY) ## build, test and time on a CUDA device, under ten minutes; an error where there is none
 	@$(PY) tests/gpu/check.py --output $(OUT)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from .float32 import FLOAT32_MAX
 from .plan import Plan
+from .rules import RULES
 from .stream import LARGEST_FACTOR, ROUNDINGS, kind_of
-from .terms import OPERATIONS, RULES, Terms
+from .terms import OPERATIONS, Terms
 
 _FLOAT32_HALF_MIN = 2.0**-150  # rounds to 0
 

@@ -13,9 +13,10 @@ from torch import Tensor  # before _native: both then share torch's OpenMP runti
 
 from ..call import Call
 from ..plan import Launch
+from ..rules import RULES
 from ..stream import DISTRIBUTIONS as ALL_DISTRIBUTIONS
 from ..stream import ROUNDINGS, kind_of
-from ..terms import OPERATIONS, RULES
+from ..terms import OPERATIONS
 
 try:
     from .. import _native

@@ -62,21 +62,47 @@ def commands(workflow: dict) -> Iterator[str]:
                     yield EXPRESSION.sub(lambda found, v=values: v[found[1]], step["run"])
 
 
+# By the whole version: of an action that is not GitHub's, nobody here reads what @vN becomes.
+PUBLISH = re.compile(r"pypa/gh-action-pypi-publish@v\d+\.\d+\.\d+")
+
+
+def publishes(job: dict) -> bool:
+    return any(PUBLISH.fullmatch(step.get("uses", "")) for step in job["steps"])
+
+
+def complaints_of_publishing(name: str, job: dict, others: set[str]) -> list[str]:
+    """A job that may speak for the project runs nothing of it, on a tag, after all other jobs."""
+    wrong = []
+    if job.get("permissions") != {"id-token": "write"} or "environment" not in job:
+        wrong.append(f"job {name} needs an environment, and id-token: write alone")
+    if any("run" in step or "checkout" in step.get("uses", "") for step in job["steps"]):
+        wrong.append(f"job {name} runs code beside publishing")
+    if "refs/tags/v" not in job.get("if", "") or set(job.get("needs", ())) != others:
+        wrong.append(f"job {name} publishes without a tag, or without waiting for {others}")
+    return wrong
+
+
 def complaints(text: str) -> list[str]:
     """What is wrong with the text of a workflow."""
     workflow = yaml.safe_load(text)
     wrong = [said for command in commands(workflow) if (said := complaint(command))]
     if workflow.get("permissions") != {"contents": "read"}:
         wrong.append(f"permissions: {workflow.get('permissions')}, not contents: read")
-    if workflow.get("concurrency", {}).get("cancel-in-progress") is not True:
-        wrong.append("a new run does not cancel the old one of its branch")
+    publishing = {name for name, job in workflow["jobs"].items() if publishes(job)}
+    if workflow.get("concurrency", {}).get("cancel-in-progress") is not (not publishing):
+        wrong.append("a new run cancels the old one of its branch, unless that publishes")
     for name, job in workflow["jobs"].items():
         if "timeout-minutes" not in job:
             wrong.append(f"job {name} has no timeout-minutes")
-        if not any("run" in step for step in job["steps"]):
+        if name in publishing:
+            wrong += complaints_of_publishing(name, job, set(workflow["jobs"]) - {name})
+        elif "permissions" in job:
+            wrong.append(f"job {name} has permissions of its own, and does not publish")
+        elif not any("run" in step for step in job["steps"]):
             wrong.append(f"job {name} runs nothing")
         for step in job["steps"]:
-            if not re.fullmatch(r"actions/[a-z-]+@v\d+", step.get("uses", "actions/none@v0")):
+            used = step.get("uses", "actions/none@v0")
+            if not (re.fullmatch(r"actions/[a-z-]+@v\d+", used) or PUBLISH.fullmatch(used)):
                 wrong.append(f"job {name} uses {step['uses']}, not an action of GitHub's by @vN")
     if "://" in text:
         wrong.append("names a host")
@@ -97,7 +123,8 @@ def test_every_check_of_ci_has_a_job():
         for command in commands(yaml.safe_load(file.read_text()))
         for word in command.split()
     }
-    assert phases - {"setup"} | {"test-all", "gpu-check", "gpu-bench"} <= called
+    others = {"test-all", "newcomer", "gpu-check", "gpu-bench", "sdist", "wheels", "wheel-check"}
+    assert phases - {"setup"} | others <= called
 
 
 def test_the_matrix_has_the_oldest_and_the_tested_versions():
@@ -132,6 +159,28 @@ def test_a_wrong_one_is_found(right, wrong):
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert right in text
     assert len(complaints(text.replace(right, wrong, 1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("cancel-in-progress: false", "cancel-in-progress: true"),
+        ("pypi-publish@v1.14.2", "pypi-publish@release/v1"),
+        ("    environment: pypi\n", ""),
+        ("id-token: write", "contents: write"),
+        ("refs/tags/v", "refs/heads/main"),
+        ("needs: [sdist, wheels, try]", "needs: [sdist, wheels]"),
+        (
+            "actions/download-artifact@v7\n        with:\n          pattern",
+            "actions/checkout@v6\n        with:\n          pattern",
+        ),
+        ("- run: make sdist", "- run: python -m build"),
+    ],
+)
+def test_a_wrong_release_is_found(right, wrong):
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    assert right in text
+    assert complaints(text.replace(right, wrong, 1))
 
 
 def test_each_hook_is_a_target_or_a_script():

@@ -52,7 +52,7 @@ class PerturbedBatch:
         times, rest = divmod(self.count, self._parts)
         if not rest and self._which == [*range(self._parts)] * times:
             return value.repeat(times, *[1] * (value.dim() - 1))
-        pieces = value.unflatten(0, (self._parts, -1))
+        pieces: Tensor = value.unflatten(0, (self._parts, -1))
         return pieces[torch.tensor(self._which, device=value.device)].flatten(0, 1)
 
     def split(self, outputs: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class PerturbedBatch:
                 f"{tuple(outputs.shape)}: was the batch repeated, and is the first dimension that "
                 "of the rows?"
             )
-        return outputs.unflatten(0, (self.count, -1))
+        blocks: Tensor = outputs.unflatten(0, (self.count, -1))
+        return blocks
 
     def mean(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean loss of each block, of shape (count,).

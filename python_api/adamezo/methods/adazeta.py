@@ -102,7 +102,7 @@ class AdaZeta(MeZO):
         most: int = options["queries"]
         epoch = step // options["steps_per_epoch"]
         try:
-            wanted = options["alpha"] * epoch ** options["exponent"]
+            wanted: float = options["alpha"] * epoch ** options["exponent"]
         except OverflowError:
             return most
         return max(math.floor(min(wanted, most)), 1)

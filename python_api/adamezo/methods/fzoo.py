@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import PhiloxState
 
 from ..engine.arithmetic import Number, alike, quotient, square_root, total, where
-from ..engine.optimizer import Probe
+from ..engine.base import Probe
 from .common import check_count, directions_from
 from .memoryless import Memoryless
 

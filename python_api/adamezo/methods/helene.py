@@ -13,8 +13,8 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import PhiloxState
 
 from ..engine.arithmetic import Number, two_sided, where
+from ..engine.base import Probe
 from ..engine.closure import Closure
-from ..engine.optimizer import Probe
 from .buffered import Buffered
 from .common import check_betas, check_count, check_positive
 
@@ -179,10 +179,10 @@ class HELENE(Buffered):
 
     @staticmethod
     def _settled(group: dict[str, Any]) -> int:
-        beta1 = group["betas"][0]
+        beta1, anneal = float(group["betas"][0]), float(group["anneal"])
         # From where on what is added to beta1 is below its last place; exp(-746) is 0.
         after = 746.0 if beta1 == 0 else 38 + max(math.log((1 - beta1) / beta1), 0.0)
-        return 2 + math.ceil(after * group["anneal"])
+        return 2 + math.ceil(after * anneal)
 
     def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)

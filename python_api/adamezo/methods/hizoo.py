@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from adamezo_kernels import PhiloxState
 
 from ..engine.arithmetic import Number, magnitude, quotient, two_sided
-from ..engine.optimizer import Probe
+from ..engine.base import Probe
 from .buffered import Buffered
 from .common import check_fraction
 
