@@ -1,6 +1,6 @@
 """What do latency and lost packets cost a step of several hosts?
 
-    sudo python -m benchmarks.network    three minutes; Linux, root and /dev/net/tun
+    sudo python -m benchmarks.network    six minutes; Linux, root and /dev/net/tun
 
 Each rank has a network namespace of its own, as a host has. Their packets go through this process,
 which holds each for a given time and drops some, so that TCP sees a slow and lossy link. Gloo and
