@@ -127,10 +127,10 @@ nvcc ptx-check: export CUDACXX := $(abspath $(TOOLKIT)/nvidia/cu13/bin/nvcc)
 endif
 
 # In the build folder of the package (setup.py), as what ptx-check builds: nothing is compiled twice
-# where the package was built with the same CMAKE_ARGS.
+# where the package was built with the same CMAKE_ARGS. The folder stays strict until `make clean`.
 STRICT = -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 nvcc: $(READY) ## compile everything with CUDA on and warnings as errors, into build/nvcc
-	ADAMEZO_CUDA=ON CMAKE_ARGS='$(STRICT)' $(PY) setup.py -q build_ext --build-lib build/nvcc
+	ADAMEZO_CUDA=ON CMAKE_ARGS='$(CMAKE_ARGS) $(STRICT)' $(PY) setup.py -q build_ext --build-lib build/nvcc
 	@PYTHONPATH=build/nvcc/adamezo_kernels $(PY) -c 'import torch, _native; print("imports:", _native.__file__)'
 
 ptx-check: $(READY) ## the CUDA kernels launched on the CPU, from their PTX, with every access checked; minutes

@@ -19,7 +19,7 @@ try:
 except metadata.PackageNotFoundError:
     release = ""
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"adamezo {release}".strip()
 # Code in pages is highlighted where a fence names its language, and nothing is guessed elsewhere.

@@ -1,9 +1,9 @@
 // `lowrank` and `flipout` directions of matrices on the CPU: their factors are made once for a
 // block of rows and a window of columns, and then a direction of a weight costs a load and a
 // multiplication for each term; one of `flipout` another multiplication, with a normal that
-// consecutive directions share. One kernel has both, and both layouts of a matrix: a branch for
-// each group of weights costs a few per cent at most, and instances of every operation minutes of
-// compilation. What a group calls rarely is out of line for the same reason.
+// consecutive directions share. One kernel has both, and both layouts of a matrix: the
+// branches of a group of weights cost less than could be measured, and instances of every operation
+// minutes of compilation. What a group calls rarely is out of line for the same reason.
 #pragma once
 
 #include "adamezo/flipout.h"

@@ -55,9 +55,7 @@ def shown(command: str) -> str:
 def complaints(line: str) -> list[str]:
     """What a command names that is not there."""
     wrong = []
-    if module := re.search(
-        r"\bpython3? -m ((?:adamezo|benchmarks|examples|tests)[\w.]*)(.*)", line
-    ):
+    if module := MODULE.search(line):
         text = sources(module[1])
         options = OPTION.findall(module[2])
         choices = re.findall(r"(?<=\s)[a-z_]+(?=\s|$)", OPTION.split(module[2])[0])

@@ -18,19 +18,10 @@ from adamezo.finetune import needs
 from adamezo.runlog import read
 from adamezo_kernels.backends import native
 from helpers.backends import needs_native
+from helpers.command import arguments
 
 COMMANDS = ("finetune", "replay", "memory", "doctor", "bench")
 RUN = "import sys; from adamezo.cli import main; sys.exit(main())"
-
-
-def arguments(model_folder, data_file, output, **changed):
-    settings = {
-        "model": model_folder, "data": data_file, "held-out": 10, "steps": 4, "batch-size": 4,
-        "lr": 1e-3, "device": "cpu", "output": output,
-    }  # fmt: skip
-    settings |= {name.replace("_", "-"): value for name, value in changed.items()}
-    given = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return ["finetune", *given, "--label-words", "negative=terrible", "positive=great"]
 
 
 # -- help and errors -------------------------------------------------------------------------------

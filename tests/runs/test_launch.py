@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from adamezo import cli
 from adamezo.runlog import read
+from helpers import command
 
 pytestmark = pytest.mark.slow
 
@@ -26,25 +27,19 @@ ACCELERATE = (
 
 
 def arguments(model_folder, data_file, output, **changed) -> list[str]:
-    given = {
-        "model": model_folder, "data": data_file, "held-out": 10, "steps": 4, "batch-size": 4,
-        "lr": 1e-3, "device": "cpu", "output": output, "save-to": output / "trained",
-    }  # fmt: skip
-    given |= {name.replace("_", "-"): value for name, value in changed.items()}
-    texts = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    return ["finetune", *texts, "--label-words", "negative=terrible", "positive=great"]
+    changed = {"save_to": output / "trained"} | changed
+    return command.arguments(model_folder, data_file, output, **changed)
 
 
-def start(launcher, given, **options) -> subprocess.Popen[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    module = [*launcher, "-m", "adamezo", *given]
+def start(launcher, given) -> subprocess.Popen[str]:
+    # docs/distributed.md: torchrun would give restarted processes the addresses of the old.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
-        [sys.executable, *module],
+        [sys.executable, *launcher, "-m", "adamezo", *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=env,
-        **options,
     )
 
 
@@ -91,8 +86,6 @@ def test_a_killed_process_starts_all_again_from_the_log(model_folder, data_file,
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(TORCHRUN, arguments(model_folder, data_file, whole, steps=200))
     given = arguments(model_folder, data_file, killed, steps=200)
-    # See docs/distributed.md: torchrun would give the new processes the addresses of the old.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     process = start((*TORCHRUN, "--max-restarts=3"), given)
     log, end = killed / "run.log", time.monotonic() + 120
     while not (log.exists() and log.stat().st_size > 4000) and time.monotonic() < end:

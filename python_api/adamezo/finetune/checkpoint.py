@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..engine.optimizer import ZerothOrder
+from ..engine.ranks import Alone
 from ..runlog import Place, StepLog
 
 
@@ -19,7 +20,10 @@ def beside(log: str | Path) -> Path:
 
 
 def save(optimizer: ZerothOrder, log: StepLog) -> None:
-    """Writes what is trained and the optimizer's state, in one file that replaces the last."""
+    """Writes what is trained and the optimizer's state, in one file that replaces the last. Of
+    several ranks the first does."""
+    if not (optimizer.ranks or Alone()).first:
+        return
     path = beside(log.path)
     weights = [segment.tensor.detach() for plan in optimizer.plans() for segment in plan]
     content = {

@@ -50,13 +50,11 @@ def finetune(options: Options) -> dict[str, Any]:
     """
     _check(options)
     device = launch.device(options.device)
-    with launch.joined(device) as several, Display(shown=launch.rank() == 0) as display:
-        return _finetune(options, device, several, display)
+    with launch.joined(device), Display(shown=launch.rank() == 0) as display:
+        return _finetune(options, device, display)
 
 
-def _finetune(
-    options: Options, device: torch.device, several: bool, display: Display
-) -> dict[str, Any]:
+def _finetune(options: Options, device: torch.device, display: Display) -> dict[str, Any]:
     began = time.perf_counter()
     kind = TASKS[options.task]
     table = read_table(
@@ -78,7 +76,7 @@ def _finetune(
     optimizer = make_optimizer(options, model, max(1, len(train) // options.batch_size))
     options = with_defaults(options, optimizer)
     check_lr(optimizer, model)
-    if several:
+    if launch.size() > 1:
         connect(optimizer)
     loaded = time.perf_counter()
 
@@ -224,7 +222,7 @@ def _train(
                 taken = number
                 advance(1, _progress(measured, len(plan) - number))
                 if log and options.checkpoint_every and number % options.checkpoint_every == 0:
-                    _save(optimizer, log)
+                    checkpoint.save(optimizer, log)
                 if options.eval_every and number % options.eval_every == 0 < len(plan) - number:
                     found = test.evaluate(2 * options.batch_size).summary()
                     measured.held_out_curve.append({"step": number} | found)
@@ -234,15 +232,10 @@ def _train(
                     )
     except KeyboardInterrupt:
         if log and options.checkpoint_every and taken > done:
-            _save(optimizer, log)
+            checkpoint.save(optimizer, log)
         # The signal may have come when the step was done.
         raise Stopped(taken if log is None else log.steps, options.steps) from None
     return measured
-
-
-def _save(optimizer: ZerothOrder, log: StepLog) -> None:
-    if launch.rank() == 0:
-        checkpoint.save(optimizer, log)
 
 
 def _progress(measured: report.Training, left: int) -> str:
