@@ -17,8 +17,8 @@ from adamezo.runlog import read
 from helpers import elastic
 
 STEPS = 8
-HANGS = 15
-"""Seconds after which a rank gives up one that hangs."""
+HANGS = 30
+"""Seconds after which a rank gives up one that hangs: enough for both to start on busy cores."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -41,6 +41,7 @@ def started(folder: Path, kind: str, kills: list, ranks: int) -> list[subprocess
                 WORLD_SIZE=str(ranks),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
+                ELASTIC_TIMEOUT=str(HANGS),
             ),
             stderr=subprocess.PIPE,
             text=True,
@@ -65,7 +66,7 @@ def test_a_lost_rank_ends_the_job_with_a_message(tmp_path, kind, how):
             assert processes[0].poll() is None, processes[0].communicate()[1]
             time.sleep(0.02)
         # Beside the timeout, Python and torch need a while to end on busy cores.
-        _, said = processes[0].communicate(timeout=HANGS + 45)
+        _, said = processes[0].communicate(timeout=HANGS + 60)
     finally:
         for process in processes:
             process.kill()
@@ -77,10 +78,8 @@ def test_a_lost_rank_ends_the_job_with_a_message(tmp_path, kind, how):
     assert ("imed out" in said) == (how == signal.SIGSTOP)
     # A model in pieces waits for a piece of the weights then, and the error is torch's.
     assert ("onnection" in said) == (how == signal.SIGKILL)
-    records = read(tmp_path / "log").records
-    assert [record.outcome for record in records] == ["updated"] * 3 + ["failed"] * (
-        kind == "pieces"
-    )
+    # The step that was cut short is in no log: the job goes on from the one before.
+    assert [record.outcome for record in read(tmp_path / "log").records] == ["updated"] * 3
 
 
 @pytest.mark.slow
