@@ -187,10 +187,11 @@ def pairs(version: Version, isa: str, first: int, count: int) -> tuple[Tensor, T
 
 # The distribution --------------------------------------------------------------------------------
 
-SUMS = (
-    *("largest", *(f"moment {k}" for k in range(1, 7))),
-    *("z0 z1", "z0^2 z1^2", "z0^3 z1", "z0^4 z1^2"),
-)
+MEANS = {
+    **{f"moment {k}": {2: 1.0, 4: 3.0, 6: 15.0}.get(k, 0.0) for k in range(1, 7)},
+    **{"z0 z1": 0.0, "z0^2 z1^2": 1.0, "z0^3 z1": 0.0, "z0^4 z1^2": 3.0},
+}
+"""The means that are measured, and what they are of independent normals."""
 BINS = 4096  # of 2^-8, from -8 on
 TAILS = (3.0, 4.0, 4.5, 5.0, 5.5)
 
@@ -206,20 +207,22 @@ class Sums:
 
     @staticmethod
     def empty() -> Sums:
-        return Sums(0, torch.zeros(len(SUMS), dtype=torch.float64), torch.zeros(BINS).long())
+        return Sums(0, torch.zeros(1 + len(MEANS), dtype=torch.float64), torch.zeros(BINS).long())
 
     def measures(self) -> dict[str, float]:
-        """Means, the distance of the distribution function from a normal's at the bins' edges, and
-        the part beyond each tail on both sides, over a normal's."""
-        found = {name: float(s) / self.normals for name, s in zip(SUMS, self.sums, strict=True)}
-        found["largest"] = float(self.sums[0])
+        """How far means are from a normal's, in multiples of what is not 0; the distance of the
+        distribution function at the bins' edges; and the part beyond each tail on both sides, in
+        multiples of a normal's and less 1."""
+        found = {"largest": float(self.sums[0])}
+        for (name, mean), total in zip(MEANS.items(), self.sums[1:], strict=True):
+            found[name] = (float(total) / self.normals - mean) / (mean or 1.0)
         edges = torch.arange(BINS + 1, dtype=torch.float64) / 256 - 8
         below = torch.cat([torch.zeros(1), self.bins.cumsum(0) / self.normals]).double()
         found["distance"] = float((below - torch.special.ndtr(edges)).abs().max())
         for limit in TAILS:
             inner = self.bins[int((8 - limit) * 256) : int((8 + limit) * 256)].sum()
             part = 1 - float(inner) / self.normals
-            found[f"beyond {limit:g}"] = part / math.erfc(limit / math.sqrt(2))
+            found[f"beyond {limit:g}"] = part / math.erfc(limit / math.sqrt(2)) - 1
         if self.seen is not None:
             # Of |z|: with the signs, twice as many values.
             found["distinct values"] = 2.0 * int(_bits_set(self.seen))
@@ -266,19 +269,17 @@ def of_samples(version: Version, isa: str, log2_normals: int = 32) -> Sums:
 
 
 def distributions(isa: str, where: dict[str, Any], quick: bool) -> Iterator[Row]:
-    log2 = 24 if quick else 32
+    log2, seen = 24 if quick else 32, list[Version]()
     for version in VERSIONS:
-        if version.one_word:
-            found = of_all_words(version, isa, log2)
-        elif version.number == 0:
-            found = of_samples(version, isa, log2)
-        else:
-            continue  # the pairs of version 1, of other words
+        if any((version.form, version.short) == (v.form, v.short) for v in seen):
+            continue  # its pairs are the other's, of other words
+        seen.append(version)
+        found = (of_all_words if version.one_word else of_samples)(version, isa, log2)
         made = found.measures()
         of = settings(what="all words" if version.one_word else "sampled")
         for metric, value in (made | {"normals": found.normals}).items():
             yield Row("stream 2", metric, "1", version.name, of, median=value, **where)
-        print(version.name, {k: float(f"{v:.7g}") for k, v in made.items()}, flush=True)
+        print(version.name, {k: float(f"{v:.3g}") for k, v in made.items()}, flush=True)
 
 
 # The times ---------------------------------------------------------------------------------------
@@ -412,8 +413,8 @@ def main() -> None:
             said = run(nvcc(), "--version").split("V")[-1].split()[0]
             of = conditions(device="sm_90", clock_hz=None, compiler=f"nvcc {said}")
             made += counted(of)
-    fresh = {(row.metric, row.settings) for row in made}
-    others = [row for row in load(arguments.output) if (row.metric, row.settings) not in fresh]
+    kinds = {row.settings for row in made}
+    others = [row for row in load(arguments.output) if row.settings not in kinds]
     write(arguments.output, [*others, *made])
     print(f"{len(made)} rows: {arguments.output.name}")
 
