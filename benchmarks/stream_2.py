@@ -285,8 +285,8 @@ def distributions(isa: str, where: dict[str, Any], quick: bool) -> Iterator[Row]
 # The times ---------------------------------------------------------------------------------------
 
 KEY, HORIZON = 2026, 10
-# A call takes 1 to 10 ms: with many repeats some are not interrupted, whatever else runs.
-ELEMENTS = 512 * 1953
+# A call takes about 1 ms: of many some are not interrupted, whatever else runs.
+ELEMENTS = {"sample": WINDOW * 1953, "update": WINDOW * 195}
 RESTORE, MINUS_LR = 1e-9, -1e-9
 FIRST, SECOND = coefficients([0.5 * (-1) ** age for age in range(HORIZON)], (0.7, 0.9))
 DIRECTIONS = [HORIZON - age for age in range(HORIZON)]
@@ -331,18 +331,18 @@ def gate(what: str, isa: str) -> None:
 def times(isa: str, where: dict[str, Any], quick: bool) -> Iterator[Row]:
     for what in ("sample", "update"):
         gate(what, isa)
-        tensor = tensor_for(what, ELEMENTS)
+        tensor = tensor_for(what, ELEMENTS[what])
         inside = functools.partial(native.use_isa, isa)
         timed = [Variant("as shipped", shipped(what, tensor), isa=isa, context=inside)]
         timed += [Variant(v.name, tried(what, v, isa, tensor), isa=isa) for v in VERSIONS]
-        interleave(timed, repeats=5 if quick else 101)
+        interleave(timed, repeats=5 if quick else 301, sample_s=5e-4)
         of = dict(type={"sample": "float32", "update": "bfloat16"}[what], threads=1, isa=isa)
         columns = settings(what=what, horizon=1 if what == "sample" else HORIZON, **of)
         for variant in timed:
             numbers = {"time": spread(variant.seconds), "least time": {}}
             numbers["least time"] = dict(median=min(variant.seconds), repeats=len(variant.seconds))
             for metric, values in numbers.items():
-                key = ("stream 2", metric, "s", variant.name, columns, "elements", ELEMENTS)
+                key = ("stream 2", metric, "s", variant.name, columns, "elements", ELEMENTS[what])
                 yield Row(*key, **values, **where)
         base = min(timed[1].seconds)
         ratios = ", ".join(f"{v.name} {base / min(v.seconds):.2f}x" for v in timed)
