@@ -1,4 +1,4 @@
-// The trial's loops on a CPU, for stream_2.py. One library is compiled for each instruction set, by
+// The trial's loops on a CPU, for stream_2_trial.py. One library is compiled for each instruction set, by
 // the compiler's flags. All arrays are whole windows that begin at a parameter's first element, so
 // heads and tails are left out, of every version alike.
 
@@ -190,7 +190,7 @@ void add_words(uint32_t first, int64_t count, Sums& sums, int64_t* bins, uint64_
   }
 }
 
-// The versions by their number, which stream_2.py names.
+// The versions by their number, which stream_2_trial.py names.
 template <class Use>
 bool with_version(int version, Use use) {
   switch (version) {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import adapters, kernels, memory, scaling, steps, training
+from benchmarks.render import adapters, kernels, memory, scaling, steps, stream_2, training
 from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
 from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
@@ -68,6 +68,12 @@ PAGES: dict[str, dict[str, Block]] = {
         "paper_time": partial(STEP, benchmark=BOTH, reference=RELEASED[MEZO]),
         "paper_memory": partial(MEMORY, benchmark=BOTH, reference=RELEASED[MEZO]),
         "paper_split": partial(steps.parts, benchmark="paper"),
+    },
+    "docs/stream_2.md": {
+        "stream_2_conditions": partial(conditions, benchmarks=["stream 2"]),
+        "stream_2_times": stream_2.times,
+        "stream_2_words": stream_2.words,
+        "stream_2_sass": stream_2.sass,
     },
     "docs/horizon.md": {
         "horizon_conditions": partial(conditions, benchmarks=["horizon"]),

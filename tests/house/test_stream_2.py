@@ -14,8 +14,9 @@ import torch
 
 from adamezo_kernels.backends import native, reference
 from benchmarks import stream_2
+from benchmarks import stream_2_trial as trial
 from benchmarks.library_calls import coefficients
-from benchmarks.stream_2 import ONE_WORD, VERSIONS, WINDOW, Version
+from benchmarks.stream_2_trial import ONE_WORD, VERSIONS, WINDOW, Version
 from helpers.normals import (
     LAGS,
     check_kolmogorov_smirnov,
@@ -25,7 +26,7 @@ from helpers.normals import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not stream_2.compiler(), reason="no C++ compiler: install one, or set CXX"
+    not trial.compiler(), reason="no C++ compiler: install one, or set CXX"
 )
 ISAS = native.instruction_sets() or ("portable",)
 WHERE = {"key": 0xFEEDFACECAFEBEEF, "direction": 5, "parameter": 1}
@@ -48,7 +49,7 @@ def textbook(x: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
         f = ((x >> 1 & 0x7FFF).double() + 0.5) / 2**14 - 1
         second = x & 1
     else:
-        y = x * stream_2.GOLDEN & 0xFFFFFFFF
+        y = x * trial.GOLDEN & 0xFFFFFFFF
         u = ((x & 0x7FFFFFFE) | 1).float().double() / 2**31
         f = (y & 0x7FFFFF).double() / 2**22 - 1
         second = y >> 31
@@ -70,7 +71,7 @@ def bound(version: Version) -> float:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("version", VERSIONS[:2], ids=lambda v: v.name)
 def test_two_words_are_the_normals_of_the_reference(version, isa):
-    got = stream_2.sample(torch.empty(3 * WINDOW), version, isa, **WHERE)
+    got = trial.sample(torch.empty(3 * WINDOW), version, isa, **WHERE)
     x = words_of(version, 3 * WINDOW)
     fours = [z for i in (0, 2) for z in reference.exact_normals(x[:, i], x[:, i + 1])]
     assert torch.equal(got, torch.stack(fours, 1).flatten())
@@ -81,7 +82,7 @@ def test_two_words_are_the_normals_of_the_reference(version, isa):
 def test_one_word_is_a_pair_of_the_textbook(version, isa):
     """And a call serves the same four elements of both halves of a window."""
     windows = 3
-    got = stream_2.sample(torch.empty(windows * WINDOW), version, isa, **WHERE)
+    got = trial.sample(torch.empty(windows * WINDOW), version, isa, **WHERE)
     got = got.view(windows, 2, WINDOW // 8, 4)
     words = words_of(version, windows * WINDOW).view(windows, WINDOW // 8, 2, 2)
     z0, z1 = textbook(words, version.form)
@@ -95,7 +96,7 @@ def test_any_word_is_a_pair_of_the_textbook(version):
     for first in (0, 2**31 - 2**12, 2**31, 2**32 - 2**12, 0x12345600):
         x = torch.arange(first, first + 2**12)
         for got, expected in zip(
-            stream_2.pairs(version, ISAS[0], first, 2**12), textbook(x, version.form), strict=True
+            trial.pairs(version, ISAS[0], first, 2**12), textbook(x, version.form), strict=True
         ):
             assert (got - expected).abs().max() < bound(version)
             # sqrt(-2 ln u) of the smallest u, which is 2^-16 of halves, and else 2^-31.
@@ -105,8 +106,8 @@ def test_any_word_is_a_pair_of_the_textbook(version):
 
 @by_version
 def test_all_instruction_sets_have_the_same_bits(version):
-    drawn = [stream_2.sample(torch.empty(WINDOW), version, isa, **WHERE) for isa in ISAS]
-    drawn.append(stream_2.sample(torch.empty(WINDOW), version, "portable", **WHERE))
+    drawn = [trial.sample(torch.empty(WINDOW), version, isa, **WHERE) for isa in ISAS]
+    drawn.append(trial.sample(torch.empty(WINDOW), version, "portable", **WHERE))
     assert all(torch.equal(z, drawn[0]) for z in drawn)
     updated = []
     for isa in (*ISAS, "portable"):
@@ -130,13 +131,13 @@ def test_an_update_goes_along_the_directions_that_are_sampled(version):
     weights = stream_2.tensor_for("update", 2 * WINDOW)
     theta = weights.double()
     z = [
-        stream_2.sample(torch.empty(2 * WINDOW), version, ISAS[0], key=3, direction=d).double()
+        trial.sample(torch.empty(2 * WINDOW), version, ISAS[0], key=3, direction=d).double()
         for d in directions
     ]
     m = sum(c * x for c, x in zip(first, z, strict=True))
     v = sum(c * x * x for c, x in zip(second, z, strict=True))
     expected = (theta + restore * z[0]) * decay + minus_lr * m / (v.sqrt() + 1e-8)
-    stream_2.updater(
+    trial.updater(
         *(weights, version, ISAS[0]),
         **dict(key=3, directions=directions, first=first, second=second),
         **dict(restore=restore, minus_lr=minus_lr, decay=decay),
@@ -149,20 +150,30 @@ def test_an_update_goes_along_the_directions_that_are_sampled(version):
 # --- distribution: what version 1 is held to in tests/contract/test_directions.py ---------------
 
 
+# That which the page proposes; the others, of which some lose something, take a minute.
+whole_by_version = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(v, id=v.name, marks=() if v.name == "7 rounds, lattice" else pytest.mark.slow)
+        for v in VERSIONS
+    ],
+)
+
+
 @functools.cache
 def many(version: Version) -> torch.Tensor:
     size = 2**24 if ISAS[0] != "portable" else 2**20
-    return stream_2.sample(torch.empty(size), version, ISAS[0], **WHERE)
+    return trial.sample(torch.empty(size), version, ISAS[0], **WHERE)
 
 
 @pytest.mark.parametrize("check", [check_moments, check_kolmogorov_smirnov, check_tails])
-@by_version
+@whole_by_version
 def test_normals_are_distributed_as_version_1_has_to_be(version, check):
     check(many(version))
 
 
 @pytest.mark.parametrize("lag", [*LAGS, WINDOW // 2])  # and that of a call's two fours
-@by_version
+@whole_by_version
 def test_no_correlation_at_a_lag_of_the_trial(version, lag):
     check_uncorrelated(many(version)[:-lag], many(version)[lag:])
 
@@ -172,10 +183,10 @@ def test_no_correlation_at_a_lag_of_the_trial(version, lag):
     [{"direction": 6}, {"parameter": 2}, {"key": 0xFEEDFACECAFEBEEE}],
     ids=lambda other: next(iter(other)),
 )
-@by_version
+@whole_by_version
 def test_neighbouring_streams_of_the_trial_are_independent(version, other):
     n = many(version).numel() // 4
-    z = stream_2.sample(torch.empty(n), version, ISAS[0], **WHERE | other)
+    z = trial.sample(torch.empty(n), version, ISAS[0], **WHERE | other)
     assert not torch.equal(many(version)[:n], z)
     check_uncorrelated(many(version)[:n], z)
 
@@ -186,8 +197,8 @@ def test_neighbouring_streams_of_the_trial_are_independent(version, other):
 @by_one_word
 def test_sums_over_words_are_those_of_their_pairs(version):
     """Over pieces of words as the benchmark takes them."""
-    found = stream_2.of_all_words(version, ISAS[0], log2_words=18)
-    pieces = [stream_2.pairs(version, ISAS[0], n * 2**30, 2**16) for n in range(4)]
+    found = trial.of_all_words(version, ISAS[0], log2_words=18)
+    pieces = [trial.pairs(version, ISAS[0], n * 2**30, 2**16) for n in range(4)]
     z0, z1 = (torch.cat(z).double() for z in zip(*pieces, strict=True))
     measured = found.measures()
     assert found.normals == z0.numel() == 2**18
@@ -196,7 +207,7 @@ def test_sums_over_words_are_those_of_their_pairs(version):
         **{"z0 z1": z0 * z1, "z0^2 z1^2": z0**2 * z1**2},
         **{"z0^3 z1": z0**3 * z1, "z0^4 z1^2": z0**4 * z1**2},
     }.items():
-        mean = stream_2.MEANS[name]
+        mean = trial.MEANS[name]
         off = (terms.mean() - mean) / (mean or 1.0)
         # Two orders of a sum of 2^18 numbers in float64.
         assert abs(measured[name] - off) <= 2**18 * 2**-52 * terms.abs().mean(), name
@@ -212,4 +223,4 @@ def test_sums_over_words_are_those_of_their_pairs(version):
 
 def test_what_was_not_compiled_is_refused():
     with pytest.raises(RuntimeError, match="no such call for version 1"):
-        stream_2.pairs(VERSIONS[0], ISAS[0], 0, 64)
+        trial.pairs(VERSIONS[0], ISAS[0], 0, 64)
