@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import adapters, kernels, memory, scaling, steps, training
+from benchmarks.render import adapters, evidence, kernels, memory, scaling, steps, training
 from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
 from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
@@ -31,6 +31,8 @@ BASELINES = partial(
 STEP = partial(steps.by_job, metric="time", part="step")
 MEMORY = partial(steps.by_job, metric="peak memory")
 BOTH = ["step", "paper"]
+
+ANSWER = partial(evidence.answer, job="layer", mode="full")
 
 PAGES: dict[str, dict[str, Block]] = {
     "README.md": {
@@ -90,6 +92,19 @@ PAGES: dict[str, dict[str, Block]] = {
         },
         "methods_directions": partial(training.by_directions, job="layer", modes=["full", "lora"]),
     },
+    "docs/long_runs.md": {
+        "long_references": evidence.references,
+        "long_methods_full": partial(ANSWER, question="methods", mode="full"),
+        "long_methods_lora": partial(ANSWER, question="methods", mode="lora"),
+        "long_horizon": partial(ANSWER, question="horizon", mode="full"),
+        "long_warmup": partial(ANSWER, question="warm-up", mode="full"),
+        "long_directions": partial(ANSWER, question="directions", mode="full"),
+        "long_size": partial(ANSWER, question="perturbation size", mode="full"),
+        "long_queries": partial(ANSWER, question="directions a step", mode="full"),
+        "long_tweets": partial(ANSWER, question="methods", job="tweets", mode="full"),
+        "long_spent": evidence.spent,
+        "long_conditions": partial(conditions, benchmarks=["evidence"]),
+    },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),
         "adapters_costs": adapters.costs,
@@ -119,6 +134,7 @@ PLOTS = {
     "horizon": steps.plot_horizon,
     "still": training.plot_sixteen_bit,
     "methods": training.plot_methods,
+    "evidence": evidence.plot,
 }
 
 
