@@ -83,7 +83,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "faithful": partial(training.ends, kind="large", second="held-out accuracy"),
         "small-steps": partial(training.ends, kind="small", second="distance from the start"),
     },
-    "docs/methods.md": {
+    "docs/comparison.md": {
         "methods_conditions": partial(conditions, benchmarks=["methods", "methods costs"]),
         **{
             f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
