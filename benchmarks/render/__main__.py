@@ -36,7 +36,6 @@ ANSWER = partial(evidence.answer, job="layer", mode="full")
 
 PAGES: dict[str, dict[str, Block]] = {
     "README.md": {
-        "kernels": BASELINES,
         "steps": partial(
             STEP, benchmark="step", reference="torch", variant=["ours", "torch"], horizon=[1, 10]
         ),
