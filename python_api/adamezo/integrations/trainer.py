@@ -3,12 +3,16 @@
 All of the Trainer stays as it is but what stages a step. Its loop hands each micro-batch to
 ``training_step``, which keeps it until the last one of an accumulation, and then takes one step
 whose closure evaluates all of them. The loop's own ``optimizer.step()`` has no closure and does
-nothing.
+nothing. Several processes take a step together, by losses that they exchange.
 """
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +21,10 @@ from torch import Tensor, nn
 
 from ..engine.arithmetic import Number
 from ..engine.base import Probe
+from ..engine.closure import LossSum, checked_loss
 from ..engine.optimizer import ZerothOrder
+from ..engine.ranks import Alone
+from ..engine.sharded import is_sharded
 from ..methods import AdaMeZO
 from .accelerate import unwrapped
 from .slopes import bounded, slopes
@@ -30,7 +37,7 @@ except ImportError as error:
         "ZOTrainer needs transformers and accelerate: pip install 'adamezo[transformers]'"
     ) from error
 
-from .trainer_callbacks import LOG_NAME, LogSaver, StepCounts, replace
+from .trainer_callbacks import LOG_NAME, Joined, LogSaver, StepCounts, put_copy
 
 
 class Log(Protocol):
@@ -99,11 +106,7 @@ class ZOTrainerMixin:
             )
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(given, "fp16", False):  # before the Trainer makes a scaler, or fails to
-            raise ValueError(
-                "fp16=True scales a loss for its gradients, and there are none: torch's GradScaler "
-                "refuses steps with a closure. Leave it out and load the model in float16, take "
-                "bf16=True, or set bf16_full_eval for evaluations alone"
-            )
+            raise ValueError(_FP16)
         super().__init__(*args, **kwargs)
         self.train_mode = train_mode
         self.max_projected_grad = max_projected_grad
@@ -123,6 +126,13 @@ class ZOTrainerMixin:
         self.add_callback(self._counts)
         self._log_saver = LogSaver()
         self.add_callback(self._log_saver)
+        self.add_callback(Joined())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own, and an accelerator that leaves DistributedDataParallel out."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
 
     def _check(self) -> None:
         """Raises TypeError or ValueError for arguments that forward-only steps cannot serve."""
@@ -141,14 +151,34 @@ class ZOTrainerMixin:
                 "pass optimizer_cls_and_kwargs=(AdaMeZO, {...})"
             )
         accelerator = self.accelerator
-        if accelerator.num_processes > 1 or str(accelerator.distributed_type.value) not in (
-            "NO", "MULTI_CPU", "MULTI_GPU", "TP",
-        ):  # fmt: skip
+        if accelerator.mixed_precision == "fp16":  # of `accelerate launch`, which args do not say
+            raise ValueError(_FP16)
+        several = accelerator.num_processes > 1
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and not several:
             raise ValueError(
-                f"got {accelerator.num_processes} processes of the kind "
-                f"{accelerator.distributed_type.value}. Each would take steps by the losses of its "
-                "own data, so that the weights drift apart, and DistributedDataParallel would "
-                "allocate a bucket of gradients as large as the model. Run one process"
+                f"{started} processes were started, and accelerate takes each for the only one, as "
+                "it does where it finds no GPU: pass use_cpu=True to the TrainingArguments, or "
+                "unset WORLD_SIZE"
+            )
+        launched = str(accelerator.distributed_type.value)
+        whole = ("NO", "MULTI_CPU", "MULTI_GPU") if several else ("NO", "TP")
+        divided = several and (
+            getattr(accelerator, "parallelism_config", None) is not None
+            or any(map(is_sharded, self.model.parameters()))
+        )
+        if launched not in whole or divided:
+            raise ValueError(
+                f"got {accelerator.num_processes} processes of the kind {launched}"
+                f"{' and a model in pieces' * divided}: expected processes that each have the "
+                "whole model, as torchrun and accelerate launch start them without FSDP, DeepSpeed "
+                "or a parallelism_config. For a model in pieces write the loop yourself, with "
+                "fully_shard and adamezo.distributed.connect"
+            )
+        if several and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
+            raise ValueError(
+                "even_batches=False gives some processes fewer batches, and the others would wait "
+                "for them in the last step: leave it out, or set dataloader_drop_last=True"
             )
         if args.n_gpu > 1:
             raise ValueError(
@@ -228,8 +258,8 @@ class ZOTrainerMixin:
             optimizer.shaping = bounded(self.max_projected_grad)
         _, _, self._probes = optimizer._next_probes()
 
-        def closure() -> Tensor:
-            self._counts.forward_passes += len(staged)
+        def closure() -> LossSum:
+            self._counts.forward_passes += len(staged) * self.accelerator.num_processes
             return self._loss(model, staged)
 
         model.train()
@@ -240,25 +270,33 @@ class ZOTrainerMixin:
         try:
             if self._log_kind is not None and self._step_log is None:
                 self._step_log = self._open_log(self._log_kind, optimizer)
-                self._log_saver.active = True
+                self._log_saver.active = (optimizer.ranks or Alone()).first
             loss = optimizer.step(closure)
         finally:
             model.train()
         self._losses = optimizer.losses
         return loss.to(self.args.device, torch.float32)
 
-    def _loss(self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]) -> Tensor:
-        """The loss of an accumulation, at the weights as they are, weighted as the Trainer does."""
+    def _loss(self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]) -> LossSum:
+        """The loss of an accumulation, at the weights as they are, weighted as the Trainer does.
+
+        The losses of micro-batches are summed exactly. So it has the same bits whether one process
+        has evaluated them all or each of several has evaluated some.
+        """
         if self._objective is not None:
             with self.compute_loss_context_manager():
-                return -torch.cat([self._objective(self.model, dict(x)) for x, _ in staged]).mean()
-        total: Any = 0
+                scores = [self._objective(self.model, dict(inputs)) for inputs, _ in staged]
+            return LossSum.of(-torch.cat(scores))
+        losses = []
         for inputs, items in staged:
             # A copy, of which compute_loss takes the labels out. The context is entered for each
             # loss, as autocast keeps copies of weights until it is left.
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
-            total = total + (loss if self._is_scaled(items) else loss / len(staged))
+            losses.append(loss if isinstance(loss, LossSum) else checked_loss(loss))
+        total = reduce(operator.add, map(_as_sum, losses))
+        if self._is_scaled(staged[0][1]) and not isinstance(losses[0], LossSum):
+            return replace(total, weight=torch.ones_like(total.weight))
         return total
 
     def _is_scaled(self, items: Any) -> bool:
@@ -276,12 +314,16 @@ class ZOTrainerMixin:
         if self._checkpoint is None:
             return kind.create(path, optimizer)
         copy = Path(self._checkpoint) / LOG_NAME
-        if not copy.is_file():
-            raise FileNotFoundError(
-                f"{copy} is not there: the checkpoint is of a run without step_log, so no log can "
-                "continue it. Leave out step_log, or begin again from the base weights"
-            )
-        replace(copy, path)
+
+        def take_copy() -> None:
+            if not copy.is_file():
+                raise FileNotFoundError(
+                    f"{copy} is not there: the checkpoint is of a run without step_log, so no log "
+                    "can continue it. Leave out step_log, or begin again from the base weights"
+                )
+            put_copy(copy, path)
+
+        (optimizer.ranks or Alone()).from_first(take_copy)
         return kind.follow(path, optimizer)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -297,6 +339,17 @@ class ZOTrainerMixin:
         if "loss" in logs or "train_loss" in logs:
             logs.update(self._counts.numbers())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _as_sum(loss: Any) -> LossSum:
+    return loss if isinstance(loss, LossSum) else LossSum.of(torch.as_tensor(loss))
+
+
+_FP16 = (
+    "fp16=True scales a loss for its gradients, and there are none: torch's GradScaler refuses "
+    "steps with a closure. Leave it out and load the model in float16, take bf16=True, or set "
+    "bf16_full_eval for evaluations alone"
+)
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
