@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import adamezo
-from adamezo import AdaMeZO, MeZO, ZOAdam
+from adamezo import HELENE, AdaMeZO, MeZO, ZOAdam
 from adamezo.distributed import RankFailed
 from adamezo.integrations.accelerate import unwrapped
 from adamezo.runlog import StepLog, optimizer_for, read, replay
@@ -81,15 +81,20 @@ NUMBERS = ("loss", "projected_grad", "learning_rate", "forward_passes", "skipped
 
 
 @pytest.mark.parametrize(
-    ("model", "kind", "accumulation"),
-    [("llama", AdaMeZO, 1), ("llama", ZOAdam, 2), ("roberta", MeZO, 1)],
+    ("model", "method", "accumulation"),
+    [
+        ("llama", (AdaMeZO, {}), 1),
+        ("llama", (ZOAdam, {}), 2),
+        ("llama", (HELENE, {"curvature": "sampled", "curvature_every": 3}), 2),
+        ("roberta", (MeZO, {}), 1),
+    ],
 )
 def test_ranks_have_the_weights_of_one_process_that_accumulates(
-    pool, tmp_path, model, kind, accumulation
+    pool, tmp_path, model, method, accumulation
 ):
     """It sees the same micro-batches. Their losses are summed exactly, and two ranks' are doubled
     and halved again: the same bits for any power of two of ranks. Roberta's are means of rows."""
-    own = dict(model=model, optimizer_cls_and_kwargs=(kind, {}), step_log=StepLog, logging_steps=1)
+    own = dict(model=model, optimizer_cls_and_kwargs=method, step_log=StepLog, logging_steps=1)
     if model == "roberta":
         own |= dict(data_collator=labelled)
     split = own | dict(gradient_accumulation_steps=accumulation)

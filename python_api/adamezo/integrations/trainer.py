@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
@@ -25,8 +26,9 @@ from ..engine.closure import LossSum, checked_loss
 from ..engine.optimizer import ZerothOrder
 from ..engine.ranks import Alone
 from ..engine.sharded import is_sharded
-from ..methods import AdaMeZO
+from ..methods import HELENE, AdaMeZO
 from .accelerate import unwrapped
+from .sampled import draw_labels
 from .slopes import bounded, slopes
 
 try:
@@ -109,8 +111,9 @@ class ZOTrainerMixin:
             raise ValueError(_FP16)
         super().__init__(*args, **kwargs)
         self.train_mode = train_mode
+        self._samples = False
         self.max_projected_grad = max_projected_grad
-        self._check()
+        self._check(objective is not None)
         self._objective: Callable[[Any, dict[str, Any]], Tensor] | None = None
         if objective is not None:
             from .objectives import GeneratedScore
@@ -134,10 +137,10 @@ class ZOTrainerMixin:
         prepare = self.accelerator.prepare_model
         self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
 
-    def _check(self) -> None:
+    def _check(self, has_objective: bool) -> None:
         """Raises TypeError or ValueError for arguments that forward-only steps cannot serve."""
         args = self.args
-        kind, _ = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
+        kind, options = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
         given = type(self.optimizer) if self.optimizer is not None else kind
         if not issubclass(given, ZerothOrder):
             raise TypeError(
@@ -179,6 +182,17 @@ class ZOTrainerMixin:
             raise ValueError(
                 "even_batches=False gives some processes fewer batches, and the others would wait "
                 "for them in the last step: leave it out, or set dataloader_drop_last=True"
+            )
+        if self.optimizer is not None:
+            options = self.optimizer.param_groups[0]
+        self._samples = issubclass(given, HELENE) and options.get("curvature") == "sampled"
+        of_ones_own = getattr(self, "compute_loss_func", None) is not None
+        if self._samples and (args.label_smoothing_factor or of_ones_own or has_objective):
+            what = "compute_loss_func" if of_ones_own else "label_smoothing_factor"
+            raise ValueError(
+                "curvature='sampled' needs the likelihood that labels are drawn from as the loss, "
+                f"and {'an objective' if has_objective else what} makes it another one: leave it "
+                "out, or take curvature='loss'"
             )
         if args.n_gpu > 1:
             raise ValueError(
@@ -258,9 +272,12 @@ class ZOTrainerMixin:
             optimizer.shaping = bounded(self.max_projected_grad)
         _, _, self._probes = optimizer._next_probes()
 
+        def evaluated(batches: list[tuple[dict[str, Any], Any]]) -> LossSum:
+            self._count_forwards(batches)
+            return self._loss(model, batches)
+
         def closure() -> LossSum:
-            self._counts.forward_passes += len(staged) * self.accelerator.num_processes
-            return self._loss(model, staged)
+            return evaluated(staged)
 
         model.train()
         if not self.train_mode:
@@ -271,7 +288,12 @@ class ZOTrainerMixin:
             if self._log_kind is not None and self._step_log is None:
                 self._step_log = self._open_log(self._log_kind, optimizer)
                 self._log_saver.active = (optimizer.ranks or Alone()).first
-            loss = optimizer.step(closure)
+            loss: Any
+            if isinstance(optimizer, HELENE) and self._samples and optimizer.due:
+                drawn = (optimizer.ranks or Alone()).together(lambda: self._drawn(model, staged))
+                loss = optimizer.step(closure, lambda: evaluated(drawn))
+            else:
+                loss = optimizer.step(closure)
         finally:
             model.train()
         self._losses = optimizer.losses
@@ -298,6 +320,28 @@ class ZOTrainerMixin:
         if self._is_scaled(staged[0][1]) and not isinstance(losses[0], LossSum):
             return replace(total, weight=torch.ones_like(total.weight))
         return total
+
+    def _drawn(
+        self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]
+    ) -> list[tuple[dict[str, Any], Any]]:
+        """The micro-batches with labels that the model draws, at the weights as they are.
+
+        The draws are those of a step and of a micro-batch's place in it, so that a resumed run has
+        them again, and so has one process that accumulates the micro-batches of several.
+        """
+        (direction, _), kind = self._probes[0], getattr(self.model, "loss_type", None)
+        self._count_forwards(staged)
+        made = []
+        for i, (inputs, items) in enumerate(staged):
+            place = i * self.accelerator.num_processes + self.args.process_index
+            seed = zlib.crc32(repr((direction.key, direction.counter, place)).encode())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                made.append((draw_labels(kind, model, inputs, seed), items))
+        return made
+
+    def _count_forwards(self, batches: list[tuple[dict[str, Any], Any]]) -> None:
+        """Those of all processes, which have as many micro-batches each."""
+        self._counts.forward_passes += len(batches) * self.accelerator.num_processes
 
     def _is_scaled(self, items: Any) -> bool:
         """Whether a micro-batch's loss is its share of the whole already, as the Trainer says."""
