@@ -308,8 +308,9 @@ def test_what_changes_no_bit(tmp_path, changed):
     assert same(*ends)
 
 
-def test_auto_find_batch_size_halves_it_and_begins_again(tmp_path):
-    """At the weights that it had: those are restored when a closure runs out of memory."""
+def test_auto_find_batch_size_lowers_it_and_begins_again(tmp_path):
+    """At the weights that it had: those are restored when a closure runs out of memory. How far
+    down it goes is accelerate's affair."""
     model = families.make("llama")
     start, sizes = weights(model), []
 
@@ -328,7 +329,7 @@ def test_auto_find_batch_size_halves_it_and_begins_again(tmp_path):
     made.train()
     hook.remove()
     assert sizes[0] == 3
-    assert sizes[-4:] == [2] * 4
+    assert sizes[-4:] == [min(sizes)] * 4 < [3] * 4
     assert unwrapped(made.optimizer).param_groups[0]["steps"] == 2
 
 
@@ -405,9 +406,11 @@ def test_launches_that_cannot_work_are_refused(
 
 def test_processes_that_accelerate_does_not_see_are_refused(tmp_path, monkeypatch):
     """Without a GPU and use_cpu each would train a model of its own, all into one folder."""
+    args = arguments(tmp_path)
+    assert args.world_size == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started.*pass use_cpu=True"):
-        trainer(tmp_path, use_cpu=False)
+        ZOTrainer(families.make("llama"), args, train_dataset=rows(), data_collator=collate)
 
 
 def _launched(original, accelerator, gpus):
