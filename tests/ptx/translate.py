@@ -45,6 +45,7 @@ INSTRUCTIONS = {
     "fma.rn": ("f", "TTT"),
     "sqrt.rn": ("f", "T"),
     "rsqrt.approx.ftz": ("f", "T"),
+    "rcp.approx.ftz": ("f", "T"),
     "sqrt.approx.ftz": ("f", "T"),
     "lg2.approx.ftz": ("f", "T"),
     "sin.approx.ftz": ("f", "T"),
@@ -174,6 +175,8 @@ class Kernel:
             return f"goto {label(operands[0])};"
         if (opcode, operands) == ("bar.sync", ["0"]):
             return "barrier(self);"
+        if (opcode, operands) == ("bar.warp.sync", ["-1"]):
+            return "warp_barrier(self);"
         if (opcode, operands) == ("ret", []):
             return "return;"
         raise Unknown(f"{opcode} {', '.join(operands)}")
