@@ -356,20 +356,19 @@ struct Update {
           ThreadMoments moments;
           uint32_t signs[kChunks<T>];
           sum_directions<D, T, kSecond>(job, space, place, moments, signs);
+          float step[kThreadElements];
+          make_steps<kThreadElements, kSecond>(moments, job.eps, step);
           float values[kThreadElements];
           theta.load(theta.window, values);
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i) {
-            const auto& four = moments[i / 4];
-            const float step =
-                preconditioned<ScalarLanes, kSecond>(four.s1[i % 4], four.s2[i % 4], job.eps);
             if constexpr (!D::kSigns) {
-              values[i] = updated(job, values[i], space.newest[i * space.stride], step);
+              values[i] = updated(job, values[i], space.newest[i * space.stride], step[i]);
             } else {
               if (job.scale != 0.0f)
                 values[i] = ScalarLanes::add(
                     values[i], with_sign(job.scale, signs[i / kChunk<T>], i % kChunk<T>));
-              values[i] = descend<ScalarLanes>(values[i], step, job.step[0], job.step[1]);
+              values[i] = descend<ScalarLanes>(values[i], step[i], job.step[0], job.step[1]);
             }
           }
           if constexpr (kRounding == Rounding::kStochastic)

@@ -14,6 +14,7 @@
 #include "adamezo/normal.h"
 #include "adamezo/philox.h"
 #include "adamezo/rademacher.h"
+#include "cuda/quotients.cuh"
 
 namespace adamezo {
 namespace cuda {
@@ -122,18 +123,14 @@ struct Normals {
   }
 };
 
-// The root of exact normals: that of -ln u, which is 0 or lies in [2^-25, 22]. The steps are those
-// that nvcc makes of __fsqrt_rn for arguments in [2^-101, 2^128), so the rounding is that of
-// __fsqrt_rn; its test for other arguments is left out, with the branch that would keep a thread's
-// normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity is a NaN.
+// The root of exact normals: that of -ln u, which is 0 or lies in [2^-25, 22]. The rounding is that
+// of __fsqrt_rn; its test for other arguments is left out, with the branch that would keep a
+// thread's normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity
+// is a NaN.
 struct ThreadLanes : ScalarLanes {
 #if defined(__CUDA_ARCH__)
   static ADAMEZO_HD float sqrt(float a) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
-    y = fminf(y, 0x1p126f);
-    const float root = __fmul_rn(a, y);
-    return __fmaf_rn(__fmaf_rn(-root, root, a), __fmul_rn(y, 0.5f), root);
+    return usual_sqrt(a, fminf(approximate_rsqrt(a), 0x1p126f));
   }
 #endif
 };

@@ -77,6 +77,15 @@ int64_t count_tiles(Segment* segments, int64_t count, uint64_t offset) {
   return tiles;
 }
 
+void cuda_quotients_on_host(const float* a, const float* b, const float* y, float* out,
+                            int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = cuda::usual_quotient(a[i], b[i], y[i]);
+}
+
+void cuda_roots_on_host(const float* a, const float* y, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = cuda::usual_sqrt(a[i], y[i]);
+}
+
 void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads) {
   switch (job.distribution) {
     case Distribution::kExact:
