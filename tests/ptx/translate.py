@@ -51,8 +51,10 @@ INSTRUCTIONS = {
     "sin.approx.ftz": ("f", "T"),
     "cos.approx.ftz": ("f", "T"),
 }
-for relation in ("eq", "ne", "lt", "le", "gt", "ge"):
+for relation in ("lt", "le", "gt", "ge"):
     INSTRUCTIONS[f"setp.{relation}"] = ("usf", "TT")
+for relation in ("eq", "ne"):
+    INSTRUCTIONS[f"setp.{relation}"] = ("busf", "TT")
 for relation in ("neu", "nan"):
     INSTRUCTIONS[f"setp.{relation}"] = ("f", "TT")
 TYPES = [a + n for a in "usb" for n in ("8", "16", "32", "64")] + ["f32", "pred"]
