@@ -21,7 +21,7 @@ SEED ?= 1
 OUT ?= build/gpu
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CPP_TESTS = $(wildcard tests/contract/*.cpp tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu)
+CPP_TESTS = $(wildcard tests/contract/*.cpp tests/ptx/*.cpp tests/ptx/*.h tests/ptx/*.cu benchmarks/stream_2.*[hp])
 
 ifdef PY
 READY =

@@ -178,11 +178,15 @@ def without_cuda() -> str:
 
 
 def compiled_by_nvcc(
-    architecture: str, bodies: Sequence[str], kernel: str = "kernel<{}>"
+    architecture: str,
+    bodies: Sequence[str],
+    kernel: str = "kernel<{}>",
+    includes: Sequence[str] = (),
 ) -> Iterator[tuple[int, int, list]]:
-    """(registers, bytes spilled, instructions) of each body, compiled in one file. There are no
-    instructions where cuobjdump is missing."""
-    lines = ['#include "cuda/kernels.cuh"', "namespace adamezo::cuda {", ASSUMED]
+    """(registers, bytes spilled, instructions) of each body, compiled in one file that includes
+    these ones besides. There are no instructions where cuobjdump is missing."""
+    lines = [f'#include "{name}"' for name in ("cuda/kernels.cuh", *includes)]
+    lines += ["namespace adamezo::cuda {", ASSUMED]
     for i, body in enumerate(bodies):
         # A type of its own gives each kernel a name by which it is found in the output.
         lines.append(f"struct Body{i}_ : {body} {{}};")

@@ -16,6 +16,13 @@ import torch
 from adamezo_kernels import PhiloxState, sample_
 from adamezo_kernels.backends import reference
 from helpers.backends import BACKENDS, INSTRUCTION_SETS, needs_native
+from helpers.normals import (
+    LAGS,
+    check_kolmogorov_smirnov,
+    check_moments,
+    check_tails,
+    check_uncorrelated,
+)
 
 KEYS = (0, 0x0123456789ABCDEF, 2**64 - 1)
 SIZES = (0, 1, 3, 4, 5, 63, 64, 65, 127, 128, 129, 4097)
@@ -439,11 +446,6 @@ def test_chunks_of_the_reference_leave_no_seam(monkeypatch):
 
 # --- distribution -----------------------------------------------------------------------------
 
-# Bounds of the tests below are in standard errors of the statistic under independent normals. The
-# seeds are fixed, so a test passes or fails once and for all; with about 60 statistics, one beyond
-# 4.5 sigma would come up by chance with probability 60 * 6.8e-6 = 4e-4.
-SIGMAS = 4.5
-
 
 @pytest.fixture(scope="module")
 def many():
@@ -453,48 +455,23 @@ def many():
     return draw(2**20, "reference", key=0xFEEDFACECAFEBEEF, direction=5, parameter=1)
 
 
-def mean(x: torch.Tensor) -> float:
-    return x.mean(dtype=torch.float64).item()
-
-
 def test_moments_to_the_sixth(many):
-    double_factorial = {0: 1, 2: 1, 4: 3, 6: 15, 8: 105, 10: 945, 12: 10395}
-    z = many.double()
-    for k in range(1, 7):
-        expected = double_factorial.get(k, 0)
-        variance = double_factorial[2 * k] - expected**2
-        error = mean(z**k) - expected
-        assert abs(error) < SIGMAS * math.sqrt(variance / z.numel()), k
+    check_moments(many)
 
 
 def test_kolmogorov_smirnov(many):
-    """sqrt(n) sup |F_n - F| exceeds 2.0 with probability 2 exp(-2 * 2.0**2) = 6.7e-4."""
-    n = many.numel()
-    cdf = torch.special.ndtr(many.sort().values.double())
-    steps = torch.arange(n + 1, dtype=torch.float64) / n
-    distance = torch.maximum((steps[1:] - cdf).max(), (cdf - steps[:-1]).max()).item()
-    assert math.sqrt(n) * distance < 2.0
+    check_kolmogorov_smirnov(many)
 
 
 def test_tail_counts(many):
-    """Elements beyond each limit, either side, against the binomial they follow."""
-    n = many.numel()
-    for limit in (0.5, 1.0, 2.0, 3.0, 4.0, 4.5):
-        p = 0.5 * math.erfc(limit / math.sqrt(2))
-        for count in ((many > limit).sum().item(), (many < -limit).sum().item()):
-            # + 1: a count is an integer, and the last limits expect few.
-            assert abs(count - n * p) < SIGMAS * math.sqrt(n * p * (1 - p)) + 1, limit
+    check_tails(many)
     # No normal can exceed sqrt(62 ln 2) = 6.5555, as the smallest u is 2**-31.
     assert many.abs().max() < 6.556
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8, 16, 64, 4096])
+@pytest.mark.parametrize("lag", LAGS)
 def test_no_correlation_at_a_lag(many, lag):
-    """Of z, and of z**2 - 1, which Box-Muller pairs would show were their radius shared badly."""
-    a, b = many[:-lag], many[lag:]
-    bound = SIGMAS / math.sqrt(a.numel())
-    assert abs(mean(a * b)) < bound
-    assert abs(mean((a * a - 1) * (b * b - 1))) < 2 * bound  # the variance of z**2 is 2
+    check_uncorrelated(many[:-lag], many[lag:])
 
 
 @pytest.mark.parametrize(
@@ -506,7 +483,5 @@ def test_neighbouring_streams_are_independent(many, other):
     where = {"key": 0xFEEDFACECAFEBEEF, "direction": 5, "parameter": 1} | other
     n = many.numel() // 4
     z = draw(n, "native" if INSTRUCTION_SETS else "reference", **where)
-    a, bound = many[:n], SIGMAS / math.sqrt(n)
-    assert not torch.equal(a, z)
-    assert abs(mean(a * z)) < bound
-    assert abs(mean((a * a - 1) * (z * z - 1))) < 2 * bound
+    assert not torch.equal(many[:n], z)
+    check_uncorrelated(many[:n], z)
