@@ -409,7 +409,9 @@ struct TileUpdate : Tiled {
                            const Patch<kColumns>& patch, int thread) const {
       const PatchOf<T, kRounding> theta{job, space.tile, patch};
       float steps[kThreadElements];  // half as many registers as the sums, while memory is awaited
-      make_steps<kThreadElements, kSecond>(this->moments, job.eps, steps);
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kThreadElements; ++i)
+        steps[i] = preconditioned<ScalarLanes, kSecond>(this->s1(i), this->s2(i), job.eps);
       ADAMEZO_UNROLL
       for (int c = 0; c < kChunks<T>; ++c) {
         float values[kColumns];
