@@ -34,11 +34,11 @@ PIP = $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all stress lint format links docs bench nvcc ptx-check wheel gpu-check gpu-bench \
-    gpu-bench-kernels gpu-bench-steps newcomer sdist wheels wheel-check release-check clean
+.PHONY: help setup demo test test-all test-integrations integrations-here stress lint format links docs bench nvcc ptx-check \
+    wheel gpu-check gpu-bench gpu-bench-kernels gpu-bench-steps newcomer sdist wheels wheel-check release-check clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 setup: $(READY) ## the environment in .venv with the package in it
 	@echo "$(PY) is ready"
@@ -79,6 +79,16 @@ test: $(READY) ## the tests but for the slow ones; TESTS=tests/folder/test_x.py 
 
 test-all: $(READY) ## every test that this machine can run
 	$(PYTEST)
+
+# In an environment of its own, with the newest trl, Lightning, bitsandbytes and torchao that fit beside the tested
+# versions. Their tests are skipped where they are missing, so the first command fails there.
+INTEGRATED = build/integrations
+test-integrations: ## the tests of optional libraries and of the pages, in an environment with all of them
+	@$(MAKE) --no-print-directory VENV=$(INTEGRATED) EXTRAS=test,trl,lightning,quantised integrations-here
+
+integrations-here: $(READY)
+	@$(PY) -c 'import bitsandbytes, gguf, lightning, peft, torchao, trl'
+	$(PYTEST) tests/integrations tests/docs
 
 # SIGKILLs take half a minute each; the rest has the counts of docs/reliability.md.
 stress: $(READY) ## attacks on runs, logs and states, which `make test` has in small counts; minutes

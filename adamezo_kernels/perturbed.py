@@ -15,8 +15,8 @@ from .ops import perturb_
 from .plan import Plan, Shard
 from .stream import PhiloxState, check_state
 
-BLOCK = 2**17
-"""The most elements of a displaced block of rows of W, unless one row has more: 512 KiB in float32,
+BLOCK = 2**19
+"""The most elements of a displaced block of rows of W, unless one row has more: 2 MiB in float32,
 which stay in a cache until the product has read them."""
 
 

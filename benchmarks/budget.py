@@ -4,10 +4,12 @@
     python -m benchmarks.budget Triton    those of one compiler
 
 All kernels are for bfloat16 weights and an H100 (sm_90). A multiprocessor issues four instructions
-a cycle, each for 32 elements, so their number bounds the kernel's speed. Rows of
+a cycle, each for 32 elements, and each of its pipes takes some of them, at a pace of its own. The
+busiest of these bounds the kernel's speed (PIPES in benchmarks/sass.py). Rows of
 benchmarks/results/budget.csv, all with 0 repeats: registers; bytes spilled; bytes moved a weight;
-"instructions a normal", in the loop over directions; and "instructions a weight", outside that
-loop. A rule that keeps buffers has no such loop: its one or two directions are in the latter.
+"instructions a normal", in the loop over directions; "instructions a weight", outside that loop;
+and for every pipe, such as "alu", "alu cycles a normal" and "alu cycles a weight". A rule that
+keeps buffers has no such loop: its one or two directions are in the latter.
 """
 
 from __future__ import annotations
@@ -18,14 +20,24 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 import adamezo_kernels
 from adamezo_kernels.backends import triton as triton_backend
 from benchmarks.results import Row, conditions, load, parser, settings, write
-from benchmarks.sass import cuobjdump, instructions, loop_of_products, loop_sizes, nvcc, run
+from benchmarks.sass import (
+    PIPES,
+    cuobjdump,
+    instructions,
+    loop_cycles,
+    loop_of_products,
+    nvcc,
+    run,
+)
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 RULES = {name: rule for name, rule in adamezo_kernels.RULES.items() if name != "moments"}
@@ -90,10 +102,19 @@ class Budget:
     kernel: Kernel
     registers: int
     spilled_bytes: int
-    per_normal: float = 0.0
-    per_weight: float = 0.0
+    of_normal: numpy.ndarray = field(default_factory=lambda: numpy.zeros(len(PIPES)))
+    of_weight: numpy.ndarray = field(default_factory=lambda: numpy.zeros(len(PIPES)))
+    """The cycles of each of PIPES."""
     accesses: Counter[str] | None = None
     """Loads and stores in CUDA's code by their width, such as LDG.E.128."""
+
+    @property
+    def per_normal(self) -> float:
+        return float(self.of_normal[0])
+
+    @property
+    def per_weight(self) -> float:
+        return float(self.of_weight[0])
 
     def rows(self, by: str, where: dict[str, Any]) -> Iterator[Row]:
         columns = settings(what=self.kernel.what, by=by, type="bfloat16", target="sm_90")
@@ -103,6 +124,12 @@ class Budget:
             ("bytes moved a weight", "B", self.kernel.bytes_moved),
             ("instructions a normal", "1", self.per_normal),
             ("instructions a weight", "1", self.per_weight),
+            *(
+                (f"{pipe} cycles a {of}", "1", float(cycles[i]))
+                for of, cycles in (("normal", self.of_normal), ("weight", self.of_weight))
+                for i, pipe in enumerate(PIPES)
+                if pipe != "issue"
+            ),
         ):
             name = ("budget", metric, unit, self.kernel.variant, columns)
             yield Row(*name, median=value, **where)
@@ -120,6 +147,8 @@ TILE_BODIES = {"perturb": "TilePerturb<{}>", "update": "TileUpdate<true, {}>"}
 RULE_BODIES = {"perturb": "ByRule<{}, {}, false>", "update": "ByRule<{}, {}, true>"}
 KEPT_TYPES = {"float32": "kFloat32", "bfloat16": "kBFloat16"}
 ELEMENTS_OF_A_THREAD = 16
+HORIZON = 10
+SIGNS_TOGETHER = 8  # directions
 GROUPS = 4  # of a thread's elements, which a rule with buffers takes one after another
 
 # A body that branches on types and rounding, as a launch with these ones executes it.
@@ -191,10 +220,16 @@ def cuda_sums(architecture: str) -> tuple[Budget, ...]:
     ]
     made = []
     for kernel, (*used, code) in zip(SUMS, compiled_by_nvcc(architecture, bodies), strict=True):
-        window, loop = loop_sizes(code, whole_program=False)
+        # A quotient is only tested where csrc/cuda/quotients.cuh takes the other way.
+        window, loop, inner = loop_cycles(code, whole_program=False, besides="FCHK")
         if kernel.operation == "perturb":
-            loop = 0  # has no directions to go over: it looks for the next segment
-        counts = (loop / ELEMENTS_OF_A_THREAD, (window - loop) / ELEMENTS_OF_A_THREAD)
+            direction = loop = 0 * loop  # it has no directions to go over: that looks for a segment
+        elif kernel.distribution == "rademacher":
+            # The outer loop makes calls, along no more than eight directions at once.
+            direction = inner + (loop - inner) * -(-HORIZON // SIGNS_TOGETHER) / HORIZON
+        else:
+            direction = loop
+        counts = (direction / ELEMENTS_OF_A_THREAD, (window - loop) / ELEMENTS_OF_A_THREAD)
         made.append(Budget(kernel, *used, *counts, accesses(code)))
     return tuple(made)
 
@@ -209,7 +244,11 @@ def cuda_tiles(architecture: str) -> tuple[Budget, ...]:
     bodies = [TILE_BODIES[k.operation].format(ROUNDINGS[k.stochastic]) for k in TILES]
     compiled = compiled_by_nvcc(architecture, bodies, "low_rank_kernel<{}, bfloat16>")
     return tuple(
-        Budget(kernel, *used, loop_of_products(code) / ELEMENTS_OF_A_THREAD, 0.0, accesses(code))
+        Budget(
+            *(kernel, *used),
+            of_normal=loop_of_products(code) / ELEMENTS_OF_A_THREAD,
+            accesses=accesses(code),
+        )
         for kernel, (*used, code) in zip(TILES, compiled, strict=True)
     )
 
@@ -243,9 +282,9 @@ def cuda_rules_counted() -> tuple[Budget, ...]:
     made = []
     for kernel, (*_, code) in zip(kernels, compiled_by_nvcc("sm_90", bodies), strict=True):
         used = launched[replace(kernel, kept="")]
-        window, group = loop_sizes(code, whole_program=False)
+        window, group, _ = loop_cycles(code, whole_program=False)
         count = (window + (GROUPS - 1) * group) / ELEMENTS_OF_A_THREAD
-        made.append(Budget(kernel, used.registers, used.spilled_bytes, 0.0, count))
+        made.append(Budget(kernel, used.registers, used.spilled_bytes, of_weight=count))
     return tuple(made)
 
 
@@ -319,10 +358,10 @@ def triton_budget(kernel: Kernel) -> Budget:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
         usage, sass = (run(cuobjdump(), what, str(binary)) for what in ("-res-usage", "-sass"))
-    program, loop = loop_sizes(list(instructions(sass)), whole_program=True)
+    program, loop, _ = loop_cycles(list(instructions(sass)), whole_program=True)
     # The first direction is in front of the loop over the others. Of kernels without one, the
     # largest loop is the search for the segment, which the usual path goes through once.
-    direction = loop if kernel.what == "update" else 0
+    direction = loop * (kernel.what == "update")
     window = triton_backend.window_of(kernel.operation, kernel.rule or "moments")
     elements = window // triton_backend.THREADS
     return Budget(

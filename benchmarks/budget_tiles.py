@@ -126,12 +126,12 @@ def counted(kernel: Kernel) -> Budget:
     registers, spilled, code = made_of(compiled)
     program, loop, term, _ = nested_loops(code, whole_program=True, tiles=True)
     if kernel.operation == "product":
-        normal, weight = 0, loop
+        normal, weight = 0 * loop, loop
     elif kernel.operation == "update":
         # Loops over terms beyond the first are in the loop over directions, before and behind it.
         normal, weight = loop - term, program - loop - 2 * term
     else:
-        normal, weight = 0, program - loop
+        normal, weight = 0 * loop, program - loop
     return Budget(kernel, registers, spilled, normal / elements, weight / elements)
 
 

@@ -42,6 +42,8 @@ class Entry:
     forwards: int = 2
     """Forward passes a step, a backward pass counted as two; 0 where they change."""
     backward: bool = False
+    in_batches: bool = False
+    """Whether a step is one forward of a batch as many times as large, which counts as so many."""
 
     def make(self, job: Job, start: Start, lr: float, seed: int) -> Any:
         options = {"lr": lr, **self.options(job)}
@@ -74,6 +76,12 @@ ENTRIES = [
     Entry("ScalarAdaMeZO", _rates(1e-3, 1e-2, 1e-3)),
     Entry("MEAZO", _rates(1e-3, 1e-2, 1e-3)),
     Entry("FZOO", _rates(1e-6, 1e-5, 1e-7), forwards=9),
+    Entry(
+        "GRZO",
+        _rates(1e-5, 1e-4, 1e-6),
+        options=lambda job: {"examples": job.batch, "perturbation": "regenerated"},
+        in_batches=True,
+    ),
     Entry("HiZOO", _rates(1e-3, 1e-2, 1e-4), forwards=3),
     Entry("HELENE", _rates(1e-3, 1e-2, 1e-4), options=lambda job: {"batch_size": job.batch}),
     Entry("ZOAdaMU", _rates(1e-3, 1e-2, 1e-4), options=_zo_adamu),

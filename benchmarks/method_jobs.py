@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from adamezo import PerturbedBatch
 from adamezo.adapters import FAMILIES, adapt
 from adamezo.finetune import Classification, Example, Options, read_examples, split
 from adamezo.integrations import transformers as language_models
@@ -36,19 +37,26 @@ class Start:
     module: nn.Module
     weights: list[nn.Parameter]
     """Those that are trained."""
-    loss: Callable[[Sequence[int]], Tensor]
-    """Of training rows, by number."""
+    losses: Callable[[Sequence[int], PerturbedBatch], Tensor]
+    """Of training rows, by number, for each perturbation of a batch."""
     score: Callable[[str], tuple[float, float]]
     """Mean loss and accuracy on the "validation" or the "test" rows."""
+
+    def loss(self, rows: Sequence[int]) -> Tensor:
+        return self.losses(rows, PerturbedBatch(1))[0]
 
 
 class Job:
     """A model to train, and the rows that train and score it."""
 
-    name: ClassVar[str]
+    name: str
     batch: int
     rows: int
     """To train on."""
+    points = 3
+    """In how many equal parts of the budget the test rows are scored; it divides the budget."""
+    constant = False
+    """Whether lr stays what it is, and does not fall linearly to 0."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -57,6 +65,19 @@ class Job:
     def start(self, mode: str, seed: int) -> Start:
         """The same model for the same mode (one of MODES) and seed."""
         raise NotImplementedError
+
+    def probed(self, part: str) -> Probed | None:
+        """What references are fitted to; None where there are none."""
+        return None
+
+
+class Probed(NamedTuple):
+    """What an untouched model gives for rows: features of shape (rows, width), scores of shape
+    (rows, classes), and the labels' numbers."""
+
+    features: Tensor
+    scores: Tensor
+    labels: Tensor
 
 
 def three_parts(validation: int) -> tuple[list[Example], dict[str, list[Example]]]:
@@ -71,23 +92,34 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 class LastLayer(nn.Module):
-    """The last layer of a Llama model, its norm, and its scores of a few words as the next one.
+    """The last layer of a Llama model, its norm, and its scores of a few words as the next one;
+    with some of the layers before it, if asked for.
 
     Its input is what the layers before give, (rows, tokens, width), padded behind, and the number
     of tokens of each row. After the keys and values it computes the last token alone, which is all
     that the scores need and a tenth of the time.
     """
 
-    def __init__(self, model: Any, words: Sequence[int]) -> None:
+    def __init__(self, model: Any, words: Sequence[int], before: int = 0) -> None:
         super().__init__()
-        self.layer = copy.deepcopy(model.model.layers[-1])
+        layers = model.model.layers
+        self.before = copy.deepcopy(layers[len(layers) - 1 - before : -1])
+        self.layer = copy.deepcopy(layers[-1])
         self.norm = copy.deepcopy(model.model.norm)
         self.register_buffer("words", model.lm_head.weight[list(words)].detach().clone())
         self._angles = model.model.rotary_emb  # without weights
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        return self.features(hidden, lengths) @ self.words.T
+
+    def features(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """What scores are made of, of the last token of each row."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate
 
+        positions = torch.arange(hidden.shape[1])[None]
+        angles = self._angles(hidden, positions)
+        for layer in self.before:
+            hidden = layer(hidden, position_embeddings=angles)
         attention, rows = self.layer.self_attn, torch.arange(len(hidden))
         every = self.layer.input_layernorm(hidden)
         residual, last = (states[rows, lengths - 1][:, None] for states in (hidden, every))
@@ -97,14 +129,13 @@ class LastLayer(nn.Module):
 
         query = heads(attention.q_proj, last)
         key, value = heads(attention.k_proj, every), heads(attention.v_proj, every)
-        positions = torch.arange(hidden.shape[1])[None]
-        key, _ = rotate(key, key, *self._angles(hidden, positions))
+        key, _ = rotate(key, key, *angles)
         query, _ = rotate(query, query, *self._angles(hidden, lengths[:, None] - 1))
         mask = (positions < lengths[:, None])[:, None, None]
         mixed = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
         residual = residual + attention.o_proj(mixed.transpose(1, 2).flatten(-2))
         residual = residual + self.layer.mlp(self.layer.post_attention_layernorm(residual))
-        return self.norm(residual)[:, 0] @ self.words.T
+        return self.norm(residual)[:, 0]
 
 
 class Part(NamedTuple):
@@ -120,13 +151,14 @@ class Part(NamedTuple):
 
 
 class Layer(Job):
-    """The main job with its last layer trained alone: 3.5 of 134.5 million weights. What the other
-    layers give is computed once, which takes minutes."""
+    """The main job with its last layer trained alone: 3.5 of 134.5 million weights; or its last
+    ones, or in another type. What the other layers give is computed once, which takes minutes."""
 
-    name = "layer"
-
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, layers: int = 1, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(budget)
+        self._before, self._dtype = layers - 1, dtype
+        many = "layer" if layers == 1 else f"{layers} layers"
+        self.name = many if dtype == torch.float32 else f"{many} in {str(dtype)[6:]}"
         settings = options()
         self._model, tokenizer = language_models.load(settings.model)
         scorer = language_models.LabelScorer(
@@ -147,18 +179,31 @@ class Layer(Job):
             for rows in (lengths == length).nonzero()[:, 0].split(16):
                 ids = torch.tensor([prompts[row] for row in rows])
                 states = self._model.model(ids, output_hidden_states=True, use_cache=False)
-                hidden[rows, :length] = states.hidden_states[-2]  # of the last layer's input
+                # The input of the layers that are trained.
+                hidden[rows, :length] = states.hidden_states[-2 - self._before]
+        hidden = hidden.to(self._dtype)
         return Part(hidden, lengths, torch.tensor([scorer.labels.index(e.label) for e in examples]))
+
+    def _untouched(self) -> LastLayer:
+        return LastLayer(self._model, self._words, self._before).to(self._dtype).eval()
+
+    @torch.no_grad()
+    def probed(self, part: str) -> Probed:
+        model, some = self._untouched().float(), self._parts[part]
+        batches = [some.batch(rows) for rows in torch.arange(len(some.labels)).split(64)]
+        x = torch.cat([model.features(b.hidden.float(), b.lengths) for b in batches])
+        return Probed(x, x @ model.words.T, some.labels)
 
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)
-        model = LastLayer(self._model, self._words).eval()
+        model = self._untouched()
         if mode != "full":
             adapt(model, mode, targets=PLACES[mode], seed=seed)
 
-        def loss(rows: Sequence[int]) -> Tensor:
-            hidden, lengths, labels = self._parts["training"].batch(rows)
-            return cross_entropy(model(hidden, lengths), labels)
+        def losses(rows: Sequence[int], batch: PerturbedBatch) -> Tensor:
+            hidden, lengths, labels = batch.repeat(self._parts["training"].batch(rows))
+            scores = model(hidden, lengths).float()
+            return batch.mean(cross_entropy(scores, labels, reduction="none"))
 
         @torch.no_grad()
         def score(part: str) -> tuple[float, float]:
@@ -166,12 +211,12 @@ class Layer(Job):
             total, right = 0.0, 0
             for rows in some.lengths.argsort(stable=True).split(64):
                 hidden, lengths, labels = some.batch(rows)
-                scores = model(hidden, lengths)
+                scores = model(hidden, lengths).float()
                 total += cross_entropy(scores, labels, reduction="sum").item()
                 right += int((scores.argmax(dim=1) == labels).sum())
             return total / len(some.labels), right / len(some.labels)
 
-        return Start(model, trained(model), loss, score)
+        return Start(model, trained(model), losses, score)
 
 
 class Main(Job):
@@ -203,7 +248,7 @@ class Main(Job):
             found = held_out[part].evaluate(2 * self.batch).summary()
             return found["loss"], found["accuracy"]
 
-        return Start(model, trained(model), training.loss, score)
+        return Start(model, trained(model), training.losses, score)
 
 
 JOBS: dict[str, Callable[[int], Job]] = {"layer": Layer, "main": Main}

@@ -40,6 +40,7 @@ import pandas
 import torch
 from torch import Tensor, nn
 
+import adamezo
 from adamezo.finetune import batches
 from benchmarks.method_entries import BY_DIRECTIONS, ENTRIES, USUAL, Entry
 from benchmarks.results import (
@@ -61,8 +62,7 @@ if TYPE_CHECKING:
     from benchmarks.method_jobs import Job, Start
 
 BUDGETS = {"layer": 216, "main": 72}
-"""Forward passes of a run. 2, 3, 8 and 9 forwards a step, and POINTS, divide both."""
-POINTS = 3  # where the test rows are scored: thirds of the budget
+"""Forward passes of a run. 2, 3, 8 and 9 forwards a step, and 3 points, divide both."""
 MODES = ("full", "lora", "tensor-train")
 SEEDS = (0, 1, 2)
 SEARCHING = {"layer": 3, "main": 1}
@@ -85,16 +85,32 @@ class Counter:
     entry: Entry
     start: Start
     budget: int
-    rows: Sequence[int] = ()
     used: int = 0
     optimizer: Any = None
+    _rows: Sequence[int] = ()
+    _counted: bool = False
 
-    def __call__(self) -> Tensor:
-        cost = 3 if self.entry.backward else 1
+    def of(self, rows: Sequence[int]) -> Any:
+        """The closure of a step on these rows."""
+        self._rows, self._counted = rows, False
+        return adamezo.batched(self._losses) if self.entry.in_batches else self
+
+    def _spend(self, cost: int) -> None:
         if self.used + cost > self.budget:
             raise Spent
         self.used += cost
-        loss = self.start.loss(self.rows)
+
+    def _losses(self, batch: adamezo.PerturbedBatch) -> Tensor:
+        """All evaluations of a step in one forward. Some steps check them by further ones, which
+        are not the method's."""
+        if not self._counted:
+            self._spend(self.entry.forwards)
+            self._counted = True
+        return self.start.losses(self._rows, batch)
+
+    def __call__(self) -> Tensor:
+        self._spend(3 if self.entry.backward else 1)
+        loss = self.start.loss(self._rows)
         if self.entry.backward:
             self.optimizer.zero_grad()
             loss.backward()
@@ -118,18 +134,18 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Iterator[P
     scores = [("test", 0, *untouched(job))]
     seconds, steps, forwards = 0.0, 0, 0
     for rows in batches(job.rows, job.batch, budget, seed):
-        optimizer.param_groups[0]["lr"] = lr * (1 - closure.used / budget)
-        closure.rows = rows
+        left = 1.0 if job.constant else 1 - closure.used / budget
+        optimizer.param_groups[0]["lr"] = lr * left
         began = time.perf_counter()
         try:
-            optimizer.step(closure)
+            optimizer.step(closure.of(rows))
         except Spent:  # and nothing has happened: that is what our optimizers promise
             break
         except FloatingPointError:  # twenty losses in a row were not finite
             break
         seconds += time.perf_counter() - began
         steps, forwards = steps + 1, closure.used
-        if forwards >= len(scores) * budget // POINTS and len(scores) < POINTS:
+        if forwards >= len(scores) * budget // job.points and len(scores) < job.points:
             scores.append(("test", forwards, *start.score("test")))
     if scores[-1][1] == forwards:  # a last step that did not fit may have come since, and gone
         scores.pop()
@@ -145,9 +161,11 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Iterator[P
 # The choice of lr --------------------------------------------------------------------------------
 
 
-def validated(table: pandas.DataFrame, **wanted: object) -> pandas.DataFrame:
+def validated(
+    table: pandas.DataFrame, benchmark: str = "methods", **wanted: object
+) -> pandas.DataFrame:
     """Validation losses by lr (from the lowest) and seed, of one method, job and mode."""
-    found = pick(table, benchmark="methods", metric="validation loss", **wanted)
+    found = pick(table, benchmark=benchmark, metric="validation loss", **wanted)
     return found.pivot(index="lr", columns="seed", values="median") if len(found) else found
 
 
@@ -164,7 +182,7 @@ def at_an_edge(losses: pandas.DataFrame) -> int:
     return -1 if lr == losses.index[0] else int(lr == losses.index[-1])
 
 
-def rate(entry: Entry, job: str, mode: str, place: int) -> float:
+def rate(entry: Entry, job: str, mode: str, place: float) -> float:
     centre = entry.lr.get(f"{job} {mode}", entry.lr[mode])
     return float(f"{centre * 10 ** (place / 2):.3g}")
 
@@ -181,27 +199,40 @@ class Search:
     where: dict[str, Any] = field(default_factory=dict)
     rates: Sequence[float] = ()
     """With these lrs alone, if there are some, and without a search."""
+    places: Sequence[float] = ()
+    """Where the grid begins, in powers of sqrt(10) around an entry's centre; PLACES if empty."""
+    fine: bool = False
+    """Whether the lrs halfway to the next ones on both sides of the best are tried too."""
+    benchmark: str = "methods"
 
     def run(self, entry: Entry, mode: str) -> None:
         """Makes the runs that are not there yet."""
         if self.rates:
             self._runs(entry, mode, self.rates, self.seeds)
             return
-        seeds = self.seeds[: self.searching]
-        places = list(PLACES)
+        places = list(self.places or PLACES)
         while True:
-            rates = [rate(entry, self.job.name, mode, place) for place in places]
-            made = self._runs(entry, mode, rates, seeds)
-            losses = validated(frame(made), lr=rates, seed=list(seeds))
-            lr, side = chosen_lr(losses), at_an_edge(losses)
-            assert lr is not None
+            lr, side = self._searched(entry, mode, places)
             place = places[-1] + 1 if side > 0 else places[0] - 1
             if side and abs(place) > FARTHEST:
                 print(f"{mode}, {entry.name}: the best lr is the last one that is tried")
             if not side or abs(place) > FARTHEST:
-                self._runs(entry, mode, [lr], self.seeds)
-                return
+                break
             places = sorted([*places, place])
+        if self.fine:
+            best = next(p for p in places if rate(entry, self.job.name, mode, p) == lr)
+            lr, _ = self._searched(entry, mode, sorted([*places, best - 0.5, best + 0.5]))
+        self._runs(entry, mode, [lr], self.seeds)
+
+    def _searched(self, entry: Entry, mode: str, places: Sequence[float]) -> tuple[float, int]:
+        """The best of some lrs, and whether it is at an edge."""
+        seeds = self.seeds[: self.searching]
+        rates = [rate(entry, self.job.name, mode, place) for place in places]
+        made = self._runs(entry, mode, rates, seeds)
+        losses = validated(frame(made), self.benchmark, lr=rates, seed=list(seeds))
+        lr = chosen_lr(losses)
+        assert lr is not None
+        return lr, at_an_edge(losses)
 
     def _runs(
         self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]
@@ -210,8 +241,9 @@ class Search:
         job, made = self.job, []
         for lr, seed in itertools.product(rates, seeds):
             chosen = dict(job=job.name, mode=mode, budget=job.budget, lr=lr, seed=seed)
-            columns = settings(**chosen, threads=torch.get_num_threads())
-            run = Row("methods", "", "", entry.name, columns, "forwards", **self.where)
+            schedule = "constant" if job.constant else ""
+            columns = settings(**chosen, threads=torch.get_num_threads(), schedule=schedule)
+            run = Row(self.benchmark, "", "", entry.name, columns, "forwards", **self.where)
             make = functools.partial(train, job, entry, mode, lr, seed)
             made += run_once(self.path, run, make)
         return made
@@ -248,9 +280,9 @@ class Stepper:
 
     def step(self, rows: Sequence[int]) -> tuple[float, int]:
         """Seconds and forward passes of a step."""
-        before, self._counter.rows = self._counter.used, rows
+        before = self._counter.used
         began = time.perf_counter()
-        self.optimizer.step(self._counter)
+        self.optimizer.step(self._counter.of(rows))
         return time.perf_counter() - began, self._counter.used - before
 
 

@@ -151,7 +151,7 @@ class Cluster(NamedTuple):
     checkpoint: float = 11.2
     """Seconds that a checkpoint stops the job: the weights over one link."""
     replay: float = 0.15
-    """Seconds of a replayed step over those of a step (docs/reliability.md: 6.8 times as fast)."""
+    """Seconds of a replayed step over those of a step (docs/replay.md: 6.8 times as fast)."""
 
 
 def predicted(workers: int, of: Cluster) -> dict[str, float]:

@@ -89,11 +89,11 @@ class Split:
         return [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
 
 
-def runnable(methods: Iterable[Method], device: str) -> list[Method]:
+def runnable(methods: Iterable[Method], device: str, batch: int = 16) -> list[Method]:
     """Those that can run here; of the others it prints why not."""
     able = []
     for method in methods:
-        if reason := method.missing(device):
+        if reason := method.missing(device, batch):
             print(f"left out: {method}, because {reason}", flush=True)
         else:
             able.append(method)
@@ -121,8 +121,9 @@ def measure(
     """Rows for the whole step and each part of each method."""
     model = job.load()
     losses = job.losses(model)
-    able = runnable(methods, job.device)
-    splits = [Split(m, m.make(model, job.device), losses, job.device) for m in able]
+    able = runnable(methods, job.device, job.batch)
+    steps = [m.make(model, job.device, job.batch) for m in able]
+    splits = [Split(m, step, losses, job.device) for m, step in zip(able, steps, strict=True)]
     weights = [(p, p.data, p.detach().clone()) for p in model.parameters()]
     with torch.no_grad():
         losses(PerturbedBatch(1))
@@ -151,7 +152,7 @@ def peak_here(job: Job, method: Method) -> int | None:
     """The peak of this process over two steps; None where a process cannot reset its peak."""
     model = job.load()
     closure = batched(job.losses(model))
-    step = method.make(model, job.device)
+    step = method.make(model, job.device, job.batch)
     # The first forward makes what stays (thread pools, packed buffers): it is in every variant.
     with torch.no_grad():
         closure()
@@ -167,7 +168,7 @@ def measure_peaks(job: Job, methods: Iterable[Method], where: dict[str, Any]) ->
     """Peak memory of each method, that of a bare forward first, each in a new process."""
     made: list[Row] = []
     new = multiprocessing.get_context("spawn")
-    for method in [BARE, *runnable(methods, job.device)]:
+    for method in [BARE, *runnable(methods, job.device, job.batch)]:
         # Of memory in use: glibc would keep up to hundreds of MiB of what was freed, or not.
         with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}):
             with ProcessPoolExecutor(1, new) as process:

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from adamezo import FZOO, AdaMeZO, PerturbedBatch
+from adamezo import FZOO, GRZO, AdaMeZO, PerturbedBatch
 from adamezo_kernels.backends import BACKENDS
 from benchmarks.library_calls import AsReleased, Fair, LibraryOptimizer
 
@@ -102,6 +102,11 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, low rank": LOW_RANK,
     "ours, regenerated": REGENERATED,
     "ours, regenerated in one batch": REGENERATED,
+    "ours, regenerated, exact directions, in one batch": {"perturbation": "regenerated"},
+    "ours, regenerated, shared normals, in one batch": {
+        "perturbation": "regenerated",
+        "distribution": "flipout",  # of as many as a step has
+    },
 }
 
 
@@ -140,10 +145,12 @@ class Method:
             return "triton"
         return {"cpu": "native", "cuda": "cuda"}[device]
 
-    def missing(self, device: str) -> str:
-        """Why it cannot run on this device; empty where it can."""
+    def missing(self, device: str, batch: int = 16) -> str:
+        """Why it cannot run on this device with such a batch; empty where it can."""
         if self.variant not in OURS:
             return ""
+        if self.method == "GRZO" and batch < 2:
+            return "it compares the examples of a batch, which has one"
         backend = BACKENDS[self.backend(device)]
         kind = OURS[self.variant].get("distribution", "exact")
         available, reason = backend.availability()
@@ -153,7 +160,7 @@ class Method:
             reason = "" if kind in backend.DISTRIBUTIONS else f"it has no {kind!r} directions"
         return f"backend {self.backend(device)!r}: {reason}" if reason else ""
 
-    def make(self, model: nn.Module, device: str = "cpu") -> Step:
+    def make(self, model: nn.Module, device: str = "cpu", batch: int = 16) -> Step:
         """The `step` of a new optimizer; its time is that of any step after the first `horizon`."""
         if self.method in ("bare", "nine bare"):
             return functools.partial(bare_forwards, FORWARDS[self.method])
@@ -168,17 +175,22 @@ class Method:
             library = LibraryOptimizer(operations, lr=LR, betas=self.betas, horizon=self.horizon)
             library.history = [(SEED + age, grad) for age, grad in enumerate(grads)]
             return library.step
-        options = dict(OURS[self.variant], lr=LR, betas=self.betas, horizon=self.horizon, seed=SEED)
+        options: dict[str, Any] = dict(OURS[self.variant], lr=LR, seed=SEED)
         if "perturbation" in options:
             options["model"] = model
+        each = {"FZOO": FORWARDS["FZOO"] - 1, "GRZO": batch}.get(self.method)
+        if options.get("distribution") == "flipout":
+            options["distribution"] = f"flipout:{each}"
         backend = {"ADAMEZO_BACKEND": self.backend(device)}  # refused, where it is not there
-        optimizer: AdaMeZO | FZOO
+        optimizer: AdaMeZO | FZOO | GRZO
         with mock.patch.dict(os.environ, backend):
             if self.method == "FZOO":
-                del options["betas"], options["horizon"]
-                optimizer = FZOO(model.parameters(), queries=FORWARDS["FZOO"] - 1, **options)
+                optimizer = FZOO(model.parameters(), queries=each, **options)
+            elif self.method == "GRZO":
+                optimizer = GRZO(model.parameters(), examples=each, **options)
             else:
-                optimizer = AdaMeZO(model.parameters(), **options)
+                history = {"betas": self.betas, "horizon": self.horizon}
+                optimizer = AdaMeZO(model.parameters(), **history, **options)
                 full_history(optimizer, grads)
 
         def step(closure: Closure) -> object:
@@ -262,17 +274,20 @@ BATCHES = [
     for batch, length in ((1, 32), (4, 32), (16, 32), (16, 128))
 ]
 IN_BATCH = "ours, regenerated in one batch"
+EXACT_IN_BATCH = "ours, regenerated, exact directions, in one batch"
+SHARED_IN_BATCH = "ours, regenerated, shared normals, in one batch"
 BY_PERTURBATION = [
     BARE,
     *(Method(variant, "AdaMeZO", 10) for variant in ("ours", "ours, out of place")),
     *(Method(variant, "AdaMeZO", 10) for variant in ("ours, low rank", "ours, regenerated")),
-    Method(IN_BATCH, "AdaMeZO", 10),
+    *(Method(variant, "AdaMeZO", 10) for variant in (IN_BATCH, EXACT_IN_BATCH)),
     *(NINE, Method("ours, regenerated", "FZOO", 1), Method(IN_BATCH, "FZOO", 1)),
+    *(Method(SHARED_IN_BATCH, method, 1) for method in ("FZOO", "GRZO")),
 ]
 PLANS = {
     "step_cpu": Plan([SHORT, LONG], [m for m in METHODS if m != RELEASED[ADAMEZO_20]], PEAKS),
     "paper_gpu": Plan(GPU_JOBS, METHODS, [*PEAKS, ADAMEZO_20, ONLY_GPU[2]]),
-    "regenerated_cpu": Plan(BATCHES, BY_PERTURBATION, BY_PERTURBATION[2:6]),
+    "regenerated_cpu": Plan(BATCHES, BY_PERTURBATION, BY_PERTURBATION[2:7]),
     "horizon_cpu": Plan(H_JOBS[:1], list(BY_HORIZON.values()), H_PEAKS),
     "horizon_gpu": Plan(H_JOBS[1:], list(BY_HORIZON.values()), H_PEAKS),
 }

@@ -140,6 +140,25 @@ PYBIND11_MODULE(_native, m) {
       },
       "The bodies of the CUDA kernels on the host, thread by thread, for tests.", job,
       py::arg("highs"), py::arg("blocks"), py::arg("threads"), unlocked);
+  m.def(
+      "cuda_quotients_on_host",
+      [](uint64_t a, uint64_t b, uint64_t y, uint64_t out, int64_t count) {
+        const DefaultFloatingPoint guard;
+        cuda_quotients_on_host(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
+                               reinterpret_cast<const float*>(y), reinterpret_cast<float*>(out),
+                               count);
+      },
+      "a / b of float32, made of approximations y of 1 / b as the CUDA kernels do, for tests.",
+      py::arg("a"), py::arg("b"), py::arg("y"), py::arg("out"), py::arg("count"), unlocked);
+  m.def(
+      "cuda_roots_on_host",
+      [](uint64_t a, uint64_t y, uint64_t out, int64_t count) {
+        const DefaultFloatingPoint guard;
+        cuda_roots_on_host(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(y),
+                           reinterpret_cast<float*>(out), count);
+      },
+      "The roots of a, likewise from approximations y of 1 / sqrt(a).", py::arg("a"), py::arg("y"),
+      py::arg("out"), py::arg("count"), unlocked);
 #if defined(ADAMEZO_WITH_CUDA)
   m.def("cuda_report", &cuda_report);
   m.def("cuda_launch", &cuda_launch, "Queues it on a stream of a device.", job, py::arg("highs"),

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks.render import adapters, kernels, memory, scaling, steps, stream_2, training
+from benchmarks.render import (
+    adapters,
+    evidence,
+    kernels,
+    memory,
+    scaling,
+    steps,
+    stream_2,
+    training,
+)
 from benchmarks.render.style import conditions, rewrite
 from benchmarks.results import RESULTS, pick, read
 from benchmarks.step_jobs import BARE, BY_HORIZON, MEZO, RELEASED
@@ -32,9 +41,10 @@ STEP = partial(steps.by_job, metric="time", part="step")
 MEMORY = partial(steps.by_job, metric="peak memory")
 BOTH = ["step", "paper"]
 
+ANSWER = partial(evidence.answer, job="layer", mode="full")
+
 PAGES: dict[str, dict[str, Block]] = {
     "README.md": {
-        "kernels": BASELINES,
         "steps": partial(
             STEP, benchmark="step", reference="torch", variant=["ours", "torch"], horizon=[1, 10]
         ),
@@ -87,7 +97,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "faithful": partial(training.ends, kind="large", second="held-out accuracy"),
         "small-steps": partial(training.ends, kind="small", second="distance from the start"),
     },
-    "docs/methods.md": {
+    "docs/comparison.md": {
         "methods_conditions": partial(conditions, benchmarks=["methods", "methods costs"]),
         **{
             f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
@@ -95,6 +105,19 @@ PAGES: dict[str, dict[str, Block]] = {
             for mode in training.MODES
         },
         "methods_directions": partial(training.by_directions, job="layer", modes=["full", "lora"]),
+    },
+    "docs/long_runs.md": {
+        "long_references": evidence.references,
+        "long_methods_full": partial(ANSWER, question="methods", mode="full"),
+        "long_methods_lora": partial(ANSWER, question="methods", mode="lora"),
+        "long_horizon": partial(ANSWER, question="horizon", mode="full"),
+        "long_warmup": partial(ANSWER, question="warm-up", mode="full"),
+        "long_directions": partial(ANSWER, question="directions", mode="full"),
+        "long_size": partial(ANSWER, question="perturbation size", mode="full"),
+        "long_queries": partial(ANSWER, question="directions a step", mode="full"),
+        "long_tweets": partial(ANSWER, question="methods", job="tweets", mode="full"),
+        "long_spent": evidence.spent,
+        "long_conditions": partial(conditions, benchmarks=["evidence"]),
     },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),
@@ -115,6 +138,8 @@ PAGES: dict[str, dict[str, Block]] = {
         "scaling_measured": scaling.measured,
         "network_conditions": partial(conditions, benchmarks=["network"]),
         "network": scaling.network,
+        "recovery_conditions": partial(conditions, benchmarks=["recovery"]),
+        "recovery_measured": scaling.caught_up,
         "scaling_model": scaling.model,
         "scaling_recovery": scaling.recovery,
     },
@@ -125,6 +150,7 @@ PLOTS = {
     "horizon": steps.plot_horizon,
     "still": training.plot_sixteen_bit,
     "methods": training.plot_methods,
+    "evidence": evidence.plot,
 }
 
 

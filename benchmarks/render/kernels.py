@@ -11,6 +11,7 @@ import pandas
 
 from benchmarks.render.style import COLOURS, NOT_YET, figure, markdown, over, save
 from benchmarks.results import pick
+from benchmarks.sass import PIPES
 
 LINES = ("torch", "portable", "avx2", "avx512")
 KEY = ["what", "type", "horizon", "threads", "elements"]
@@ -148,15 +149,26 @@ def fits(rows: pandas.DataFrame) -> str:
 # An H100 or H200: four schedulers in each multiprocessor issue one instruction for 32 elements a
 # cycle. The clock is assumed; `gpu` has measured ones.
 MULTIPROCESSORS = 132
-ISSUED_PER_S = MULTIPROCESSORS * 4 * 32 * 1.7e9
+CYCLES_PER_S = MULTIPROCESSORS * 4 * 32 * 1.7e9  # of a pipe, for one of a warp's 32 elements
 BYTES_PER_S = 3.0e12  # of a copy, read and written
 
 
 def at_best_ms(kernel: pandas.Series, horizon: int, weights: float = 1.3e9) -> float:
-    """Milliseconds that an H100 needs to issue a kernel's instructions or to move its bytes."""
-    issued = horizon * kernel["instructions a normal"] + kernel["instructions a weight"]
-    moved = kernel["bytes moved a weight"]
-    return 1e3 * weights * max(issued / ISSUED_PER_S, moved / BYTES_PER_S)
+    """Milliseconds that an H100 needs to issue a kernel's instructions, to compute them or to move
+    its bytes."""
+    return 1e3 * weights * max(needs(kernel, horizon, CYCLES_PER_S, BYTES_PER_S).values())
+
+
+def needs(
+    kernel: pandas.Series, horizon: int, cycles_per_s: float, bytes_per_s: float
+) -> dict[str, float]:
+    """Seconds that a weight keeps each part of a GPU busy."""
+    found = {"memory": kernel["bytes moved a weight"] / bytes_per_s}
+    for pipe in PIPES:
+        name = "instructions" if pipe == "issue" else f"{pipe} cycles"
+        cycles = horizon * kernel.get(f"{name} a normal", 0) + kernel.get(f"{name} a weight", 0)
+        found[pipe] = cycles / cycles_per_s
+    return found
 
 
 def budget(rows: pandas.DataFrame) -> str:
@@ -173,9 +185,11 @@ def budget(rows: pandas.DataFrame) -> str:
             counts = [kernel[f"instructions a {of}"] for of in ("normal", "weight")]
             cells = [f"{kernel.registers:.0f}", *(f"{n:.1f}" if n else "" for n in counts)]
             name = f"{named(what, horizon)}, {variant}"
-            body.append((name, by, *cells, f"{at_best_ms(kernel, horizon):.2f}"))
+            busy = needs(kernel, horizon, CYCLES_PER_S, BYTES_PER_S)
+            bound = max(busy, key=busy.__getitem__)
+            body.append((name, by, *cells, f"{at_best_ms(kernel, horizon):.2f}", bound))
     header = ("kernel", "compiler", "registers", "instructions a normal", "a weight besides")
-    return markdown((*header, "ms at best"), body)
+    return markdown((*header, "ms at best", "bound by"), body)
 
 
 def gpu(rows: pandas.DataFrame) -> str:
@@ -201,13 +215,9 @@ def gpu(rows: pandas.DataFrame) -> str:
         if key in made.index and row.clock_hz > 0:
             kernel = made.loc[key]
             horizon = row.horizon if row.what == "update" else 0
-            issued = horizon * kernel["instructions a normal"] + kernel["instructions a weight"]
-            needs = {
-                "memory": kernel["bytes moved a weight"] / rate,
-                "issue": issued / (MULTIPROCESSORS * 4 * 32 * row.clock_hz),
-            }
-            bound = max(needs, key=needs.__getitem__)
-            part = f"{needs[bound] * row.elements / row.median:.0%}"
+            busy = needs(kernel, horizon, MULTIPROCESSORS * 4 * 32 * row.clock_hz, rate)
+            bound = max(busy, key=busy.__getitem__)
+            part = f"{busy[bound] * row.elements / row.median:.0%}"
         speed = f"{row.elements / row.median / 1e9:.3g}"
         body.append((f"{named(row.what, row.horizon)}, {row.variant}", speed, part, bound))
     return markdown(("bfloat16", "G weights/s", "of the bound", "bound by"), body)

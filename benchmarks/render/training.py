@@ -1,4 +1,4 @@
-"""Tables and plots of runs: docs/perturbation.md, methods.md and reliability.md."""
+"""Tables and plots of runs: docs/perturbation.md, comparison.md and reliability.md."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ namespace adamezo {
 
 constexpr int kSignsPerCall = 128;
 
-// The sign of the element `i` places after a word's first, i in [0, 32), as +1 or -1.
-ADAMEZO_HD float sign_of(uint32_t word, int i) {
-  return bits_to_float(0x3f800000u | ((word << (31 - i)) & 0x80000000u));
+// `value` times the sign of the element `i` places after a word's first, i in [0, 32).
+ADAMEZO_HD float with_sign(float value, uint32_t word, int i) {
+  return bits_to_float(float_to_bits(value) ^ ((word << (31 - i)) & 0x80000000u));
 }
 
 }  // namespace adamezo

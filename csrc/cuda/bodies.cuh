@@ -1,6 +1,7 @@
 // The bodies of the CUDA kernels: the work of one thread, as functions of (worker, workers) that
 // the host can run too, one worker after the other. A worker is a thread of the whole launch; 32 in
-// a row are a warp and take their windows together, without communication among them.
+// a row are a warp and take their windows together. They share nothing but calls for signs
+// (directions.cuh).
 //
 // Every weight is read once and written once, and all arithmetic is that of csrc/adamezo, in the
 // order of csrc/cpu/loops.h.
@@ -28,6 +29,7 @@ struct Workspace {
   float* newest;               // kThreadElements of them: z_0
   volatile uint32_t* scratch;  // kScratchWords; volatile, so that no register holds them
   int stride;
+  Words16* calls;  // [kWarp], which the threads of a warp share; for sums of signs alone
 };
 constexpr int kScratchWords = 2;
 
@@ -39,11 +41,6 @@ ADAMEZO_HD void fill_table(const DeviceJob& job, Direction* table, int thread, i
     table[k] = {philox_stream(job.round_keys, job.directions[k], block_hi), kFastOnes, job.first[k],
                 job.second ? job.second[k] : 0.0f};
 }
-
-// Sixteen bytes of memory as one access.
-struct alignas(16) Words16 {
-  uint32_t words[4];
-};
 
 // `named` selects the instruction by its name: the compiler does not see that the address of a
 // thread's first chunk is aligned, and would store it in four pieces.
@@ -282,33 +279,56 @@ struct Perturb {
 using ThreadMoments = Moments<ScalarLanes>[kThreadElements / 4];
 
 // Adds up all directions at one place, the newest first. The newest is stored in space.newest, in
-// shared memory, as an update needs it again after a loop that takes all registers.
+// shared memory, as an update needs it again after a loop that takes all registers; or of signs in
+// `newest`, those of a chunk in the low bits of a word.
 template <class D, class T, bool kSecond>
 ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
-                               const typename D::template Place<T>& place, ThreadMoments& moments) {
+                               const typename D::template Place<T>& place, ThreadMoments& moments,
+                               [[maybe_unused]] uint32_t newest[kChunks<T>]) {
   ADAMEZO_UNROLL
   for (auto& four : moments) four = zero_moments<ScalarLanes>();
 
-  const Direction* next = space.table;
-  float squares = 0.0f;  // S2 of signs, whose squares are 1: one number for all elements
-  ADAMEZO_NO_UNROLL
-  for (int left = int(job.horizon); left > 0; --left) {
-    const Direction& direction = *next++;
-    float z[kThreadElements];
-    D::template z<T>(job.round_keys, place, direction, z);
-    if (left == int(job.horizon)) {
-      ADAMEZO_UNROLL
-      for (int i = 0; i < kThreadElements; ++i) space.newest[i * space.stride] = z[i];
+  if constexpr (D::kSigns) {
+    float squares = 0.0f;  // S2, one number for all elements since z^2 is 1
+    ADAMEZO_NO_UNROLL
+    for (int from = 0; from < int(job.horizon); from += D::kTogether) {
+      const Direction* next = space.table + from;
+      const int left = int(job.horizon) - from, count = left < D::kTogether ? left : D::kTogether;
+      D::template make_calls<T>(job.round_keys, place, next, count, space.calls);
+      if (from == 0) D::template signs_of<T>(place, space.calls, newest);
+      const Words16* calls = space.calls;
+      ADAMEZO_NO_UNROLL
+      for (int k = count; k > 0; --k, ++next, calls += D::kCalls) {
+        uint32_t signs[kChunks<T>];
+        D::template signs_of<T>(place, calls, signs);
+        ADAMEZO_UNROLL
+        for (int i = 0; i < kThreadElements; ++i) {
+          // fma(first, z, S1), as the product is exact
+          float& s1 = moments[i / 4].s1[i % 4];
+          s1 = ScalarLanes::add(s1, with_sign(next->first, signs[i / kChunk<T>], i % kChunk<T>));
+        }
+        squares = ScalarLanes::add(squares, next->second);
+      }
     }
-    ADAMEZO_UNROLL
-    for (int i = 0; i < kThreadElements / 4; ++i)
-      accumulate<ScalarLanes, kSecond && !D::kSigns>(moments[i], z + 4 * i, direction.first,
-                                                     direction.second);
-    if constexpr (D::kSigns) squares = ScalarLanes::add(squares, direction.second);
-  }
-  if constexpr (D::kSigns && kSecond) {
-    ADAMEZO_UNROLL
-    for (int i = 0; i < kThreadElements; ++i) moments[i / 4].s2[i % 4] = squares;
+    if constexpr (kSecond) {
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kThreadElements; ++i) moments[i / 4].s2[i % 4] = squares;
+    }
+  } else {
+    const Direction* next = space.table;
+    ADAMEZO_NO_UNROLL
+    for (int left = int(job.horizon); left > 0; --left) {
+      const Direction& direction = *next++;
+      float z[kThreadElements];
+      D::template z<T>(job.round_keys, place, direction, z);
+      if (left == int(job.horizon)) {
+        ADAMEZO_UNROLL
+        for (int i = 0; i < kThreadElements; ++i) space.newest[i * space.stride] = z[i];
+      }
+      ADAMEZO_UNROLL
+      for (int i = 0; i < kThreadElements / 4; ++i)
+        accumulate<ScalarLanes, kSecond>(moments[i], z + 4 * i, direction.first, direction.second);
+    }
   }
 }
 
@@ -334,15 +354,22 @@ struct Update {
             space.scratch[space.stride] = theta.parameter;
           }
           ThreadMoments moments;
-          sum_directions<D, T, kSecond>(job, space, place, moments);
+          uint32_t signs[kChunks<T>];
+          sum_directions<D, T, kSecond>(job, space, place, moments, signs);
+          float step[kThreadElements];
+          make_steps<kThreadElements, kSecond>(moments, job.eps, step);
           float values[kThreadElements];
           theta.load(theta.window, values);
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i) {
-            const auto& four = moments[i / 4];
-            const float step =
-                preconditioned<ScalarLanes, kSecond>(four.s1[i % 4], four.s2[i % 4], job.eps);
-            values[i] = updated(job, values[i], space.newest[i * space.stride], step);
+            if constexpr (!D::kSigns) {
+              values[i] = updated(job, values[i], space.newest[i * space.stride], step[i]);
+            } else {
+              if (job.scale != 0.0f)
+                values[i] = ScalarLanes::add(
+                    values[i], with_sign(job.scale, signs[i / kChunk<T>], i % kChunk<T>));
+              values[i] = descend<ScalarLanes>(values[i], step[i], job.step[0], job.step[1]);
+            }
           }
           if constexpr (kRounding == Rounding::kStochastic)
             store_stochastic(job, theta, uint64_t(space.scratch[0]) * kWindow,
@@ -364,7 +391,8 @@ struct Moment {
     for_each_window<D, T>(job, worker, workers,
                           [&](const Elements<T>& out, const typename D::template Place<T>& place) {
                             ThreadMoments moments;
-                            sum_directions<D, T, kSecond>(job, space, place, moments);
+                            uint32_t signs[kChunks<T>];
+                            sum_directions<D, T, kSecond>(job, space, place, moments, signs);
                             float values[kThreadElements];
                             ADAMEZO_UNROLL
                             for (int i = 0; i < kThreadElements; ++i)

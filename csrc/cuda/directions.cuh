@@ -14,6 +14,7 @@
 #include "adamezo/normal.h"
 #include "adamezo/philox.h"
 #include "adamezo/rademacher.h"
+#include "cuda/quotients.cuh"
 
 namespace adamezo {
 namespace cuda {
@@ -39,6 +40,11 @@ template <class T>
 ADAMEZO_HD int chunk_in_window(int lane, int chunk) {
   return (chunk * kWarp + lane) * kChunk<T>;
 }
+
+// Sixteen bytes of memory as one access.
+struct alignas(16) Words16 {
+  uint32_t words[4];
+};
 
 // An entry of the table of directions that the threads of a block share.
 struct alignas(16) Direction {
@@ -117,18 +123,14 @@ struct Normals {
   }
 };
 
-// The root of exact normals: that of -ln u, which is 0 or lies in [2^-25, 22]. The steps are those
-// that nvcc makes of __fsqrt_rn for arguments in [2^-101, 2^128), so the rounding is that of
-// __fsqrt_rn; its test for other arguments is left out, with the branch that would keep a thread's
-// normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity is a NaN.
+// The root of exact normals: that of -ln u, which is 0 or lies in [2^-25, 22]. The rounding is that
+// of __fsqrt_rn; its test for other arguments is left out, with the branch that would keep a
+// thread's normals from overlapping. At 0 the reciprocal is held finite instead: 0 times infinity
+// is a NaN.
 struct ThreadLanes : ScalarLanes {
 #if defined(__CUDA_ARCH__)
   static ADAMEZO_HD float sqrt(float a) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
-    y = fminf(y, 0x1p126f);
-    const float root = __fmul_rn(a, y);
-    return __fmaf_rn(__fmaf_rn(-root, root, a), __fmul_rn(y, 0.5f), root);
+    return usual_sqrt(a, fminf(approximate_rsqrt(a), 0x1p126f));
   }
 #endif
 };
@@ -150,6 +152,8 @@ struct Rademacher {
   struct Place {
     PhiloxGroup<ScalarLanes> group[kChunks<T>];
     int first;  // the place of the first chunk's first element among the 128 of its call
+    uint32_t block, parameter;  // of the window's first call
+    int lane;
   };
 
   template <class T>
@@ -163,6 +167,9 @@ struct Rademacher {
     // It is the same for every chunk, as chunks are a multiple of 128 elements apart.
     static_assert(kWarp * kChunk<T> % kSignsPerCall == 0, "");
     place.first = chunk_in_window<T>(lane, 0) % kSignsPerCall;
+    place.block = uint32_t(window >> kLogElements);
+    place.parameter = parameter;
+    place.lane = lane;
     return place;
   }
 
@@ -175,8 +182,40 @@ struct Rademacher {
       philox_finish<ScalarLanes>(call, key);
       const uint32_t signs = signs_from(call, place.first);
       ADAMEZO_UNROLL
-      for (int i = 0; i < kChunk<T>; ++i) z[c * kChunk<T> + i] = sign_of(signs, i);
+      for (int i = 0; i < kChunk<T>; ++i) z[c * kChunk<T> + i] = with_sign(1.0f, signs, i);
     }
+  }
+
+  // Along many directions each thread would make a call for each of its chunks, sixteen or more
+  // threads the same one. The lanes of a warp make those of a window together instead, once each,
+  // along as many directions at a time as there are lanes for.
+  static constexpr int kCalls = kWindow / kSignsPerCall, kTogether = kWarp / kCalls;
+
+  // Fills the warp's `calls`, one for each lane, along directions[0] to directions[count - 1],
+  // which are no more than kTogether. On the host a thread does so for all lanes.
+  template <class T>
+  static ADAMEZO_HD void make_calls(const PhiloxRoundKeys& key, const Place<T>& place,
+                                    const Direction* directions, int count, Words16* calls) {
+#if defined(__CUDA_ARCH__)
+    __syncwarp();  // until no lane reads the calls before
+    make_call(key, place.block, place.parameter, place.lane, directions, count, calls);
+    __syncwarp();
+#else
+    for (int lane = 0; lane < kWarp; ++lane)
+      make_call(key, place.block, place.parameter, lane, directions, count, calls);
+#endif
+  }
+
+  // The thread's signs along the direction whose calls are there, those of a chunk in the low bits.
+  template <class T>
+  static ADAMEZO_HD void signs_of(const Place<T>& place, const Words16* calls,
+                                  uint32_t signs[kChunks<T>]) {
+    const uint32_t* const words = calls->words;  // of 32 elements each
+    const int first = chunk_in_window<T>(place.lane, 0);
+    static_assert(kWarp * kChunk<T> % 32 == 0, "");  // from one chunk to the next
+    ADAMEZO_UNROLL
+    for (int c = 0; c < kChunks<T>; ++c)
+      signs[c] = words[c * kChunk<T> + first / 32] >> (first % 32);
   }
 
   static ADAMEZO_HD void quad(const PhiloxRoundKeys& key, uint64_t index, uint32_t parameter,
@@ -186,10 +225,20 @@ struct Rademacher {
     philox_finish<ScalarLanes>(call, key);
     const uint32_t signs = signs_from(call, int(index % kSignsPerCall));
     ADAMEZO_UNROLL
-    for (int i = 0; i < 4; ++i) z[i] = sign_of(signs, i);
+    for (int i = 0; i < 4; ++i) z[i] = with_sign(1.0f, signs, i);
   }
 
  private:
+  static ADAMEZO_HD void make_call(const PhiloxRoundKeys& key, uint32_t block, uint32_t parameter,
+                                   int lane, const Direction* directions, int count,
+                                   Words16* calls) {
+    const int k = lane / kCalls;
+    const auto group = philox_group<ScalarLanes>(key, block + uint32_t(lane % kCalls), parameter);
+    auto call = philox_begin<ScalarLanes>(group, directions[k < count ? k : 0].stream);
+    philox_finish<ScalarLanes>(call, key);
+    calls[lane] = {{call.c0, call.c1, call.c2, call.c3}};
+  }
+
   // The signs of a word from element `first` of its call on.
   static ADAMEZO_HD uint32_t signs_from(const PhiloxCall<ScalarLanes>& call, int first) {
     const int word = first / 32;

@@ -18,15 +18,21 @@ constexpr int kThreads = 256;
 // This allows 80 registers a thread, and 24 warps on a multiprocessor.
 constexpr int kBlocksPerMultiprocessor = 3;
 
+// Of a block's shared memory. Without signs there are none.
+template <class Body>
+constexpr int kCallsShared = Body::Directions::kSigns ? kThreads : 1;
+
 template <class Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     kernel(const __grid_constant__ DeviceJob job) {
   __shared__ float newest[kThreadElements][kThreads];
   __shared__ uint32_t scratch[kScratchWords][kThreads];
+  __shared__ Words16 calls[kCallsShared<Body>];
   extern __shared__ Direction table[];
   fill_table<typename Body::Directions>(job, table, int(threadIdx.x), kThreads);
   __syncthreads();
-  Body::run(job, {table, &newest[0][threadIdx.x], &scratch[0][threadIdx.x], kThreads},
+  Words16* const of_warp = calls + threadIdx.x / kWarp * kWarp % kCallsShared<Body>;
+  Body::run(job, {table, &newest[0][threadIdx.x], &scratch[0][threadIdx.x], kThreads, of_warp},
             int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads);
 }
 
@@ -94,7 +100,8 @@ void launch_body(Body, const Job& job, const HighWords& highs, int device, uint6
   const size_t table = size_t(job.horizon) * sizeof(Direction);
   const auto function = kernel<Body>;
   constexpr size_t kWithoutAsking = 48 << 10,
-                   kStatic = (kThreadElements + kScratchWords) * kThreads * 4;
+                   kStatic = (kThreadElements + kScratchWords) * kThreads * 4 +
+                             kCallsShared<Body> * sizeof(Words16);
   if (kStatic + table > kWithoutAsking) {
     // All that the device has: two threads that ask for as much as each needs would race.
     int most = 0;

@@ -30,6 +30,11 @@ void cuda_launch(const Job& job, const HighWords& highs, int device, uint64_t st
 // to host memory; the caller has set the default floating-point environment.
 void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads);
 
+// The steps of quotients.cuh on the host, for tests: from approximations y of 1 / b or 1 / sqrt(a).
+void cuda_quotients_on_host(const float* a, const float* b, const float* y, float* out,
+                            int64_t count);
+void cuda_roots_on_host(const float* a, const float* y, float* out, int64_t count);
+
 // Adds to *count, in the device's memory, how many float32 in [2^-25, 22] and at 0 have a root that
 // ThreadLanes::sqrt does not round correctly.
 void cuda_check_sqrt(uint64_t* count, int device, uint64_t stream);

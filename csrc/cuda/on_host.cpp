@@ -12,6 +12,7 @@ void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads
   std::vector<Direction> table(static_cast<size_t>(job.horizon));
   std::vector<float> newest(static_cast<size_t>(kThreadElements * threads));
   std::vector<uint32_t> scratch(static_cast<size_t>(kScratchWords * threads));
+  Words16 calls[kWarp];
   const auto run = [&](auto body) {
     for (const uint32_t high : highs) {
       const DeviceJob device_job(job, high);
@@ -20,7 +21,7 @@ void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads
           fill_table<D>(device_job, table.data(), thread, threads);
         for (int thread = 0; thread < threads; ++thread)
           body.run(device_job,
-                   {table.data(), newest.data() + thread, scratch.data() + thread, threads},
+                   {table.data(), newest.data() + thread, scratch.data() + thread, threads, calls},
                    block * threads + thread, blocks * threads);
       }
     }
@@ -74,6 +75,15 @@ int64_t count_tiles(Segment* segments, int64_t count, uint64_t offset) {
     tiles += tiles_of(segments[s], offset).count;
   }
   return tiles;
+}
+
+void cuda_quotients_on_host(const float* a, const float* b, const float* y, float* out,
+                            int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = cuda::usual_quotient(a[i], b[i], y[i]);
+}
+
+void cuda_roots_on_host(const float* a, const float* y, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = cuda::usual_sqrt(a[i], y[i]);
 }
 
 void cuda_on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads) {

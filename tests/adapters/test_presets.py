@@ -37,10 +37,10 @@ def test_mezos_published_values_are_there():
 
 
 def test_our_own_are_the_best_of_the_committed_search():
-    """The lr of the tables in docs/methods.md."""
-    tables = (ROOT / "docs" / "methods.md").read_text()
+    """The lr of the tables in docs/comparison.md."""
+    tables = (ROOT / "docs" / "comparison.md").read_text()
     modes = {"none": "full", "lora": "lora", "tensor-train": "tensor-train"}
-    ours = [p for p in PRESETS if p.source.startswith("docs/methods.md")]
+    ours = [p for p in PRESETS if p.source.startswith("docs/comparison.md")]
     assert len(ours) >= 9
     for preset in ours:
         job = "layer" if "layer" in preset.source else "main"

@@ -4,6 +4,7 @@ kernels, whatever the shape of the launch. What is left for a GPU is in test_cud
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -270,6 +271,24 @@ def test_random_words_beyond_one_high_word(on_host, guarded, distribution, offse
         )
         results.append(w)
     assert_same_bits(*results)
+
+
+FIRST = (0.0, -0.0, 1e-45, -1e-39, 1e-25, -1e-12, 1.0, 1e12, -1e25, 3e38)
+SECOND = (0.0, 1e-45, 1e-38, 2.0**-101, 3e-31, 1e-12, 1.0, 1e20, 3e38)
+
+
+@pytest.mark.parametrize("eps", [1e-45, 1e-38, 1e-8, 1.0, 1e18, 2e18, 3e38])
+def test_updates_with_sums_of_every_size(on_host, eps):
+    """Roots and quotients where the steps of csrc/cuda/quotients.cuh hold, where they do not, and
+    where both are in one thread."""
+    for first, second in itertools.product(FIRST, SECOND):
+        results = []
+        for backend in ("cuda", "native"):
+            w = torch.zeros(600)
+            sums = [first, first / 3], [second, second / 7]
+            update_(Plan([w]), states(2), *sums, lr=1.0, eps=eps, backend=backend)
+            results.append(w)
+        assert_same_bits(*results, (first, second))
 
 
 # --- low-rank directions of matrices --------------------------------------------------------------

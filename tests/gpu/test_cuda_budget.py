@@ -17,7 +17,10 @@ needs_both = pytest.mark.skipif(bool(budget.without_cuda()), reason=budget.witho
 # 80 registers let 24 warps live on a multiprocessor, enough to hide the latency of their chains.
 MOST_REGISTERS = 80
 # Of Philox 8.5, of the sums 3, of the fewest instructions known for a normal 7 or 19; and the loop.
-MOST_SLOTS_PER_NORMAL = {"fast": 19.5, "exact": 35.0, "rademacher": 12.0}
+# Of signs, whose calls a warp shares, 3 for each one; the others are the loops and a call.
+MOST_SLOTS_PER_NORMAL = {"fast": 19.5, "exact": 35.0, "rademacher": 4.8}
+# Of the window 8, of a weight's conversions, restoring and step 6, of a root and a quotient 14.
+MOST_SLOTS_OF_A_WEIGHT = {"fast": 31.5, "exact": 31.5, "rademacher": 21.5}
 # Of Philox 8.5, 1.5 to begin it and 1 to have its keys at hand; of the rounding 5 more than of a
 # conversion; and 1.5 to keep and to find where the window is.
 MOST_SLOTS_TO_ROUND = 17.5
@@ -41,6 +44,9 @@ def test_issue_slots_of_a_normal():
         most = MOST_SLOTS_PER_NORMAL[counted.kernel.distribution]
         # No fewer than two thirds either: then the count has lost sight of the loop.
         assert 2 / 3 * most < counted.per_normal <= most, counted
+        most = MOST_SLOTS_OF_A_WEIGHT[counted.kernel.distribution]
+        most += MOST_SLOTS_TO_ROUND * counted.kernel.stochastic
+        assert 2 / 3 * most < counted.per_weight <= most, counted
 
 
 @needs_both
@@ -169,5 +175,60 @@ def test_instructions_are_counted_by_loop_and_without_rare_blocks():
     assert code[4] == (0x40, "BRA", " 0x20 ", True)
     # The window's loop is 0x10 to 0x90 without the two instructions for a single element; the
     # directions' loop in it is 0x20 to 0x40.
-    assert sass.loop_sizes(code, whole_program=False) == (7, 3)
-    assert sass.loop_sizes(code, whole_program=True) == (9, 7)
+    window, loop, inner = sass.loop_cycles(code, whole_program=False)
+    assert (window[0], loop[0], inner[0]) == (7, 3, 0)
+    # Of the loop, two multiply floats; of the window beside it, one multiplies integers.
+    assert dict(zip(sass.PIPES, window, strict=True)) == dict(
+        issue=7, multiplier=2, fma=3, alu=0, special=0, access=4
+    )
+    program, loop, _ = sass.loop_cycles(code, whole_program=True)
+    assert (program[0], loop[0]) == (9, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "pipes"),
+    [
+        ("IMAD.WIDE.U32", dict(multiplier=4, fma=2)),
+        ("IMAD.SHL.U32", dict(multiplier=2, fma=1)),
+        ("FADD.FTZ", dict(fma=1)),
+        ("LOP3.LUT", dict(alu=2)),
+        ("FSETP.GE.AND", dict(alu=2)),
+        ("FCHK", dict(alu=2)),
+        ("I2FP.F32.S32", dict(alu=2)),
+        ("MUFU.RSQ", dict(special=8)),
+        ("I2F.U32.RP", dict(special=8)),
+        ("LDS.128", dict(access=4)),
+        ("LDC.64", dict(access=4)),
+        ("LEA.HI.X", dict(alu=2)),
+        ("ULDC.64", {}),
+        ("BSSY", {}),
+    ],
+)
+def test_what_an_instruction_takes_time_of(name, pipes):
+    cycles = sass.cycles([sass.Instruction(0, name, " R0, R1", False)])
+    assert dict(zip(sass.PIPES, cycles, strict=True)) == dict.fromkeys(sass.PIPES, 0) | pipes | {
+        "issue": 1
+    }
+
+
+ASIDE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IMAD R2, R2, R3, R4 ;
+        /*0020*/                   BRA.DIV UR4, 0xa0 ;
+        /*0030*/                   FFMA R5, R5, R6, R7 ;
+        /*0040*/               @P0 BRA 0x30 ;
+        /*0050*/               @P1 BRA 0x80 ;
+        /*0060*/                   FCHK P2, R5, R6 ;
+        /*0070*/                   FADD R5, R5, R6 ;
+        /*0080*/              @!P2 BRA 0x10 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   WARPSYNC.COLLECTIVE R8, 0x30 ;
+        /*00b0*/                   BRA 0x30 ;
+"""
+
+
+def test_warps_that_diverge_and_what_is_aside_are_not_counted():
+    code = list(sass.instructions(ASIDE))
+    for besides, window in (("", 8), ("FCHK", 6)):
+        found = sass.loop_cycles(code, whole_program=False, besides=besides)
+        assert [cycles[0] for cycles in found] == [window, 2, 0]

@@ -123,7 +123,8 @@ def test_every_check_of_ci_has_a_job():
         for command in commands(yaml.safe_load(file.read_text()))
         for word in command.split()
     }
-    others = {"test-all", "newcomer", "gpu-check", "gpu-bench", "sdist", "wheels", "wheel-check"}
+    others = {"test-all", "test-integrations", "newcomer", "gpu-check", "gpu-bench"}
+    others |= {"sdist", "wheels", "wheel-check"}
     assert phases - {"setup"} | others <= called
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def by_hand(model, batches, optimizer, steps, accumulation=2, schedule=None, mos
         items = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro)
 
         def closure(micro=micro, items=items):
-            return sum(model(**batch, num_items_in_batch=items).loss for batch in micro)
+            losses = [model(**batch, num_items_in_batch=items).loss for batch in micro]
+            return sum(loss.double() for loss in losses)
 
         optimizer.step(closure)
     return weights(model)
@@ -306,8 +308,9 @@ def test_what_changes_no_bit(tmp_path, changed):
     assert same(*ends)
 
 
-def test_auto_find_batch_size_halves_it_and_begins_again(tmp_path):
-    """At the weights that it had: those are restored when a closure runs out of memory."""
+def test_auto_find_batch_size_lowers_it_and_begins_again(tmp_path):
+    """At the weights that it had: those are restored when a closure runs out of memory. How far
+    down it goes is accelerate's affair."""
     model = families.make("llama")
     start, sizes = weights(model), []
 
@@ -326,7 +329,7 @@ def test_auto_find_batch_size_halves_it_and_begins_again(tmp_path):
     made.train()
     hook.remove()
     assert sizes[0] == 3
-    assert sizes[-4:] == [2] * 4
+    assert sizes[-4:] == [min(sizes)] * 4 < [3] * 4
     assert unwrapped(made.optimizer).param_groups[0]["steps"] == 2
 
 
@@ -371,26 +374,53 @@ def test_fp16_is_refused_before_a_scaler_is_made(tmp_path):
         ZOTrainer(families.make("llama"), args, train_dataset=rows(), data_collator=collate)
 
 
+PARALLEL = SimpleNamespace(sp_backend=None, sp_enabled=False)  # what the Trainer looks at
+
+
 @pytest.mark.parametrize(
-    ("processes", "gpus", "message"), [(2, 1, "got 2 processes"), (1, 2, "got 2 GPUs")]
-)
-def test_several_devices_are_refused(tmp_path, monkeypatch, processes, gpus, message):
+    ("accelerator", "gpus", "changed", "message"),
+    [
+        ({"num_processes": 2, "distributed_type": "FSDP"}, 1, {}, "got 2 processes of the kind FS"),
+        ({"num_processes": 2, "distributed_type": "DEEPSPEED"}, 1, {}, "kind DEEPSPEED: expected"),
+        (
+            {"num_processes": 2, "distributed_type": "MULTI_GPU", "parallelism_config": PARALLEL},
+            1, {}, "kind MULTI_GPU and a model in pieces",
+        ),
+        ({"mixed_precision": "fp16"}, 1, {}, "GradScaler refuses steps with a closure"),
+        (
+            {"num_processes": 2, "distributed_type": "MULTI_CPU"}, 1,
+            {"accelerator_config": {"even_batches": False}}, "set dataloader_drop_last=True",
+        ),
+        ({}, 2, {}, "got 2 GPUs"),
+    ],
+)  # fmt: skip
+def test_launches_that_cannot_work_are_refused(
+    tmp_path, monkeypatch, accelerator, gpus, changed, message
+):
     name = "create_accelerator_and_postprocess"
     original = getattr(transformers.Trainer, name)
-    monkeypatch.setattr(transformers.Trainer, name, _with_processes(original, processes, gpus))
+    monkeypatch.setattr(transformers.Trainer, name, _launched(original, accelerator, gpus))
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path)
+        trainer(tmp_path, **changed)
 
 
-def _with_processes(original, processes, gpus):
+def test_processes_that_accelerate_does_not_see_are_refused(tmp_path, monkeypatch):
+    """Without a GPU and use_cpu each would train a model of its own, all into one folder."""
+    args = arguments(tmp_path)
+    assert args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started.*pass use_cpu=True"):
+        ZOTrainer(families.make("llama"), args, train_dataset=rows(), data_collator=collate)
+
+
+def _launched(original, accelerator, gpus):
+    kinds = transformers.trainer.DistributedType
+    seen = {k: kinds(v) if k == "distributed_type" else v for k, v in accelerator.items()}
+
     def create(self):
         original(self)
         self.args._n_gpu = gpus
-
-        class Several(type(self.accelerator)):
-            num_processes = processes
-
-        self.accelerator.__class__ = Several
+        self.accelerator.__class__ = type("Launched", (type(self.accelerator),), seen)
 
     return create
 

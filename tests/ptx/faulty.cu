@@ -32,6 +32,39 @@ __global__ void without_the_second_barrier(const float* in, float* out) {
   if (passed[threadIdx.x] != 0) out[threadIdx.x] = 1;
 }
 
+// The same by way of a warp's own part of shared memory.
+template <bool kBetween, bool kAfter>
+__device__ void through_warps(const float* in, float* out) {
+  __shared__ float passed[kThreads];
+  const int warp = int(threadIdx.x) / 32 * 32, lane = int(threadIdx.x) % 32;
+  passed[threadIdx.x] = in[kThreads / 2 - warp + lane];
+  if (kBetween) __syncwarp();
+  out[threadIdx.x] = passed[warp + 31 - lane];
+  if (kAfter) __syncwarp();
+  passed[threadIdx.x] = 0;
+  __syncwarp();
+  if (passed[threadIdx.x] != 0) out[threadIdx.x] = 1;
+}
+__global__ void right_in_warps(const float* in, float* out) { through_warps<true, true>(in, out); }
+__global__ void without_the_barrier_of_warps(const float* in, float* out) {
+  through_warps<false, true>(in, out);
+}
+__global__ void without_the_second_barrier_of_warps(const float* in, float* out) {
+  through_warps<true, false>(in, out);
+}
+
+__global__ void barrier_of_warps_between_warps(const float* in, float* out) {
+  __shared__ float passed[kThreads];
+  passed[threadIdx.x] = in[threadIdx.x];
+  __syncwarp();
+  out[threadIdx.x] = passed[kThreads - 1 - threadIdx.x];
+}
+
+__global__ void missed_barrier_of_a_warp(const float* in, float* out) {
+  if (threadIdx.x != 5) __syncwarp();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
 __global__ void two_writers(const float* in, float* out) {
   __shared__ float passed[kThreads];
   passed[threadIdx.x / 2] = in[threadIdx.x];
@@ -103,6 +136,11 @@ extern "C" __attribute__((visibility("default"))) const char* launch(const char*
   LAUNCH(right);
   LAUNCH(without_the_barrier);
   LAUNCH(without_the_second_barrier);
+  LAUNCH(right_in_warps);
+  LAUNCH(without_the_barrier_of_warps);
+  LAUNCH(without_the_second_barrier_of_warps);
+  LAUNCH(barrier_of_warps_between_warps);
+  LAUNCH(missed_barrier_of_a_warp);
   LAUNCH(two_writers);
   LAUNCH(missed_barrier);
   LAUNCH(never_written);

@@ -147,6 +147,10 @@ inline f32 rsqrt_approx_ftz(T a) {
   return canonical(flushed(f32(1 / std::sqrt(double(flushed(a))))));
 }
 template <class T>
+inline f32 rcp_approx_ftz(T a) {
+  return canonical(flushed(1 / flushed(a)));
+}
+template <class T>
 inline f32 sqrt_approx_ftz(T a) {
   return canonical(std::sqrt(flushed(a)));
 }

@@ -1,5 +1,6 @@
 // Runs launches of translated kernels, one block after the other. A block's threads are fibers that
-// take turns at barriers, in an order that is shuffled anew from one barrier to the next.
+// take turns at barriers, of the block or of a warp, in an order that is shuffled anew from one
+// barrier to the next.
 #include "machine.h"
 
 #include <ucontext.h>
@@ -30,7 +31,7 @@ std::vector<Range> ranges;  // by their begin; they do not overlap
 std::string fault_of_launch;
 unsigned seed;
 
-enum class State { kReady, kAtBarrier, kDone };
+enum class State { kReady, kAtBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
   static constexpr size_t kStack = 256 << 10;
@@ -64,6 +65,20 @@ std::unique_ptr<Fiber> new_fiber() {
   return fiber;
 }
 
+// The threads of a warp have met: what they did before is in order with what they do now.
+void pass_warp_barrier(u16 warp) {
+  const auto pass = [&](u16& user) {
+    if (user != kNobody && user != kMany && warp_of(user) == warp) user = u16(kOfWarp + warp);
+  };
+  for (u32 i = 0; 4 * i < shared_bytes; ++i) pass(cells[i].writer), pass(cells[i].reader);
+}
+
+std::string missed(u32 waiting, u32 threads, const char* barrier, u32 block) {
+  return std::to_string(waiting) + " threads wait at a barrier" + barrier + " that " +
+         std::to_string(threads - waiting) + " threads missed, block " + std::to_string(block) +
+         " of " + kernel->name;
+}
+
 void run_block(u32 block, u32 blocks, u32 threads, std::mt19937& random) {
   while (fibers.size() < threads) fibers.push_back(new_fiber());
   for (u32 t = 0; t < threads; ++t) {
@@ -74,23 +89,43 @@ void run_block(u32 block, u32 blocks, u32 threads, std::mt19937& random) {
   std::iota(turns.begin(), turns.end(), 0);
   for (;;) {
     std::shuffle(turns.begin(), turns.end(), random);
-    u32 waiting = 0;
     for (const u32 t : turns) {
       running = fibers[t].get();
-      if (running->state == State::kDone) continue;
-      running->state = State::kReady;
+      if (running->state != State::kReady) continue;
       swapcontext(&scheduler, &running->context);
       if (!fault_of_launch.empty()) return;
-      waiting += running->state == State::kAtBarrier;
     }
+    // Every thread waits or is done.
+    const auto count = [&](u32 first, u32 last, State state) {
+      u32 found = 0;
+      for (u32 t = first; t < last; ++t) found += fibers[t]->state == state;
+      return found;
+    };
+    const auto release = [&](u32 first, u32 last) {
+      for (u32 t = first; t < last; ++t) fibers[t]->state = State::kReady;
+    };
+    bool passed = false;
+    for (u32 first = 0; first < threads; first += kWarp) {
+      const u32 last = std::min(first + kWarp, threads);
+      const u32 waiting = count(first, last, State::kAtWarpBarrier);
+      if (waiting == 0) continue;
+      if (waiting != last - first) {
+        fault_of_launch = missed(waiting, last - first, " of their warp", block);
+        return;
+      }
+      pass_warp_barrier(u16(first / kWarp));
+      release(first, last);
+      passed = true;
+    }
+    if (passed) continue;
+    const u32 waiting = count(0, threads, State::kAtBarrier);
     if (waiting == 0) return;
     if (waiting != threads) {
-      fault_of_launch = std::to_string(waiting) + " threads wait at a barrier that " +
-                        std::to_string(threads - waiting) + " threads missed, block " +
-                        std::to_string(block) + " of " + kernel->name;
+      fault_of_launch = missed(waiting, threads, "", block);
       return;
     }
-    for (u32 i = 0; 4 * i < shared_bytes; ++i) cells[i].writer = cells[i].reader = 0;
+    release(0, threads);
+    for (u32 i = 0; 4 * i < shared_bytes; ++i) cells[i].writer = cells[i].reader = kNobody;
   }
 }
 
@@ -98,6 +133,11 @@ void run_block(u32 block, u32 blocks, u32 threads, std::mt19937& random) {
 
 void barrier(Thread&) {
   running->state = State::kAtBarrier;
+  swapcontext(&running->context, &scheduler);
+}
+
+void warp_barrier(Thread&) {
+  running->state = State::kAtWarpBarrier;
   swapcontext(&running->context, &scheduler);
 }
 

@@ -51,7 +51,10 @@ struct Registration {
   explicit Registration(const Entry* entries);  // up to one without a name
 };
 
+constexpr u32 kWarp = 32;  // threads of a block whose numbers follow each other
+
 void barrier(Thread& self);
+void warp_barrier(Thread& self);
 [[noreturn]] void fault(const Thread& self, const char* what, u64 address, u32 size);
 
 // ---- memory -----------------------------------------------------------------------------------
@@ -65,13 +68,16 @@ struct Range {
 extern Range allowed;  // the one that was used last
 void find_range(const Thread& self, u64 address, u32 size, bool writes);
 
-// Who used four bytes of shared memory since the last barrier: a thread's number + 1, or 0 for
-// nobody. Kernels whose threads share four bytes would be accused falsely; there are none.
-constexpr u16 kMany = 0xffff;
+// Who used four bytes of shared memory since the last barrier of the block: nobody, a thread (its
+// number + 1), or the threads of one warp, by that warp's number. Those used it before their last
+// barrier, which keeps them in order with each other alone; or not all before it (kMixed). Kernels
+// whose threads share four bytes would be accused falsely; there are none.
+constexpr u16 kNobody = 0, kOfWarp = 0x2000, kMixed = 0x4000, kMany = 0xffff;
 struct Cell {
   u16 writer, reader;
   bool written;  // since the block began
 };
+inline u16 warp_of(u16 user) { return u16(user >= kOfWarp ? user % kOfWarp : (user - 1) / kWarp); }
 
 // Of the block that runs.
 extern const unsigned char* parameters;
@@ -94,20 +100,27 @@ inline unsigned char* shared(const Thread& self, u32 address) {
   if (address % kSize != 0) fault(self, "misaligned access of shared memory", address, kSize);
   if (u64(address) + kSize > shared_bytes)
     fault(self, "access behind the end of shared memory", address, kSize);
-  const u16 me = u16(self.thread + 1);
+  const u16 me = u16(self.thread + 1), my_warp = warp_of(me);
+  const auto in_order = [&](u16 user) {
+    return user == kNobody || user == me || user == kOfWarp + my_warp;
+  };
   for (u32 i = address / 4; 4 * i < address + kSize; ++i) {
     Cell& cell = cells[i];
-    if (cell.writer != 0 && cell.writer != me)
+    if (!in_order(cell.writer))
       fault(self, "race: no barrier since another thread wrote this shared memory", address, kSize);
     if (kAccess == kSt) {
-      if (cell.reader != 0 && cell.reader != me)
+      if (!in_order(cell.reader))
         fault(self, "race: no barrier since another thread read this shared memory", address,
               kSize);
       cell.writer = me;
       cell.written = true;
     } else {
       if (!cell.written) fault(self, "read of shared memory that nobody wrote", address, kSize);
-      cell.reader = cell.reader == 0 || cell.reader == me ? me : kMany;
+      if (in_order(cell.reader))
+        cell.reader = me;
+      else
+        cell.reader =
+            cell.reader != kMany && warp_of(cell.reader) == my_warp ? u16(kMixed + my_warp) : kMany;
     }
   }
   return shared_memory + address;

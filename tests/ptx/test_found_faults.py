@@ -49,6 +49,10 @@ NO_BARRIER = "race: no barrier since another thread wrote|read of shared memory 
 FAULTS = {
     "without_the_barrier": NO_BARRIER,
     "without_the_second_barrier": "race: no barrier since another thread (read|wrote)",
+    "without_the_barrier_of_warps": NO_BARRIER,
+    "without_the_second_barrier_of_warps": "race: no barrier since another thread (read|wrote)",
+    "barrier_of_warps_between_warps": NO_BARRIER,
+    "missed_barrier_of_a_warp": "31 threads wait at a barrier of their warp that 1 threads missed",
     "two_writers": "race: no barrier since another thread wrote this shared memory",
     "missed_barrier": "63 threads wait at a barrier that 1 threads missed",
     "never_written": "read of shared memory that nobody wrote: 4 bytes at 0x14, block 0, thread 5",
@@ -76,6 +80,7 @@ def test_a_fault_is_found(faulty, name):
 
 def test_no_fault_is_found_where_there_is_none(faulty):
     assert faulty("shared memory asked for") == ""
+    assert faulty("right_in_warps") == ""
 
 
 # --- planted in csrc/cuda ------------------------------------------------------------------------

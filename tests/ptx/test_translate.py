@@ -31,6 +31,7 @@ KERNEL = """
 	mov.u32 	%r2, table;
 	st.shared.v2.f32 	[%r2+-8], {%f1, %f2};
 $L__BB0_2:
+	bar.warp.sync 	-1;
 	bar.sync 	0;
 	ret;
 }
@@ -53,6 +54,7 @@ def test_a_kernel():
         "{ auto* at = shared<8, kSt>(self, as<u32>(_r2) + u32(18446744073709551608ull)); "
         "write(at + 0, as<f32>(_f1)); write(at + 4, as<f32>(_f2)); }",
         "L__BB0_2:;",
+        "warp_barrier(self);",
         "barrier(self);",
         "return;",
     ]
@@ -74,7 +76,7 @@ def test_a_kernel():
         "ld.u32 %r1, [%rd1];",
         "ld.global.u32 %r1, [%rd1+%rd2];",
         "bar.sync 1;",
-        "bar.warp.sync -1;",
+        "bar.warp.sync 1;",
         "cvt.rz.f32.s32 %f1, %r1;",
         "setp.lt.and.s32 %p1, %r1, %r2, %p1;",
         "{ .reg .b32 t; }",

@@ -45,13 +45,16 @@ INSTRUCTIONS = {
     "fma.rn": ("f", "TTT"),
     "sqrt.rn": ("f", "T"),
     "rsqrt.approx.ftz": ("f", "T"),
+    "rcp.approx.ftz": ("f", "T"),
     "sqrt.approx.ftz": ("f", "T"),
     "lg2.approx.ftz": ("f", "T"),
     "sin.approx.ftz": ("f", "T"),
     "cos.approx.ftz": ("f", "T"),
 }
-for relation in ("eq", "ne", "lt", "le", "gt", "ge"):
+for relation in ("lt", "le", "gt", "ge"):
     INSTRUCTIONS[f"setp.{relation}"] = ("usf", "TT")
+for relation in ("eq", "ne"):
+    INSTRUCTIONS[f"setp.{relation}"] = ("busf", "TT")
 for relation in ("neu", "nan"):
     INSTRUCTIONS[f"setp.{relation}"] = ("f", "TT")
 TYPES = [a + n for a in "usb" for n in ("8", "16", "32", "64")] + ["f32", "pred"]
@@ -174,6 +177,8 @@ class Kernel:
             return f"goto {label(operands[0])};"
         if (opcode, operands) == ("bar.sync", ["0"]):
             return "barrier(self);"
+        if (opcode, operands) == ("bar.warp.sync", ["-1"]):
+            return "warp_barrier(self);"
         if (opcode, operands) == ("ret", []):
             return "return;"
         raise Unknown(f"{opcode} {', '.join(operands)}")

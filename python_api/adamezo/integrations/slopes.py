@@ -13,15 +13,24 @@ from ..engine.base import Probe
 
 def references(probes: Sequence[Probe]) -> list[int | None]:
     """For each evaluation the earlier one that its slope is taken from: that on the other side of
-    its direction, or else the one at the unperturbed weights. None where there is neither."""
+    its direction, or else the one at the unperturbed weights. None where there is neither.
+
+    Where a step evaluates a second loss at the same places, each loss has slopes of its own.
+    """
     found: list[int | None] = []
+    which = losses_of(probes)
     for i, (z, scale) in enumerate(probes):
-        others = range(i) if scale else ()
+        others = [k for k in range(i) if which[k] == which[i]] if scale else []
         same = [k for k in others if probes[k][0] == z and probes[k][1]]
         base = [k for k in others if not probes[k][1]]
         both = [*base, *same]
         found.append(both[-1] if both else None)
     return found
+
+
+def losses_of(probes: Sequence[Probe]) -> list[int]:
+    """For each evaluation, the how manieth it is at its place: 0 for the loss of the step."""
+    return [list(probes[:i]).count(probe) for i, probe in enumerate(probes)]
 
 
 def slopes(probes: Sequence[Probe], losses: Sequence[Number]) -> list[float]:
@@ -30,8 +39,9 @@ def slopes(probes: Sequence[Probe], losses: Sequence[Number]) -> list[float]:
     Two-sided where a step evaluates both sides, otherwise one-sided.
     """
     by_direction = {}
+    which = losses_of(probes)
     for i, k in enumerate(references(probes)):
-        if k is not None:
+        if k is not None and which[i] == 0:
             distance = probes[i][1] - probes[k][1]
             by_direction[probes[i][0]] = (float(losses[i]) - float(losses[k])) / distance
     return list(by_direction.values())

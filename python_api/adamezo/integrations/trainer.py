@@ -3,12 +3,17 @@
 All of the Trainer stays as it is but what stages a step. Its loop hands each micro-batch to
 ``training_step``, which keeps it until the last one of an accumulation, and then takes one step
 whose closure evaluates all of them. The loop's own ``optimizer.step()`` has no closure and does
-nothing.
+nothing. Several processes take a step together, by losses that they exchange.
 """
 
 from __future__ import annotations
 
+import operator
+import os
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +22,13 @@ from torch import Tensor, nn
 
 from ..engine.arithmetic import Number
 from ..engine.base import Probe
+from ..engine.closure import LossSum, checked_loss
 from ..engine.optimizer import ZerothOrder
-from ..methods import AdaMeZO
+from ..engine.ranks import Alone
+from ..engine.sharded import is_sharded
+from ..methods import HELENE, AdaMeZO
 from .accelerate import unwrapped
+from .sampled import draw_labels
 from .slopes import bounded, slopes
 
 try:
@@ -30,7 +39,7 @@ except ImportError as error:
         "ZOTrainer needs transformers and accelerate: pip install 'adamezo[transformers]'"
     ) from error
 
-from .trainer_callbacks import LOG_NAME, LogSaver, StepCounts, replace
+from .trainer_callbacks import LOG_NAME, Joined, LogSaver, StepCounts, put_copy
 
 
 class Log(Protocol):
@@ -99,15 +108,12 @@ class ZOTrainerMixin:
             )
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(given, "fp16", False):  # before the Trainer makes a scaler, or fails to
-            raise ValueError(
-                "fp16=True scales a loss for its gradients, and there are none: torch's GradScaler "
-                "refuses steps with a closure. Leave it out and load the model in float16, take "
-                "bf16=True, or set bf16_full_eval for evaluations alone"
-            )
+            raise ValueError(_FP16)
         super().__init__(*args, **kwargs)
         self.train_mode = train_mode
+        self._samples = False
         self.max_projected_grad = max_projected_grad
-        self._check()
+        self._check(objective is not None)
         self._objective: Callable[[Any, dict[str, Any]], Tensor] | None = None
         if objective is not None:
             from .objectives import GeneratedScore
@@ -123,11 +129,18 @@ class ZOTrainerMixin:
         self.add_callback(self._counts)
         self._log_saver = LogSaver()
         self.add_callback(self._log_saver)
+        self.add_callback(Joined())
 
-    def _check(self) -> None:
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own, and an accelerator that leaves DistributedDataParallel out."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
+
+    def _check(self, has_objective: bool) -> None:
         """Raises TypeError or ValueError for arguments that forward-only steps cannot serve."""
         args = self.args
-        kind, _ = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
+        kind, options = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
         given = type(self.optimizer) if self.optimizer is not None else kind
         if not issubclass(given, ZerothOrder):
             raise TypeError(
@@ -141,14 +154,45 @@ class ZOTrainerMixin:
                 "pass optimizer_cls_and_kwargs=(AdaMeZO, {...})"
             )
         accelerator = self.accelerator
-        if accelerator.num_processes > 1 or str(accelerator.distributed_type.value) not in (
-            "NO", "MULTI_CPU", "MULTI_GPU", "TP",
-        ):  # fmt: skip
+        if accelerator.mixed_precision == "fp16":  # of `accelerate launch`, which args do not say
+            raise ValueError(_FP16)
+        several = accelerator.num_processes > 1
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and not several:
             raise ValueError(
-                f"got {accelerator.num_processes} processes of the kind "
-                f"{accelerator.distributed_type.value}. Each would take steps by the losses of its "
-                "own data, so that the weights drift apart, and DistributedDataParallel would "
-                "allocate a bucket of gradients as large as the model. Run one process"
+                f"{started} processes were started, and accelerate takes each for the only one, as "
+                "it does where it finds no GPU: pass use_cpu=True to the TrainingArguments, or "
+                "unset WORLD_SIZE"
+            )
+        launched = str(accelerator.distributed_type.value)
+        whole = ("NO", "MULTI_CPU", "MULTI_GPU") if several else ("NO", "TP")
+        divided = several and (
+            getattr(accelerator, "parallelism_config", None) is not None
+            or any(map(is_sharded, self.model.parameters()))
+        )
+        if launched not in whole or divided:
+            raise ValueError(
+                f"got {accelerator.num_processes} processes of the kind {launched}"
+                f"{' and a model in pieces' * divided}: expected processes that each have the "
+                "whole model, as torchrun and accelerate launch start them without FSDP, DeepSpeed "
+                "or a parallelism_config. For a model in pieces write the loop yourself, with "
+                "fully_shard and adamezo.distributed.connect"
+            )
+        if several and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
+            raise ValueError(
+                "even_batches=False gives some processes fewer batches, and the others would wait "
+                "for them in the last step: leave it out, or set dataloader_drop_last=True"
+            )
+        if self.optimizer is not None:
+            options = self.optimizer.param_groups[0]
+        self._samples = issubclass(given, HELENE) and options.get("curvature") == "sampled"
+        of_ones_own = getattr(self, "compute_loss_func", None) is not None
+        if self._samples and (args.label_smoothing_factor or of_ones_own or has_objective):
+            what = "compute_loss_func" if of_ones_own else "label_smoothing_factor"
+            raise ValueError(
+                "curvature='sampled' needs the likelihood that labels are drawn from as the loss, "
+                f"and {'an objective' if has_objective else what} makes it another one: leave it "
+                "out, or take curvature='loss'"
             )
         if args.n_gpu > 1:
             raise ValueError(
@@ -228,9 +272,12 @@ class ZOTrainerMixin:
             optimizer.shaping = bounded(self.max_projected_grad)
         _, _, self._probes = optimizer._next_probes()
 
-        def closure() -> Tensor:
-            self._counts.forward_passes += len(staged)
-            return self._loss(model, staged)
+        def evaluated(batches: list[tuple[dict[str, Any], Any]]) -> LossSum:
+            self._count_forwards(batches)
+            return self._loss(model, batches)
+
+        def closure() -> LossSum:
+            return evaluated(staged)
 
         model.train()
         if not self.train_mode:
@@ -240,26 +287,61 @@ class ZOTrainerMixin:
         try:
             if self._log_kind is not None and self._step_log is None:
                 self._step_log = self._open_log(self._log_kind, optimizer)
-                self._log_saver.active = True
-            loss = optimizer.step(closure)
+                self._log_saver.active = (optimizer.ranks or Alone()).first
+            loss: Any
+            if isinstance(optimizer, HELENE) and self._samples and optimizer.due:
+                drawn = (optimizer.ranks or Alone()).together(lambda: self._drawn(model, staged))
+                loss = optimizer.step(closure, lambda: evaluated(drawn))
+            else:
+                loss = optimizer.step(closure)
         finally:
             model.train()
         self._losses = optimizer.losses
         return loss.to(self.args.device, torch.float32)
 
-    def _loss(self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]) -> Tensor:
-        """The loss of an accumulation, at the weights as they are, weighted as the Trainer does."""
+    def _loss(self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]) -> LossSum:
+        """The loss of an accumulation, at the weights as they are, weighted as the Trainer does.
+
+        The losses of micro-batches are summed exactly. So it has the same bits whether one process
+        has evaluated them all or each of several has evaluated some.
+        """
         if self._objective is not None:
             with self.compute_loss_context_manager():
-                return -torch.cat([self._objective(self.model, dict(x)) for x, _ in staged]).mean()
-        total: Any = 0
+                scores = [self._objective(self.model, dict(inputs)) for inputs, _ in staged]
+            return LossSum.of(-torch.cat(scores))
+        losses = []
         for inputs, items in staged:
             # A copy, of which compute_loss takes the labels out. The context is entered for each
             # loss, as autocast keeps copies of weights until it is left.
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
-            total = total + (loss if self._is_scaled(items) else loss / len(staged))
+            losses.append(loss if isinstance(loss, LossSum) else checked_loss(loss))
+        total = reduce(operator.add, map(_as_sum, losses))
+        if self._is_scaled(staged[0][1]) and not isinstance(losses[0], LossSum):
+            return replace(total, weight=torch.ones_like(total.weight))
         return total
+
+    def _drawn(
+        self, model: nn.Module, staged: list[tuple[dict[str, Any], Any]]
+    ) -> list[tuple[dict[str, Any], Any]]:
+        """The micro-batches with labels that the model draws, at the weights as they are.
+
+        The draws are those of a step and of a micro-batch's place in it, so that a resumed run has
+        them again, and so has one process that accumulates the micro-batches of several.
+        """
+        (direction, _), kind = self._probes[0], getattr(self.model, "loss_type", None)
+        self._count_forwards(staged)
+        made = []
+        for i, (inputs, items) in enumerate(staged):
+            place = i * self.accelerator.num_processes + self.args.process_index
+            seed = zlib.crc32(repr((direction.key, direction.counter, place)).encode())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                made.append((draw_labels(kind, model, inputs, seed), items))
+        return made
+
+    def _count_forwards(self, batches: list[tuple[dict[str, Any], Any]]) -> None:
+        """Those of all processes, which have as many micro-batches each."""
+        self._counts.forward_passes += len(batches) * self.accelerator.num_processes
 
     def _is_scaled(self, items: Any) -> bool:
         """Whether a micro-batch's loss is its share of the whole already, as the Trainer says."""
@@ -276,12 +358,16 @@ class ZOTrainerMixin:
         if self._checkpoint is None:
             return kind.create(path, optimizer)
         copy = Path(self._checkpoint) / LOG_NAME
-        if not copy.is_file():
-            raise FileNotFoundError(
-                f"{copy} is not there: the checkpoint is of a run without step_log, so no log can "
-                "continue it. Leave out step_log, or begin again from the base weights"
-            )
-        replace(copy, path)
+
+        def take_copy() -> None:
+            if not copy.is_file():
+                raise FileNotFoundError(
+                    f"{copy} is not there: the checkpoint is of a run without step_log, so no log "
+                    "can continue it. Leave out step_log, or begin again from the base weights"
+                )
+            put_copy(copy, path)
+
+        (optimizer.ranks or Alone()).from_first(take_copy)
         return kind.follow(path, optimizer)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -297,6 +383,17 @@ class ZOTrainerMixin:
         if "loss" in logs or "train_loss" in logs:
             logs.update(self._counts.numbers())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _as_sum(loss: Any) -> LossSum:
+    return loss if isinstance(loss, LossSum) else LossSum.of(torch.as_tensor(loss))
+
+
+_FP16 = (
+    "fp16=True scales a loss for its gradients, and there are none: torch's GradScaler refuses "
+    "steps with a closure. Leave it out and load the model in float16, take bf16=True, or set "
+    "bf16_full_eval for evaluations alone"
+)
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

@@ -1,4 +1,5 @@
-"""What ZOTrainer adds to a Trainer's callbacks: counts of the whole run, and copies of its log."""
+"""What ZOTrainer adds to a Trainer's callbacks: counts of the whole run, copies of its log, and the
+beginning of a run of several processes."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..distributed import connect
 from ..engine.optimizer import ZerothOrder
 from .accelerate import unwrapped
 
 LOG_NAME = "steps.log"
 
 
-def replace(source: Path, target: Path) -> None:
+def put_copy(source: Path, target: Path) -> None:
     """Makes ``target`` a copy of ``source``, as a whole or not at all."""
     temporary = target.with_name(f"{target.name}.copy")
     shutil.copyfile(source, temporary)
@@ -58,4 +62,23 @@ class LogSaver(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.active and folder.is_dir():
-            replace(Path(args.output_dir) / LOG_NAME, folder / LOG_NAME)
+            put_copy(Path(args.output_dir) / LOG_NAME, folder / LOG_NAME)
+
+
+class Joined(TrainerCallback):
+    """Lets the processes of a run take its steps together, from the weights of the first one.
+
+    What the processes have made before may differ, such as a new head. DistributedDataParallel
+    would send them the first one's weights, and users count on that.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if args.world_size > 1:
+            optimizer, model = unwrapped(objects["optimizer"]), objects["model"]
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    sent = tensor.detach().contiguous()
+                    distributed.broadcast(sent, 0)
+                    tensor.copy_(sent)
+            if optimizer.ranks is None:
+                connect(optimizer)

@@ -2,7 +2,7 @@
 
 A step is a function of the weights, the options and the few numbers that it measured. A log holds
 those numbers; replaying it on the base weights gives the weights after any step, bit for bit and
-without evaluating the model. docs/reliability.md specifies the file. Each module uses the ones
+without evaluating the model. docs/replay.md specifies the file. Each module uses the ones
 above it only:
 
     format.py     the bytes of a log: header, records, checksums

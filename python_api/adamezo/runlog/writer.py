@@ -26,9 +26,9 @@ class StepLog:
     A record is handed to the operating system in one piece before ``step`` returns, so a process
     that is killed loses nothing. Against a power failure, set ``sync_every``.
 
-    Use :meth:`open`, :meth:`create` or :meth:`resume`, and :meth:`close` or a ``with`` block. On
-    several ranks (:func:`adamezo.distributed.connect`) all call these together; the first one
-    reads and writes the file, and the others get what it has read.
+    Use :meth:`open`, :meth:`create`, :meth:`resume` or :meth:`follow`, and :meth:`close` or a
+    ``with`` block. On several ranks (:func:`adamezo.distributed.connect`) all call these together;
+    the first one reads and writes the file, and the others get what it has read.
 
     A log does not hold buffers of the model's modules, such as BatchNorm's running statistics, so
     a replay does not restore them. If the optimizer knows its model, a step whose evaluations
@@ -198,19 +198,28 @@ class StepLog:
             LogError: the log is damaged, or the optimizer is not in its last state, as far as its
                 options, parameters and counts of steps tell. Nothing has changed then.
         """
-        _check_recorder(optimizer)
-        check_modules(optimizer, module_buffers)
-        file = LogFile.open(Path(path))
-        try:
+        ranks = optimizer.ranks or Alone()
+        ranks.together(lambda: _check_watched(optimizer, module_buffers))
+        opened: list[LogFile] = [NoFile(Path(path))]
+
+        def read() -> bytes:
+            opened[0] = LogFile.open(Path(path))
+            return opened[0].path.read_bytes()
+
+        def take() -> Log:
             with naming(path):
-                data = file.path.read_bytes()
                 log = parse(data)
                 check_state_after(log, optimizer)
-            file.truncate(len(data) - log.torn)
+            return log
+
+        try:
+            data = ranks.from_first(read)
+            log = ranks.together(take)
+            opened[0].truncate(len(data) - log.torn)
         except BaseException:
-            file.close()
+            opened[0].close()
             raise
-        return cls(file, log, optimizer, sync_every, module_buffers)
+        return cls(opened[0], log, optimizer, sync_every, module_buffers)
 
     @property
     def place(self) -> Place:
@@ -278,6 +287,11 @@ class StepLog:
 
 def _check(optimizer: ZerothOrder, module_buffers: str) -> None:
     _check_optimizer(optimizer)
+    check_modules(optimizer, module_buffers)
+
+
+def _check_watched(optimizer: ZerothOrder, module_buffers: str) -> None:
+    _check_recorder(optimizer)
     check_modules(optimizer, module_buffers)
 
 

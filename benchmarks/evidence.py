@@ -1,0 +1,195 @@
+"""What do the methods reach in thousands of forward passes, and what should a user take?
+
+    python -m benchmarks.evidence methods                  on the main job's last layer
+    python -m benchmarks.evidence horizon --modes full     one question, in one mode
+    python -m benchmarks.evidence methods --job tweets     another job
+    python -m benchmarks.evidence long --budget 10000      few methods for five times as long
+    python -m benchmarks.evidence references               what a fitted bias and a probe reach
+
+The protocol is that of benchmarks/methods.py, but for these: a run has 2,000 forward passes; lr is
+searched with two seeds, on a grid by factors of sqrt(10) that grows until the best is inside of it,
+and then on both sides of the best, at a factor of 10^(1/4) = 1.78; the best is run with five seeds;
+the test rows are scored at twenty places, so that the forward passes *to reach* a loss can be read.
+The validation rows choose lr and nothing else. Runs resume, and several processes may work on other
+modes or questions at once.
+
+QUESTIONS says which methods and options a question compares. Writes
+benchmarks/results/evidence.csv; `python -m benchmarks.render` makes the tables and figures of
+docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.method_entries import ENTRIES, Entry
+from benchmarks.method_jobs import Job, Layer, Probed
+from benchmarks.methods import MODES, Search
+from benchmarks.results import Point, Row, conditions, parser, run_once, settings
+
+SEEDS = range(5)
+SEARCHING = 2
+POINTS = 20
+BUDGET = 2000
+PLACES = (-1, 0, 1)
+
+
+def _bert(name: str, budget: int) -> Job:
+    from benchmarks.long_jobs import REVIEWS, TWEETS, Bert
+
+    return Bert(budget, name, {"reviews": REVIEWS, "tweets": TWEETS}[name])
+
+
+def _text(budget: int) -> Job:
+    from benchmarks.long_jobs import Text
+
+    return Text(budget)
+
+
+JOBS: dict[str, Callable[[int], Job]] = {
+    "layer": Layer,
+    "4 layers": functools.partial(Layer, layers=4),
+    "layer in bfloat16": functools.partial(Layer, dtype=torch.bfloat16),
+    "reviews": functools.partial(_bert, "reviews"),
+    "tweets": functools.partial(_bert, "tweets"),
+    "text": _text,
+}
+
+BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+
+def varied(of: str, suffix: str, lr: float = 1.0, **options: Any) -> Entry:
+    """A method of ENTRIES with other options, and with the centres of its lrs times ``lr``."""
+    entry = BY_NAME[of]
+    return replace(
+        entry,
+        name=f"{of}, {suffix}",
+        of=entry.of or entry.name,
+        options=lambda job: {**entry.options(job), **options},
+        lr={mode: centre * lr for mode, centre in entry.lr.items()},
+    )
+
+
+HORIZONS = {h: varied("AdaMeZO", f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
+METHODS = ("MeZO", "momentum", "AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO", "GRZO")
+QUESTIONS: dict[str, list[Entry]] = {
+    "methods": [BY_NAME[name] for name in (*METHODS, "AdamW, by backpropagation")],
+    "long": [BY_NAME[name] for name in ("MeZO", "AdaMeZO", "ScalarAdaMeZO")],
+    "horizon": [BY_NAME["AdaMeZO"], *HORIZONS.values()],
+    "warm-up": [
+        BY_NAME["AdaMeZO"],
+        # The released code's first steps are MeZO's, at its own lr: the centre of MeZO's grid.
+        varied("AdaMeZO", "warm-up", warmup_lr=1e-3),
+    ],
+    "directions": [
+        *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
+        *(
+            varied(name, kind, distribution=kind)
+            for name in ("MeZO", "AdaMeZO")
+            for kind in ("lowrank", "lowrank:4", "rademacher")
+        ),
+        varied("FZOO", "lowrank", distribution="lowrank"),
+    ],
+    "directions a step": [BY_NAME["MeZO"], BY_NAME["MeZO, n = 4"]],
+    "perturbation size": [
+        BY_NAME["MeZO"],
+        BY_NAME["AdaMeZO"],
+        *(
+            varied(name, f"zo_eps = {size:g}", zo_eps=size)
+            for name in ("MeZO", "AdaMeZO")
+            for size in (1e-4, 1e-2)
+        ),
+    ],
+}
+"""By name: the methods, and the options of some, that answer it together."""
+
+# References ---------------------------------------------------------------------------------------
+
+
+def fitted(training: Probed, weight: float, biased_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(matrix, bias) that added to an untouched model's scores have the lowest mean loss on the
+    training rows, with half the matrix's squares times ``weight`` added."""
+    classes, width = training.scores.shape[1], training.features.shape[1]
+    matrix = torch.zeros(classes, width, requires_grad=not biased_only)
+    bias = torch.zeros(classes, requires_grad=True)
+    fitted_ones = [bias] if biased_only else [matrix, bias]
+    solver = torch.optim.LBFGS(fitted_ones, max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        scores = training.scores + training.features @ matrix.T + bias
+        value = cross_entropy(scores, training.labels) + 0.5 * weight * matrix.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return matrix.detach(), bias.detach()
+
+
+def scored(rows: Probed, matrix: torch.Tensor, bias: torch.Tensor) -> tuple[float, float]:
+    scores = rows.scores + rows.features @ matrix.T + bias
+    right = (scores.argmax(dim=1) == rows.labels).float().mean()
+    return cross_entropy(scores, rows.labels).item(), right.item()
+
+
+def reference(job: Job, probe: bool) -> Iterator[Point]:
+    """The points of a fitted bias, or of a linear probe whose decay the validation rows choose."""
+    parts = [job.probed(part) for part in ("training", "validation", "test")]
+    training, validation, test = (part for part in parts if part is not None)
+    if probe:
+        spread = training.features.std(dim=0)
+        training, validation, test = (
+            part._replace(features=part.features / spread) for part in (training, validation, test)
+        )
+    weights = [10.0**k for k in range(-4, 2)] if probe else [0.0]
+    fits = [fitted(training, weight, not probe) for weight in weights]
+    best = min(fits, key=lambda fit: scored(validation, *fit)[0])
+    for part, rows in (("validation", validation), ("test", test)):
+        loss, accuracy = scored(rows, *best)
+        yield f"{part} loss", "1", 0, loss, 1
+        yield f"{part} accuracy", "1", 0, accuracy, 1
+
+
+def main() -> None:
+    options = parser(__doc__, "evidence.csv")
+    options.add_argument("question", choices=(*QUESTIONS, "references"))
+    options.add_argument("--job", default="layer", choices=tuple(JOBS))
+    options.add_argument("--modes", nargs="+", choices=MODES, default=["full", "lora"])
+    options.add_argument("--methods", nargs="+", metavar="METHOD", help="only these of a question")
+    options.add_argument("--budget", type=int, default=BUDGET, help="forward passes of a run")
+    options.add_argument("--seeds", type=int, default=len(SEEDS))
+    options.add_argument("--constant", action="store_true", help="lr does not fall")
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+    where = conditions()
+    job = JOBS[arguments.job](arguments.budget)
+    job.points, job.constant = POINTS, arguments.constant
+    if arguments.question == "references":
+        for name, probe in (("fitted bias", False), ("linear probe", True)):
+            columns = settings(job=job.name, threads=1)
+            row = Row("evidence", "", "", name, columns, "forwards", **where)
+            run_once(arguments.output, row, functools.partial(reference, job, probe))
+        return
+    search = Search(
+        job, arguments.output, range(arguments.seeds), SEARCHING, where,
+        places=PLACES, fine=True, benchmark="evidence",
+    )  # fmt: skip
+    entries = QUESTIONS[arguments.question]
+    if unknown := set(arguments.methods or ()) - {entry.name for entry in entries}:
+        raise SystemExit(
+            f"evidence: got {sorted(unknown)}, expected some of {[entry.name for entry in entries]}"
+        )
+    for mode, entry in itertools.product(arguments.modes, entries):
+        if not arguments.methods or entry.name in arguments.methods:
+            search.run(entry, mode)
+
+
+if __name__ == "__main__":
+    main()

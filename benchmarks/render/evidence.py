@@ -1,0 +1,135 @@
+"""Tables and plots of benchmarks/evidence.py: docs/long_runs.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import pandas
+
+from benchmarks.evidence import BUDGET, QUESTIONS
+from benchmarks.methods import at_an_edge, chosen_lr, validated
+from benchmarks.render.style import NOT_YET, band, figure, markdown, save
+from benchmarks.render.training import at_the_end
+from benchmarks.results import pick
+
+RESAMPLES = 10_000
+PANELS = (("layer", "full"), ("layer", "lora"), ("reviews", "full"), ("tweets", "full"))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % of the means of resamples of the seeds, which are few: a bootstrap."""
+    generator = numpy.random.default_rng(0)
+    drawn = generator.choice(numpy.asarray(values), size=(RESAMPLES, len(values)))
+    low, high = numpy.quantile(drawn.mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def reached(curve: pandas.Series, target: float) -> float:
+    """The forward passes at which a loss comes down to the target, on straight lines between the
+    places where it was measured; infinity if it never does."""
+    places, losses = curve.index.to_numpy(float), curve.to_numpy(float)
+    for i in range(len(losses)):
+        if losses[i] <= target:
+            if i == 0:
+                return float(places[0])
+            share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+            return float(places[i - 1] + share * (places[i] - places[i - 1]))
+    return math.inf
+
+
+def runs_of(
+    rows: pandas.DataFrame, job: str, mode: str, name: str, budget: int = BUDGET
+) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """The runs of a method at the lr that the validation rows chose; and the losses that chose."""
+    some = pick(
+        rows, benchmark="evidence", job=job, mode=mode, variant=name, budget=budget, schedule=None
+    )
+    losses = validated(some, "evidence")
+    lr = chosen_lr(losses) if len(losses) else None
+    return (some.iloc[:0] if lr is None else pick(some, lr=lr)), losses
+
+
+def mean_curve(runs: pandas.DataFrame) -> pandas.Series:
+    """Test loss by forward passes, mean over seeds."""
+    some = pick(runs, metric="test loss")
+    return some.pivot(index="forwards", columns="seed", values="median").mean(axis=1)
+
+
+def answer(rows: pandas.DataFrame, question: str, job: str, mode: str, budget: int = BUDGET) -> str:
+    """The methods of a question, the lowest test loss first. The last column has the forward passes
+    after which the mean test loss is what the first method of the question ends at."""
+    body: list[tuple[float, tuple[object, ...]]] = []
+    first = runs_of(rows, job, mode, QUESTIONS[question][0].name, budget)[0]
+    target = math.nan if first.empty else mean_curve(first).iloc[-1]
+    for entry in QUESTIONS[question]:
+        runs, losses = runs_of(rows, job, mode, entry.name, budget)
+        if runs.empty:
+            continue
+        loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
+        low, high = interval(loss.tolist())
+        at = reached(mean_curve(runs), target)
+        edge = ", at an edge" if at_an_edge(losses) else ""
+        cells = (
+            entry.name,
+            f"{loss.mean():.3f} ({low:.3f} to {high:.3f})",
+            f"{accuracy.mean():.3f}",
+            f"{at:,.0f}" if math.isfinite(at) else "not reached",
+            f"{runs.lr.iloc[0]:g} (of {len(losses)}{edge})",
+            len(loss),
+        )
+        body.append((loss.mean(), cells))
+    reached_by = f"forward passes to the loss of {QUESTIONS[question][0].name}"
+    columns = ("", "test loss", "test accuracy", reached_by, "lr (of so many)", "seeds")
+    ordered = [cells for _, cells in sorted(body, key=lambda pair: pair[0])]
+    return markdown(columns, ordered) if body else NOT_YET
+
+
+def references(rows: pandas.DataFrame) -> str:
+    """What every job starts at, and what a fitted bias and a linear probe reach."""
+    some = pick(rows, benchmark="evidence")
+    body = []
+    for job in some.job.dropna().unique():
+        start = pick(some, job=job, metric="test loss", forwards=0, variant="MeZO")
+        cells = [f"{start['median'].iloc[0]:.3f}" if len(start) else ""]
+        for name in ("fitted bias", "linear probe"):
+            found = pick(some, job=job, variant=name)
+            both = [pick(found, metric=f"test {m}")["median"] for m in ("loss", "accuracy")]
+            cells.append("" if found.empty else f"{both[0].iloc[0]:.3f}, {both[1].iloc[0]:.3f}")
+        body.append((job, *cells))
+    header = (
+        "job",
+        "loss before",
+        "a fitted bias: loss, accuracy",
+        "a linear probe: loss, accuracy",
+    )
+    return markdown(header, body) if body else NOT_YET
+
+
+def spent(rows: pandas.DataFrame) -> str:
+    """Runs, forward passes and hours of one core in steps, by job and mode."""
+    some = pick(rows, benchmark="evidence", metric="time")
+    body = [
+        (f"{job}, {mode}", len(of), f"{of.forwards.sum():,.0f}", f"{of['median'].sum() / 3600:.1f}")
+        for (job, mode), of in some.groupby(["job", "mode"], sort=False)
+    ]
+    return markdown(("job, mode", "runs", "forward passes", "hours"), body) if body else NOT_YET
+
+
+def plot(rows: pandas.DataFrame, folder: Path) -> None:
+    """Test loss against forward passes, at the chosen lr; bands from the lowest to the highest
+    seed."""
+    entries = [e for e in QUESTIONS["methods"] if not e.backward]
+    panels = [p for p in PANELS if len(pick(rows, benchmark="evidence", job=p[0], mode=p[1]))]
+    made, axes = figure(len(panels), "Methods over 2,000 forward passes", 4.2, 3.6)
+    for axis, (job, mode) in zip(axes, panels, strict=True):
+        for i, entry in enumerate(entries):
+            points = pick(runs_of(rows, job, mode, entry.name)[0], metric="test loss")
+            if len(points):
+                curve = points.pivot(index="forwards", columns="seed", values="median")
+                band(axis, curve, f"C{i}", entry.name, "-")
+        axis.set(title=f"{job}, {mode}", xlabel="forward passes")
+    axes[0].set_ylabel("test loss")
+    save(made, folder / "evidence.png")
