@@ -109,6 +109,8 @@ PAGES: dict[str, dict[str, Block]] = {
         "scaling_measured": scaling.measured,
         "network_conditions": partial(conditions, benchmarks=["network"]),
         "network": scaling.network,
+        "recovery_conditions": partial(conditions, benchmarks=["recovery"]),
+        "recovery_measured": scaling.caught_up,
         "scaling_model": scaling.model,
         "scaling_recovery": scaling.recovery,
     },

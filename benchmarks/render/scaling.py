@@ -49,6 +49,25 @@ def network(rows: pandas.DataFrame) -> str:
     return markdown(header, body) if body else NOT_YET
 
 
+def caught_up(rows: pandas.DataFrame) -> str:
+    """Seconds until a lost process has so many steps again, by the way in which it gets them."""
+    some = pick(rows, benchmark="recovery")
+    if some.empty:
+        return NOT_YET
+    at = some.set_index(["metric", "variant", "steps"])["median"]
+    counts = sorted(set(some[some.metric == "replayed"].steps))
+    body = [("taken again", *(_seconds(n * at["step", "in place", 1]) for n in counts))]
+    body += [
+        (f"replayed, {variant}", *(_seconds(at["replayed", variant, n]) for n in counts))
+        for variant in ("in place", "out of place")
+    ]
+    body += [
+        (once, *[_seconds(at[once, "either", 0])] * len(counts))
+        for once in ("checkpoint read", "checkpoint written", "base weights read")
+    ]
+    return markdown(("", *(f"{n:.0f} steps" for n in counts)), body)
+
+
 def model(rows: pandas.DataFrame) -> str:
     """The predicted step, by the number of workers."""
     of = Cluster()
