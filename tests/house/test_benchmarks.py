@@ -1048,6 +1048,7 @@ def test_the_shapes_have_as_many_weights_as_the_models(committed):
     [
         ("horizon --quick", 88),
         ("sixteen_bit still --quick", 40),
+        ("recovery --quick", 9),
     ],
 )
 def test_a_command_writes_rows(tmp_path, command, least):
