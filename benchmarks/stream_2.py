@@ -24,11 +24,11 @@ from adamezo_kernels import Plan, ops
 from adamezo_kernels.backends import native
 from adamezo_kernels.stream import PhiloxState
 from adamezo_kernels.terms import Terms
-from benchmarks.budget import compiled_by_nvcc, without_cuda
+from benchmarks.budget import ELEMENTS_OF_A_THREAD, compiled_by_nvcc, without_cuda
 from benchmarks.harness import GateError, Variant, interleave
 from benchmarks.library_calls import coefficients
 from benchmarks.results import Row, conditions, load, parser, settings, spread, write
-from benchmarks.sass import loop_sizes, nvcc, run
+from benchmarks.sass import PIPES, loop_cycles, nvcc, run
 from benchmarks.stream_2_trial import (
     HERE,
     VERSIONS,
@@ -137,7 +137,8 @@ def predictions(where: dict[str, Any]) -> Iterator[Row]:
 
 
 def counted(where: dict[str, Any]) -> Iterator[Row]:
-    """Of the CUDA kernel for an update of bfloat16 weights, for each normal of its loop."""
+    """Of the CUDA kernel for an update of bfloat16 weights, for each normal of its loop: the cycles
+    of each pipe, those of "issue" being the instructions (sass.py)."""
     bodies = [
         f"Instance<Update<TrialNormals<trial::Stream<{v.rounds}, trial::Form::{form}, "
         f"{str(v.short).lower()}>>, true, Rounding::kNearest>, bfloat16>"
@@ -147,13 +148,16 @@ def counted(where: dict[str, Any]) -> Iterator[Row]:
     source = str(HERE / "stream_2.cuh")
     compiled = compiled_by_nvcc("sm_90", bodies, includes=[source])
     for version, (registers, spilled, code) in zip(VERSIONS, compiled, strict=True):
-        _, loop = loop_sizes(code, whole_program=False)
+        _, loop, _ = loop_cycles(code, whole_program=False, besides="FCHK")
+        counts = dict(zip(PIPES, map(float, loop / ELEMENTS_OF_A_THREAD), strict=True))
         columns = settings(what="update", by="CUDA", type="bfloat16", target="sm_90")
-        numbers = {"instructions a normal": loop / 16, "registers": registers, "spilled": spilled}
+        numbers = {"registers": registers, "spilled": spilled}
+        numbers |= {f"{pipe} cycles a normal": count for pipe, count in counts.items()}
         for metric, value in numbers.items():
             unit = "B" if metric == "spilled" else "1"
             yield Row("stream 2", metric, unit, version.name, columns, median=value, **where)
-        print(f"{version.name}: {loop / 16:.2f} a normal, {registers} registers", flush=True)
+        busy = ", ".join(f"{pipe} {count:.2f}" for pipe, count in counts.items())
+        print(f"{version.name}: {registers} registers; {busy}", flush=True)
 
 
 def compiler_version(path: str) -> str:
