@@ -1,6 +1,6 @@
-// The trial's loops on a CPU, for stream_2_trial.py. One library is compiled for each instruction set, by
-// the compiler's flags. All arrays are whole windows that begin at a parameter's first element, so
-// heads and tails are left out, of every version alike.
+// The trial's loops on a CPU, for stream_2_trial.py. One library is compiled for each instruction
+// set, by the compiler's flags. All arrays are whole windows that begin at a parameter's first
+// element, so heads and tails are left out, of every version alike.
 
 // gcc 12's own avx512fintrin.h passes an uninitialised operand behind an all-ones mask, and warns.
 #pragma GCC diagnostic ignored "-Wuninitialized"
