@@ -17,7 +17,8 @@ from typing import Any
 
 from adamezo_kernels.backends import products, tiling
 from adamezo_kernels.backends import triton as triton_backend
-from benchmarks.budget import SIGNATURE, TARGETS, Budget, Kernel, compiler, number, without_triton
+from benchmarks.budget import SIGNATURE, TARGETS, compiler, number, without_triton
+from benchmarks.budget_kernels import Budget, Kernel
 from benchmarks.results import Row, conditions, parser, write
 from benchmarks.sass import Instruction, cuobjdump, instructions, nested_loops, run
 

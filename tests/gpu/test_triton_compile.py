@@ -19,8 +19,9 @@ from adamezo_kernels import (
 )
 from adamezo_kernels.backends import triton
 from benchmarks import budget
-from benchmarks.budget import TARGETS, Kernel, triton_budget
+from benchmarks.budget import TARGETS, triton_budget
 from benchmarks.budget import compiled_by_triton as compiled
+from benchmarks.budget_kernels import Kernel
 from benchmarks.results import RESULTS, read
 from benchmarks.sass import PIPES
 from helpers.interpreted import needs_linker

@@ -11,7 +11,8 @@ import torch
 from adamezo_kernels import PhiloxState, Plan, moments, perturb_, perturbed_linear, update_
 from adamezo_kernels.backends import products, reference, tiling, triton
 from benchmarks import budget
-from benchmarks.budget import TARGETS, Kernel
+from benchmarks.budget import TARGETS
+from benchmarks.budget_kernels import Kernel
 from benchmarks.budget_tiles import compiled_product, compiled_tiles, counted, made_of
 from helpers.backends import needs_native
 from helpers.interpreted import ROOT, in_a_process, installed, needs_linker, needs_triton
