@@ -123,6 +123,8 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
     seed."""
     entries = [e for e in QUESTIONS["methods"] if not e.backward]
     panels = [p for p in PANELS if len(pick(rows, benchmark="evidence", job=p[0], mode=p[1]))]
+    if not panels:
+        return
     made, axes = figure(len(panels), "Methods over 2,000 forward passes", 4.2, 3.6)
     for axis, (job, mode) in zip(axes, panels, strict=True):
         for i, entry in enumerate(entries):

@@ -926,6 +926,8 @@ def test_what_a_method_keeps_is_measured(name):
         "HELENE": 5 * 8,
         "ZOAdaMU": 5 * 4,
         "ZOAdam": 5 * 8,
+        # Of its forwards: the signs of four examples' rows and columns, and a piece of normals.
+        "GRZO": 4 * (1 + 5) * 4 + 5 * 4,
     }
     assert kept == expected.get(name, 0)
 

@@ -9,7 +9,6 @@ nothing. Several processes take a step together, by losses that they exchange.
 from __future__ import annotations
 
 import operator
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +24,6 @@ from ..engine.base import Probe
 from ..engine.closure import LossSum, checked_loss
 from ..engine.optimizer import ZerothOrder
 from ..engine.ranks import Alone
-from ..engine.sharded import is_sharded
 from ..methods import HELENE, AdaMeZO
 from .accelerate import unwrapped
 from .sampled import draw_labels
@@ -39,6 +37,7 @@ except ImportError as error:
         "ZOTrainer needs transformers and accelerate: pip install 'adamezo[transformers]'"
     ) from error
 
+from .trainer_arguments import FP16, check
 from .trainer_callbacks import LOG_NAME, Joined, LogSaver, StepCounts, put_copy
 
 
@@ -108,12 +107,11 @@ class ZOTrainerMixin:
             )
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(given, "fp16", False):  # before the Trainer makes a scaler, or fails to
-            raise ValueError(_FP16)
+            raise ValueError(FP16)
         super().__init__(*args, **kwargs)
         self.train_mode = train_mode
-        self._samples = False
         self.max_projected_grad = max_projected_grad
-        self._check(objective is not None)
+        self._samples = check(self, objective is not None, train_mode)
         self._objective: Callable[[Any, dict[str, Any]], Tensor] | None = None
         if objective is not None:
             from .objectives import GeneratedScore
@@ -136,74 +134,6 @@ class ZOTrainerMixin:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         prepare = self.accelerator.prepare_model
         self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
-
-    def _check(self, has_objective: bool) -> None:
-        """Raises TypeError or ValueError for arguments that forward-only steps cannot serve."""
-        args = self.args
-        kind, options = self.optimizer_cls_and_kwargs or (AdaMeZO, {})
-        given = type(self.optimizer) if self.optimizer is not None else kind
-        if not issubclass(given, ZerothOrder):
-            raise TypeError(
-                f"the optimizer is {given.__name__}, which needs gradients; expected one of this "
-                "package, such as AdaMeZO or MeZO. Take transformers.Trainer for it"
-            )
-        optim = str(getattr(args.optim, "value", args.optim))
-        if not optim.startswith("adamw_torch"):  # the default, which nobody asked for
-            raise ValueError(
-                f"optim={optim!r} names an optimizer that needs gradients: leave it out and "
-                "pass optimizer_cls_and_kwargs=(AdaMeZO, {...})"
-            )
-        accelerator = self.accelerator
-        if accelerator.mixed_precision == "fp16":  # of `accelerate launch`, which args do not say
-            raise ValueError(_FP16)
-        several = accelerator.num_processes > 1
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > 1 and not several:
-            raise ValueError(
-                f"{started} processes were started, and accelerate takes each for the only one, as "
-                "it does where it finds no GPU: pass use_cpu=True to the TrainingArguments, or "
-                "unset WORLD_SIZE"
-            )
-        launched = str(accelerator.distributed_type.value)
-        whole = ("NO", "MULTI_CPU", "MULTI_GPU") if several else ("NO", "TP")
-        divided = several and (
-            getattr(accelerator, "parallelism_config", None) is not None
-            or any(map(is_sharded, self.model.parameters()))
-        )
-        if launched not in whole or divided:
-            raise ValueError(
-                f"got {accelerator.num_processes} processes of the kind {launched}"
-                f"{' and a model in pieces' * divided}: expected processes that each have the "
-                "whole model, as torchrun and accelerate launch start them without FSDP, DeepSpeed "
-                "or a parallelism_config. For a model in pieces write the loop yourself, with "
-                "fully_shard and adamezo.distributed.connect"
-            )
-        if several and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
-            raise ValueError(
-                "even_batches=False gives some processes fewer batches, and the others would wait "
-                "for them in the last step: leave it out, or set dataloader_drop_last=True"
-            )
-        if self.optimizer is not None:
-            options = self.optimizer.param_groups[0]
-        self._samples = issubclass(given, HELENE) and options.get("curvature") == "sampled"
-        of_ones_own = getattr(self, "compute_loss_func", None) is not None
-        if self._samples and (args.label_smoothing_factor or of_ones_own or has_objective):
-            what = "compute_loss_func" if of_ones_own else "label_smoothing_factor"
-            raise ValueError(
-                "curvature='sampled' needs the likelihood that labels are drawn from as the loss, "
-                f"and {'an objective' if has_objective else what} makes it another one: leave it "
-                "out, or take curvature='loss'"
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"got {args.n_gpu} GPUs, over which the Trainer spreads a batch by DataParallel: "
-                "that was not tested with perturbed weights. Set CUDA_VISIBLE_DEVICES to one"
-            )
-        if args.neftune_noise_alpha is not None and not self.train_mode:
-            raise ValueError(
-                "neftune_noise_alpha adds noise in train mode alone: pass train_mode=True, or "
-                "leave it out"
-            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Makes the optimizer of all parameters with their names, and lets it know the model."""
@@ -387,13 +317,6 @@ class ZOTrainerMixin:
 
 def _as_sum(loss: Any) -> LossSum:
     return loss if isinstance(loss, LossSum) else LossSum.of(torch.as_tensor(loss))
-
-
-_FP16 = (
-    "fp16=True scales a loss for its gradients, and there are none: torch's GradScaler refuses "
-    "steps with a closure. Leave it out and load the model in float16, take bf16=True, or set "
-    "bf16_full_eval for evaluations alone"
-)
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
