@@ -54,6 +54,8 @@ PAGES: dict[str, dict[str, Block]] = {
             conditions,
             benchmarks=["kernels", "low_rank", "normals", "step", "regenerated", "budget"],
         ),
+    },
+    "docs/performance_kernels.md": {
         "kernels": partial(kernels.speeds, columns=kernels.ISAS, cases=kernels.ALL),
         "baselines": BASELINES,
         "kinds": partial(
@@ -65,11 +67,15 @@ PAGES: dict[str, dict[str, Block]] = {
         "fits": kernels.fits,
         "low_rank": kernels.low_rank,
         "normals": kernels.normals,
+    },
+    "docs/performance_steps.md": {
         "step": partial(steps.parts, benchmark="step"),
         "regenerated": partial(STEP, benchmark="regenerated", reference=BARE),
         "regenerated_split": partial(steps.parts, benchmark="regenerated"),
         "regenerated_memory": partial(MEMORY, benchmark="regenerated", reference=BARE),
         "memory": partial(MEMORY, benchmark="step", reference=BARE),
+    },
+    "docs/performance_gpu.md": {
         "budget": kernels.budget,
         "gpu": kernels.gpu,
     },
@@ -124,7 +130,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "adapters_costs": adapters.costs,
         "adapters_inits": adapters.inits,
     },
-    "docs/integrations.md": {
+    "docs/quantised.md": {
         "quantised_conditions": partial(conditions, benchmarks=["quantised"]),
         "quantised": adapters.quantised,
     },

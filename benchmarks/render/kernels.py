@@ -1,4 +1,4 @@
-"""Tables and plots of the kernels: docs/performance.md and README.md."""
+"""Tables and plots of the kernels: docs/performance_kernels.md and performance_gpu.md."""
 
 from __future__ import annotations
 

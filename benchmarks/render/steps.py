@@ -1,4 +1,4 @@
-"""Tables and plots of whole steps: README.md, docs/performance.md, paper.md and horizon.md."""
+"""Tables and plots of whole steps: README.md, performance_steps.md, paper.md and horizon.md."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ NEEDS = {
         False,
     ),
     ("integrations.md", "import lightning"): ("needs lightning", installed("lightning")),
-    ("integrations.md", "llm = vllm.LLM("): ("needs vLLM and its GPU", False),
+    ("rewards.md", "llm = vllm.LLM("): ("needs vLLM and its GPU", False),
 }
 # What is shortened, since a page has the model and the numbers of a real run.
 SHORTER = {

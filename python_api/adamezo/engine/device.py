@@ -6,7 +6,7 @@ goes on from where the last one ended when it is replayed. All arithmetic is tha
 the host, in float64 and in the same order (arithmetic.py), and so are the bits.
 
 Steps on the host keep Python's floats all the same: the same tensors on the CPU were measured to
-cost 23 to 102 us a step, up to 12 % of one (docs/performance.md).
+cost 23 to 102 us a step, up to 12 % of one (docs/performance_steps.md).
 """
 
 from __future__ import annotations
