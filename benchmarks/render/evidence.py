@@ -88,23 +88,17 @@ def answer(rows: pandas.DataFrame, question: str, job: str, mode: str, budget: i
 
 
 def references(rows: pandas.DataFrame) -> str:
-    """What every job starts at, and what a fitted bias and a linear probe reach."""
+    """What a fitted bias and a linear probe reach on every job."""
     some = pick(rows, benchmark="evidence")
     body = []
     for job in some.job.dropna().unique():
-        start = pick(some, job=job, metric="test loss", forwards=0, variant="MeZO")
-        cells = [f"{start['median'].iloc[0]:.3f}" if len(start) else ""]
+        cells = []
         for name in ("fitted bias", "linear probe"):
             found = pick(some, job=job, variant=name)
             both = [pick(found, metric=f"test {m}")["median"] for m in ("loss", "accuracy")]
             cells.append("" if found.empty else f"{both[0].iloc[0]:.3f}, {both[1].iloc[0]:.3f}")
         body.append((job, *cells))
-    header = (
-        "job",
-        "loss before",
-        "a fitted bias: loss, accuracy",
-        "a linear probe: loss, accuracy",
-    )
+    header = ("job", "a fitted bias: loss, accuracy", "a linear probe: loss, accuracy")
     return markdown(header, body) if body else NOT_YET
 
 
