@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pandas
 
-from benchmarks.evidence import BUDGET, QUESTIONS
+from benchmarks.evidence import BUDGET, QUESTIONS, SEEDS
 from benchmarks.methods import at_an_edge, chosen_lr, validated
 from benchmarks.render.style import NOT_YET, band, figure, markdown, save
 from benchmarks.render.training import at_the_end
@@ -58,17 +58,21 @@ def mean_curve(runs: pandas.DataFrame) -> pandas.Series:
     return some.pivot(index="forwards", columns="seed", values="median").mean(axis=1)
 
 
-def answer(rows: pandas.DataFrame, question: str, job: str, mode: str, budget: int = BUDGET) -> str:
-    """The methods of a question, the lowest test loss first. The last column has the forward passes
-    after which the mean test loss is what the first method of the question ends at."""
+def answer(
+    rows: pandas.DataFrame, question: str, job: str, mode: str, seeds: int = len(SEEDS)
+) -> str:
+    """The methods of a question whose runs have all seeds, the lowest test loss first; and after
+    how many forward passes the mean test loss is what the question's first method ends at."""
     body: list[tuple[float, tuple[object, ...]]] = []
-    first = runs_of(rows, job, mode, QUESTIONS[question][0].name, budget)[0]
+    first = runs_of(rows, job, mode, QUESTIONS[question][0].name)[0]
     target = math.nan if first.empty else mean_curve(first).iloc[-1]
     for entry in QUESTIONS[question]:
-        runs, losses = runs_of(rows, job, mode, entry.name, budget)
+        runs, losses = runs_of(rows, job, mode, entry.name)
         if runs.empty:
             continue
         loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
+        if len(loss) < seeds:  # its search has not ended
+            continue
         low, high = interval(loss.tolist())
         at = reached(mean_curve(runs), target)
         edge = ", at an edge" if at_an_edge(losses) else ""

@@ -114,11 +114,12 @@ def test_a_table_has_the_chosen_lr_and_when_the_first_method_is_overtaken():
         *run("MeZO", 1e-2, 1, 0.7), *run("AdaMeZO", 1e-3, 0, 0.4), *run("AdaMeZO", 1e-3, 1, 0.4),
         *run("MEAZO", 1e-3, 0, 0.7), *run("MEAZO", 1e-3, 1, 0.7),
     ]  # fmt: skip
-    table = tables.answer(frame(rows), "methods", "layer", "full").splitlines()[2:]
+    table = tables.answer(frame(rows), "methods", "layer", "full", seeds=2).splitlines()[2:]
     assert [line.split(" | ")[0].strip("| ") for line in table] == ["AdaMeZO", "MeZO", "MEAZO"]
     assert "1,000" in table[0]
     assert "2,000" in table[1]
     assert "0.001 (of 2, at an edge)" in table[1]
     assert "not reached" in table[2]
+    assert tables.answer(frame(rows), "methods", "layer", "full") == "Not measured yet."
     assert tables.answer(frame(rows), "methods", "layer", "lora") == "Not measured yet."
     assert "| layer, full | 8 | 16,000 | 0.0 |" in tables.spent(frame(rows))
