@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas
 import pytest
 
-from benchmarks import budget, sass
+from benchmarks import budget, budget_kernels, sass
 from benchmarks.render.kernels import BYTES_PER_S, at_best_ms
 
 needs_nvcc = pytest.mark.skipif(not sass.nvcc(), reason=budget.without_cuda())
@@ -114,7 +114,7 @@ def test_nothing_of_a_rule_is_spilled(architecture):
     found = budget.cuda_rules(architecture)
     # Each for weights of three types.
     assert len(found) == 3 * sum(
-        rule.has_direction + rule.updates for rule in budget.RULES.values()
+        rule.has_direction + rule.updates for rule in budget_kernels.RULES.values()
     )
     for kernel in found:
         assert kernel.spilled_bytes == 0, kernel
@@ -126,7 +126,7 @@ def test_nothing_of_a_rule_is_spilled(architecture):
 def test_four_elements_of_an_array_are_one_access(architecture):
     """Of 16 bytes or of 8, and each of them in the device's memory for certain (LDG, not LD)."""
     for kernel in budget.cuda_rules(architecture):
-        arrays = 1 + budget.RULES[kernel.kernel.rule].buffers
+        arrays = 1 + budget_kernels.RULES[kernel.kernel.rule].buffers
         written = arrays if kernel.kernel.operation == "update" else 1
         assert kernel.accesses["LDG.E.128"] == arrays, kernel
         assert kernel.accesses["LDG.E.64"] >= arrays, kernel  # and addresses
