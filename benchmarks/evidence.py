@@ -15,7 +15,7 @@ modes or questions at once.
 
 QUESTIONS says which methods and options a question compares. Writes
 benchmarks/results/evidence.csv; `python -m benchmarks.render` makes the tables and figures of
-docs/evidence.md.
+docs/long_runs.md.
 """
 
 from __future__ import annotations
@@ -65,15 +65,14 @@ JOBS: dict[str, Callable[[int], Job]] = {
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
 
-def varied(of: str, suffix: str, lr: float = 1.0, **options: Any) -> Entry:
-    """A method of ENTRIES with other options, and with the centres of its lrs times ``lr``."""
+def varied(of: str, suffix: str, **options: Any) -> Entry:
+    """A method of ENTRIES with other options."""
     entry = BY_NAME[of]
     return replace(
         entry,
         name=f"{of}, {suffix}",
         of=entry.of or entry.name,
         options=lambda job: {**entry.options(job), **options},
-        lr={mode: centre * lr for mode, centre in entry.lr.items()},
     )
 
 

@@ -41,11 +41,11 @@ def reached(curve: pandas.Series, target: float) -> float:
 
 
 def runs_of(
-    rows: pandas.DataFrame, job: str, mode: str, name: str, budget: int = BUDGET
+    rows: pandas.DataFrame, job: str, mode: str, name: str
 ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """The runs of a method at the lr that the validation rows chose; and the losses that chose."""
     some = pick(
-        rows, benchmark="evidence", job=job, mode=mode, variant=name, budget=budget, schedule=None
+        rows, benchmark="evidence", job=job, mode=mode, variant=name, budget=BUDGET, schedule=None
     )
     losses = validated(some, "evidence")
     lr = chosen_lr(losses) if len(losses) else None

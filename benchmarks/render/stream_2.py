@@ -8,6 +8,7 @@ import pandas
 
 from benchmarks.render.style import NOT_YET, markdown
 from benchmarks.results import pick
+from benchmarks.stream_2_trial import TAILS
 
 FIRST = "version 1"
 # Means of independent normals, and their variances.
@@ -15,7 +16,6 @@ MEANS = {
     **{"moment 2": (1, 2), "moment 4": (3, 96), "moment 6": (15, 10170)},
     **{"z0 z1": (0, 1), "z0^2 z1^2": (1, 8), "z0^3 z1": (0, 15), "z0^4 z1^2": (3, 306)},
 }
-TAILS = (3.0, 4.0, 4.5, 5.0, 5.5)
 
 
 def of_trial(rows: pandas.DataFrame, **wanted: object) -> pandas.DataFrame:
