@@ -1,10 +1,10 @@
 """What do the methods reach in thousands of forward passes, and what should a user take?
 
-    python -m benchmarks.evidence methods                  on the main job's last layer
-    python -m benchmarks.evidence horizon --modes full     one question, in one mode
-    python -m benchmarks.evidence methods --job tweets     another job
-    python -m benchmarks.evidence long --budget 10000      few methods for five times as long
-    python -m benchmarks.evidence references               what a fitted bias and a probe reach
+    python -m benchmarks.evidence methods                          on the main job's last layer
+    python -m benchmarks.evidence horizon warm-up --modes full     two questions, in one mode
+    python -m benchmarks.evidence methods --job tweets             another job
+    python -m benchmarks.evidence long --budget 10000              few methods, five times as long
+    python -m benchmarks.evidence references                       a fitted bias, a linear probe
 
 The protocol is that of benchmarks/methods.py, but for these: a run has 2,000 forward passes; lr is
 searched with two seeds, on a grid by factors of sqrt(10) that grows until the best is inside of it,
@@ -158,7 +158,7 @@ def reference(job: Job, probe: bool) -> Iterator[Point]:
 
 def main() -> None:
     options = parser(__doc__, "evidence.csv")
-    options.add_argument("question", choices=(*QUESTIONS, "references"))
+    options.add_argument("questions", nargs="+", choices=(*QUESTIONS, "references"))
     options.add_argument("--job", default="layer", choices=tuple(JOBS))
     options.add_argument("--modes", nargs="+", choices=MODES, default=["full", "lora"])
     options.add_argument("--methods", nargs="+", metavar="METHOD", help="only these of a question")
@@ -170,17 +170,17 @@ def main() -> None:
     where = conditions()
     job = JOBS[arguments.job](arguments.budget)
     job.points, job.constant = POINTS, arguments.constant
-    if arguments.question == "references":
+    if "references" in arguments.questions:
         for name, probe in (("fitted bias", False), ("linear probe", True)):
             columns = settings(job=job.name, threads=1)
             row = Row("evidence", "", "", name, columns, "forwards", **where)
             run_once(arguments.output, row, functools.partial(reference, job, probe))
-        return
     search = Search(
         job, arguments.output, range(arguments.seeds), SEARCHING, where,
         places=PLACES, fine=True, benchmark="evidence",
     )  # fmt: skip
-    entries = QUESTIONS[arguments.question]
+    asked = [name for name in arguments.questions if name in QUESTIONS]
+    entries = [entry for name in asked for entry in QUESTIONS[name]]
     if unknown := set(arguments.methods or ()) - {entry.name for entry in entries}:
         raise SystemExit(
             f"evidence: got {sorted(unknown)}, expected some of {[entry.name for entry in entries]}"
