@@ -151,7 +151,7 @@ class Cluster(NamedTuple):
     checkpoint: float = 11.2
     """Seconds that a checkpoint stops the job: the weights over one link."""
     replay: float = 0.34
-    """Seconds of a replayed step over those of a step (100 steps in place, results/recovery.csv)."""
+    """Seconds of a replayed step over those of a step (results/recovery.csv, 100 in place)."""
 
 
 def predicted(workers: int, of: Cluster) -> dict[str, float]:

@@ -43,6 +43,14 @@ BOTH = ["step", "paper"]
 
 ANSWER = partial(evidence.answer, job="layer", mode="full")
 
+
+def compared(job: str) -> dict[str, Block]:
+    return {
+        f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
+        for mode in training.MODES
+    }
+
+
 PAGES: dict[str, dict[str, Block]] = {
     "README.md": {
         "steps": partial(
@@ -105,13 +113,10 @@ PAGES: dict[str, dict[str, Block]] = {
     },
     "docs/comparison.md": {
         "methods_conditions": partial(conditions, benchmarks=["methods", "methods costs"]),
-        **{
-            f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
-            for job in training.BUDGETS
-            for mode in training.MODES
-        },
+        **compared("layer"),
         "methods_directions": partial(training.by_directions, job="layer", modes=["full", "lora"]),
     },
+    "docs/comparison_whole.md": compared("main"),
     "docs/long_runs.md": {
         "long_references": evidence.references,
         "long_methods_lora": partial(ANSWER, question="methods", mode="lora"),

@@ -31,7 +31,7 @@ class Preset(NamedTuple):
 _MEZO_OPT = "MeZO (arXiv 2305.17333), the commands of its code for OPT-13B"
 _MEZO_ROBERTA = "MeZO (arXiv 2305.17333), the commands of its code for RoBERTa-large"
 _ADAZETA = "AdaZeta (arXiv 2406.18060), its released run"
-_OURS = "docs/comparison.md, SmolLM2-135M, 72 forward passes, lr searched and zo_eps not"
+_OURS = "docs/comparison_whole.md, SmolLM2-135M, 72 forward passes, lr searched and zo_eps not"
 _LAYER = "docs/comparison.md, the last layer of SmolLM2-135M, 216 forward passes, lr searched"
 _DEFAULT = "AdaMeZO's default, for thousands of steps"
 
