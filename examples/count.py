@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adamezo import MeZO
+from adamezo.plots import figure, save
 from adamezo.rewards import TextReward
 
 RESULTS = Path(__file__).parent / "results"
@@ -129,17 +130,14 @@ def run(seed: int, steps: int, lr: float, zo_eps: float, queries: int) -> dict[s
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right_hand = figure.subplots(1, 2)
+    made, (left, right_hand) = figure(2, width=4.5, height=3.4)
     for one in runs:
         left.plot(one["rewards"], alpha=0.8, label=f"seed {one['seed']}")
         right_hand.plot(*zip(*one["right"], strict=True), "o-")
     left.set(xlabel="step (16 evaluations)", ylabel="mean reward of a step")
     right_hand.set(xlabel="step (16 evaluations)", ylabel="answers that are right", ylim=(0, 1))
     left.legend()
-    figure.savefig(path, dpi=110)
+    save(made, path)
 
 
 def main() -> None:
@@ -150,7 +148,12 @@ def main() -> None:
     parser.add_argument("--zo-eps", type=float, default=1e-2)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS / "count.json")
+    parser.add_argument("--plot", action="store_true", help="draw the results that are there")
     options = parser.parse_args()
+    if options.plot:
+        found = json.loads(options.out.read_text(encoding="utf-8"))
+        plot(found["runs"], options.out.with_suffix(".png"))
+        return
     settings = (options.steps, options.lr, options.zo_eps, options.queries)
     runs = [run(seed, *settings) for seed in options.seeds]
     ends = [[one["right"][i][1] for one in runs] for i in (0, -1)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adamezo.finetune import finetune
+from adamezo.plots import PALETTE, figure, save
 from examples.demo import METHODS, options
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,11 +46,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Batch losses (mean of the last ten) and held-out loss and accuracy, a line for each seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for color, run in zip(("C0", "C1", "C2", "C4", "C5"), result["runs"], strict=False):
+    made, (left, right) = figure(2, width=4.5)
+    for color, run in zip(PALETTE, result["runs"], strict=False):
         seed, held_out = run["options"]["seed"], run["held_out_curve"]
         losses = [point["loss"] for point in run["curve"]]
         recent = [statistics.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
@@ -57,12 +55,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         left.plot(range(1, len(recent) + 1), recent, color=color, alpha=0.35)
         left.plot(at, [p["loss"] for p in held_out], "o-", color=color, label=f"seed {seed}")
         right.plot(at, [p["accuracy"] for p in held_out], "o-", color=color)
-    left.set(xlabel="step (two forward passes)", ylabel="loss; pale: training batches")
+    left.set(xlabel="step (two forward passes)", ylabel="loss (nats); pale: training batches")
     right.set(xlabel="step (two forward passes)", ylabel="held-out accuracy")
     left.legend()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save(made, path)
 
 
 def main() -> None:

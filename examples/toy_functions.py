@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from adamezo import (
     ZOAdam,
     ZOAdaMU,
 )
+from adamezo.plots import PALETTE, figure, save
 from adamezo_kernels.backends.reference import apply_perturbation, apply_update
 
 RESULT = Path(__file__).parent / "results" / "toy_functions.png"
@@ -166,19 +168,18 @@ SIDES = ("as published", "nothing for each weight", "one or two numbers for each
 
 def draw(paths: dict[tuple[str, str], dict[str, Tensor]], out: Path) -> None:
     """Paths by (toy, side), over contours of equal ratio."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 12), layout="constrained")
-    axes = figure.subplots(len(TOYS), len(SIDES))
-    colours = {"Adam": "black", **{name: f"C{i % 10}" for i, name in enumerate(FAMILY)}}
-    for row, (name, toy) in zip(axes, TOYS.items(), strict=True):
+    made, axes = figure(len(SIDES), width=4.6, height=4, rows=len(TOYS))
+    panels = iter(axes)
+    colours = {"Adam": PALETTE[-1], **dict(zip(FAMILY, cycle(PALETTE[:-1]), strict=False))}
+    for name, toy in TOYS.items():
         x, y = torch.meshgrid(
             torch.linspace(*toy.window[:2], 200),
             torch.linspace(*toy.window[2:], 200),
             indexing="xy",
         )
         heights = toy.function(x, y).clamp(min=1e-3).log10()
-        for axis, side in zip(row, SIDES, strict=True):
+        for side in SIDES:
+            axis = next(panels)
             axis.contour(x, y, heights, levels=20, colors="0.85", linewidths=0.6)
             for method, path in paths[name, side].items():
                 colour = colours[method]
@@ -187,7 +188,7 @@ def draw(paths: dict[tuple[str, str], dict[str, Tensor]], out: Path) -> None:
             axis.set(title=f"{name}, {side}", xlim=toy.window[:2], ylim=toy.window[2:])
             axis.legend(fontsize=7)
     out.parent.mkdir(exist_ok=True)
-    figure.savefig(out, dpi=70, metadata={"Software": None})
+    save(made, out)
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy
 import pandas
 
+from adamezo.plots import PALETTE, figure, save
 from benchmarks.evidence import BUDGET, QUESTIONS, SEEDS
 from benchmarks.methods import at_an_edge, chosen_lr, validated
-from benchmarks.render.style import NOT_YET, band, figure, markdown, save
+from benchmarks.render.style import NOT_YET, band, markdown
 from benchmarks.render.training import at_the_end
 from benchmarks.results import pick
 
@@ -129,7 +130,7 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
             points = pick(runs_of(rows, job, mode, entry.name)[0], metric="test loss")
             if len(points):
                 curve = points.pivot(index="forwards", columns="seed", values="median")
-                band(axis, curve, f"C{i}", entry.name, "-")
+                band(axis, curve, PALETTE[i], entry.name, "-")
         axis.set(title=f"{job}, {mode}", xlabel="forward passes")
     axes[0].set_ylabel("test loss")
     save(made, folder / "evidence.png")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy
 import pandas
 
-from benchmarks.render.style import COLOURS, NOT_YET, figure, markdown, over, save
+from adamezo.plots import figure, save
+from benchmarks.render.style import COLOURS, NOT_YET, markdown, over
 from benchmarks.results import pick
 from benchmarks.sass import PIPES
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas
 
-from benchmarks.render.style import COLOURS, NOT_YET, figure, markdown, over, save
+from adamezo.plots import figure, save
+from benchmarks.render.style import COLOURS, NOT_YET, markdown, over
 from benchmarks.results import pick
 from benchmarks.step import PARTS
 from benchmarks.step_jobs import SHORT, Method

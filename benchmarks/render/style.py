@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy
 import pandas
 
+from adamezo.plots import PALE, PALETTE
 from benchmarks.results import pick
 
+BLUE, RED, GREEN, _, ORANGE, SKY, GREY, BLACK = PALETTE
 COLOURS = {
-    "torch": "#8c8c8c",
-    "portable": "#e0a030",
-    "avx2": "#4c9be8",
-    "avx512": "#1b4f9c",
-    "forwards": "#d5d8dc",
-    "perturbation": "#e0a030",
-    "update": "#1b4f9c",
-    "float32": "#333333",
-    "bfloat16 in place, nearest": "#c8553d",
-    "bfloat16 in place, stochastic": "#e0a030",
-    "bfloat16 out of place": "#1b4f9c",
-    "bfloat16 out of place, nearest": "#6a9a3a",
+    "torch": GREY,
+    "portable": ORANGE,
+    "avx2": SKY,
+    "avx512": BLUE,
+    "forwards": PALE,
+    "perturbation": ORANGE,
+    "update": BLUE,
+    "float32": BLACK,
+    "bfloat16 in place, nearest": RED,
+    "bfloat16 in place, stochastic": ORANGE,
+    "bfloat16 out of place": BLUE,
+    "bfloat16 out of place, nearest": GREEN,
 }
 NOT_YET = "Not measured yet."
 
@@ -74,37 +75,6 @@ def conditions(rows: pandas.DataFrame, benchmarks: Sequence[str]) -> str:
         body.append((f"`{first.command}`", *cells, f"{middle:.1%}" if middle else ""))
     header = ("command", "device", "clock of a core", "software", "commit", "date", "spread")
     return markdown(header, body) if body else NOT_YET
-
-
-def figure(
-    columns: int, title: str, width: float = 4.2, height: float = 3.6, rows: int = 1
-) -> tuple[Any, list[Any]]:
-    """A figure with its axes beside each other, row by row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    made, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
-    made.suptitle(title, fontsize=10)
-    return made, list(axes.flat)
-
-
-def save(made: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    for axis in made.axes:
-        if axis.lines and not axis.containers:
-            axis.grid(True, which="major", color="#eeeeee")
-    if not any(axis.get_legend() for axis in made.axes):  # what the first panel has, all have
-        labels = made.axes[0].get_legend_handles_labels()
-        made.legend(*labels, loc="outside right upper", frameon=False, fontsize=8)
-    # No date or version inside, so that the same rows give the same file.
-    made.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(made)
 
 
 def band(axis: Any, curves: pandas.DataFrame, colour: str, label: str, style: str = "o-") -> None:

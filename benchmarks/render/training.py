@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas
 
+from adamezo.plots import PALETTE, figure, save
 from benchmarks.method_entries import BY_DIRECTIONS, ENTRIES
 from benchmarks.methods import BUDGETS, MODES, at_an_edge, chosen_lr, validated
-from benchmarks.render.style import COLOURS, NOT_YET, band, figure, markdown, save
+from benchmarks.render.style import COLOURS, NOT_YET, band, markdown
 from benchmarks.results import pick
 
 
@@ -165,7 +166,7 @@ def plot_methods(rows: pandas.DataFrame, folder: Path) -> None:
         for i, entry in enumerate(e for e in ENTRIES if not e.backward):
             points = pick(chosen(rows, job, mode, entry.name), metric="test loss")
             curve = points.pivot(index="forwards", columns="seed", values="median")
-            band(axis, curve, f"C{i % 10}", entry.name, "o-" if i < 10 else "s--")
+            band(axis, curve, PALETTE[i % 8], entry.name, ("o-", "s--")[i // 8])
         axis.set(title=f"{job}, {mode}", ylim=(0.38, 0.92), xlabel="forward passes")
     for axis in axes[:: len(MODES)]:
         axis.set_ylabel("test loss")

@@ -44,8 +44,10 @@ DEPARTMENTS: dict[str, set[str]] = {
     "rewards": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "display": set(),
+    "plots": set(),
     "finetune": {
-        *("engine", "methods", "distributed", "runlog", "integrations", "adapters", "display"),
+        *("engine", "methods", "distributed", "runlog", "integrations", "adapters"),
+        *("display", "plots"),
     },
     "command": {"engine", "methods", "integrations", "runlog", "display", "finetune"},
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.optimizer import ZerothOrder
+from ..plots import PALE, PALETTE, figure, save
 from . import launch
 from .options import Options
 from .tasks import Evaluation, Task
@@ -227,8 +228,6 @@ def _finite(value: Any) -> Any:
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     """Draws the training loss of each step, and the held-out loss and accuracy."""
-    from matplotlib.figure import Figure  # unlike pyplot, needs no display and has no global state
-
     steps = [point["step"] for point in report["curve"]]
     losses = [point["loss"] for point in report["curve"]]
     window = max(1, len(losses) // 10)
@@ -238,15 +237,12 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     held_out = report["held_out_curve"]
     at = [point["step"] for point in held_out]
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(steps, losses, color="0.8", label="a batch")
-    left.plot(steps, mean, color="C0", label=f"mean of the last {window}")
-    left.plot(at, [point["loss"] for point in held_out], "o-", color="C3", label="held-out")
+    made, (left, right) = figure(2, width=4.5)
+    left.plot(steps, losses, color=PALE, label="a batch")
+    left.plot(steps, mean, color=PALETTE[0], label=f"mean of the last {window}")
+    left.plot(at, [point["loss"] for point in held_out], "o-", color=PALETTE[1], label="held-out")
     left.set(xlabel="step", ylabel="loss (nats)")
     left.legend()
-    right.plot(at, [point["accuracy"] for point in held_out], "o-", color="C3")
+    right.plot(at, [point["accuracy"] for point in held_out], "o-", color=PALETTE[1])
     right.set(xlabel="step", ylabel=f"held-out accuracy, share of {report['accuracy_of']}")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save(made, path)
