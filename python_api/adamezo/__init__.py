@@ -5,6 +5,7 @@ from importlib import metadata as _metadata
 from .engine.batched import PerturbedBatch, batched
 from .engine.check_closure import check_closure
 from .engine.closure import LossSum
+from .engine.find_lr import FoundLr, find_lr
 from .fused_step import forget_optimizer, fused_adamezo_step, optimizer_of
 from .methods import (
     FZOO,
@@ -32,6 +33,7 @@ __all__ = [
     "MEAZO",
     "AdaMeZO",
     "AdaZeta",
+    "FoundLr",
     "HiZOO",
     "LossSum",
     "MeZO",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "batched",
     "check_closure",
+    "find_lr",
     "forget_optimizer",
     "fused_adamezo_step",
     "optimizer_of",

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .closure import Closure, Result, numbers
-from .evaluation import evaluate
-from .generators import ForkedGenerators
-from .guard import Guard
-from .module_buffers import BufferMarks, KeptBuffers
+from .module_buffers import BufferMarks
 from .optimizer import ZerothOrder
-from .signals import HeldSignals
+from .trial import trial
 
 REORDERED = 64 * torch.finfo(torch.float32).eps
 """How far two float32 sums of the same terms in another order may be from each other, relative to
@@ -62,30 +58,17 @@ def check_closure(
             "expected an optimizer of adamezo and a closure, in this order; got "
             f"{type(optimizer).__name__} and {type(closure).__name__}"
         )
-    step = optimizer._begin(*optimizer._next_probes())
-    weights = optimizer._perturbation(step)
-    points = optimizer._points([(step.first, 0.0)] * 2, step.options)
-    model, plans = optimizer.model, step.weights.plans
-    guard = Guard(step.weights)
     wrote: list[str] = []
-    with ExitStack() as around:
-        signals = around.enter_context(HeldSignals())
-        around.enter_context(ForkedGenerators())
-        around.enter_context(_kept_modes(model))
-        between = optimizer._kept_buffers(plans)  # nothing, unless a step puts some back
-        around.callback(KeptBuffers(model, plans).put_back)
+    with trial(optimizer, moves=False) as tried:
+        model = optimizer.model
         marks = None if model is None else BufferMarks(model)
-        try:
-            results = evaluate([closure] * 2, points, weights, guard, signals, between)
-            if marks is not None and optimizer.module_buffers == "every":
-                wrote = marks.written(lambda: plans)
-        finally:
-            guard.put_back()
-            weights.restore()
+        results = tried.evaluate([closure] * 2, [(tried.first, 0.0)] * 2)
+        if marks is not None and optimizer.module_buffers == "every":
+            wrote = marks.written(lambda: tried.weights.plans)
     once, again = numbers(results)
     allowed = _tolerance(results) if tolerance is None else tolerance
     if not _alike(once, again, allowed):
-        raise ValueError(_message(once, again, allowed, step.options["zo_eps"], wrote))
+        raise ValueError(_message(once, again, allowed, tried.options["zo_eps"], wrote))
     return once
 
 
@@ -121,15 +104,3 @@ def _message(once: float, again: float, tolerance: float, zo_eps: float, wrote: 
         "(advance it after the step); kernels that sum in another order each time "
         "(torch.use_deterministic_algorithms(True), or a larger `tolerance`)"
     )
-
-
-@contextmanager
-def _kept_modes(model: nn.Module | None) -> Iterator[None]:
-    """Modules train afterwards that trained before, and others do not."""
-    modes = [] if model is None else [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            if module.training != training:
-                module.training = training

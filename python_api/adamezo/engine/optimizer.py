@@ -98,6 +98,11 @@ class ZerothOrder(OptimizerBase):
         """The direction of a probe's perturbation: z, unless the method's rule has its own."""
         return z
 
+    def unit_length(self, group: dict[str, Any]) -> float | None:
+        """How far a step with lr = 1 moves a weight of a group for good, about, as a root mean
+        square; None where that depends on the scale of the loss (:func:`adamezo.find_lr`)."""
+        return None
+
     def _closures(self, closure: Closure, probes: Sequence[Probe]) -> list[Closure]:
         """The closure that is evaluated at each probe."""
         return [closure] * len(probes)

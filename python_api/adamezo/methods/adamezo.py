@@ -172,6 +172,12 @@ class AdaMeZO(ZerothOrder):
         )
         return terms, {"projected_grads": grads, "directions": counters}
 
+    def unit_length(self, group: dict[str, Any]) -> float | None:
+        """That of a full history with p of one size: each z is in the m of ``horizon`` steps."""
+        alike = [1.0] * group["horizon"]
+        m, v = coefficients(alike, group["betas"], group["normalization"])
+        return None if v is None else sum(m) / math.sqrt(sum(v))
+
     def _coefficients(
         self, grads: Sequence[float], group: dict[str, Any]
     ) -> tuple[Sequence[float], Sequence[float] | None]:

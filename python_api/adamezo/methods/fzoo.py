@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,10 @@ class FZOO(Memoryless):
         flat = (unit == 0) | alike(others)  # of equal losses sigma may be a rounding error
         unit = where(flat, 1.0, unit)
         return tuple(where(flat, 0.0, loss - start) / unit for loss in others)
+
+    def unit_length(self, group: dict[str, Any]) -> float:
+        """The mean of N directions, each of about 1 / mu."""
+        return 1 / (float(group["zo_eps"]) * math.sqrt(group["queries"]))
 
     def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)

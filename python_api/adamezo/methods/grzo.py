@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,10 @@ class GRZO(Memoryless):
         flat = (spread == 0) | alike(deltas)  # of equal numbers it may be a rounding error
         unit = where(flat, 1.0, 2 * options["zo_eps"] * (spread + options["eps"]))
         return tuple(quotient(where(flat, 0.0, delta), unit) for delta in deltas)
+
+    def unit_length(self, group: dict[str, Any]) -> float:
+        """The mean of N directions, each of about 1 / (2 sigma)."""
+        return 1 / (2 * float(group["zo_eps"]) * math.sqrt(group["examples"]))
 
     def check_options(self, options: dict[str, Any]) -> None:
         if type(options["examples"]) is int:  # before the distribution that has this number

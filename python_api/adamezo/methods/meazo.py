@@ -65,6 +65,9 @@ class MEAZO(Memoryless):
         s_hat = history["s"] / schedule["correction"]
         return [p / (square_root(s_hat) + group["eps"])]
 
+    def unit_length(self, group: dict[str, Any]) -> float:
+        return 1.0
+
     @staticmethod
     def _scheduled(step: int, group: dict[str, Any]) -> dict[str, float]:
         return {"correction": 1 - group["beta"] ** step}

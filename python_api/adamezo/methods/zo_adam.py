@@ -56,6 +56,9 @@ class ZOAdam(Buffered):
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, zo_eps=zo_eps), common)
 
+    def unit_length(self, group: dict[str, Any]) -> float:
+        return 1.0
+
     @staticmethod
     def _numbers(
         p: Number, others: Sequence[Number], counter: Number, schedule: dict[str, Number],

@@ -1,0 +1,92 @@
+"""How near is :func:`adamezo.find_lr` to the best lr of a search?
+
+    python -m benchmarks.find_lr    minutes
+
+On the jobs, modes and methods whose lr was searched by benchmarks/methods.py or
+benchmarks/evidence.py, for runs of as many steps. Four batches, one direction each. Writes
+benchmarks/results/find_lr.csv; the table of docs/choosing.md has the searches' best beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+import adamezo
+from benchmarks.evidence import BY_NAME, JOBS
+from benchmarks.method_jobs import Job, Main
+from benchmarks.results import Point, Row, conditions, parser, run_once, settings
+
+BATCHES = 4
+
+
+class Case(NamedTuple):
+    """A search that there is."""
+
+    benchmark: str
+    job: str
+    mode: str
+    method: str
+    budget: int
+    tuned_on: bool = False
+    """Whether the factor of find_lr was taken from it."""
+
+
+def _cases(benchmark: str, job: str, budget: int, methods: tuple[str, ...]) -> Iterator[Case]:
+    for mode in ("full", "lora"):
+        for method in methods:
+            tuned_on = benchmark == "methods" and method == "AdaMeZO"
+            yield Case(benchmark, job, mode, method, budget, tuned_on)
+    if benchmark == "methods":
+        tuned_on = job == "layer"
+        yield Case(benchmark, job, "tensor-train", "AdaMeZO", budget, tuned_on)
+
+
+SHORT = ("AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO")
+CASES = [
+    *_cases("methods", "layer", 216, (*SHORT, "GRZO")),
+    *_cases("methods", "main", 72, SHORT),
+    *_cases("evidence", "layer", 2000, (*SHORT, "GRZO")),
+    Case("evidence", "tweets", "lora", "AdaMeZO", 500),
+    Case("evidence", "text", "lora", "AdaMeZO", 500),
+]
+
+
+def found(job: Job, case: Case) -> Iterator[Point]:
+    """The points of a case: the lr and what it took."""
+    start, entry = job.start(case.mode, 0), BY_NAME[case.method]
+    optimizer = entry.make(job, start, 1.0, 0)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(job.rows, generator=generator).tolist()
+    batches = [order[i * job.batch : (i + 1) * job.batch] for i in range(BATCHES)]
+
+    def closure(rows: list[int]) -> Callable[[], object]:
+        if entry.in_batches:
+            return adamezo.batched(functools.partial(start.losses, rows))
+        return functools.partial(start.loss, rows)
+
+    steps = case.budget // entry.forwards
+    made = adamezo.find_lr(optimizer, [closure(rows) for rows in batches], steps=steps)
+    yield "lr", "1", made.forwards, made.lr, 1
+    yield "radius", "1", made.forwards, made.radius, 1
+
+
+def main() -> None:
+    arguments = parser(__doc__, "find_lr.csv").parse_args()
+    torch.set_num_threads(1)
+    where = conditions()
+    jobs: dict[tuple[str, int], Job] = {}
+    for case in CASES:
+        key = case.job, case.budget
+        if key not in jobs:
+            jobs[key] = Main(case.budget) if case.job == "main" else JOBS[case.job](case.budget)
+        columns = settings(job=case.job, mode=case.mode, budget=case.budget, threads=1)
+        row = Row("find lr", "", "", case.method, columns, "forwards", **where)
+        run_once(arguments.output, row, functools.partial(found, jobs[key], case))
+
+
+if __name__ == "__main__":
+    main()

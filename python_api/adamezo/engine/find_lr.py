@@ -1,0 +1,154 @@
+"""A learning rate for a run, from how far weights can be moved at random without harm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .closure import Closure, numbers
+from .optimizer import ZerothOrder
+from .trial import trial
+
+SHARE = 1 / 3
+"""How much of a harmful move the steps of a run may come to: the geometric mean over five searches
+of docs/choosing.md, which are from 0.15 to 0.6."""
+HARM = 0.5
+"""By what part of itself the loss has risen where a move is harmful."""
+SMALLEST, LARGEST = 2.0**-24, 2.0**10
+
+
+class FoundLr(NamedTuple):
+    """What :func:`find_lr` has found."""
+
+    lr: float
+    radius: float
+    """How far weights can be moved at random, as a root mean square, until the loss has risen by
+    half."""
+    losses: tuple[tuple[float, float], ...]
+    """(a move's size, the mean loss there), as evaluated; the first is (0, the loss)."""
+    forwards: int
+    """How many forward passes it took."""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def find_lr(
+    optimizer: ZerothOrder,
+    closures: Sequence[Closure],
+    *,
+    steps: int,
+    schedule: str = "linear",
+) -> FoundLr:
+    """A learning rate to begin a search with, in some 20 to 60 forward passes.
+
+    A method that divides by the size of p moves every weight about ``unit_length * lr`` a step,
+    whatever the scale of the loss, and mostly at random. T steps whose lr falls linearly to 0 then
+    come to ``unit_length * lr * sqrt(T / 3)``. Here weights are moved at random by sizes that
+    double until the mean loss has risen by half of itself; the lr is the one at which a run comes
+    to a third of that move. The third is this project's measure (docs/choosing.md), no theory; over
+    the searches there it is right within a factor of 2.3.
+
+    Nothing of the run changes: weights have their bits again, and generators, history and lr are as
+    they were. Needs a copy of the trained weights in the host's memory.
+
+    Args:
+        optimizer: AdaMeZO, ScalarAdaMeZO, MEAZO, FZOO, GRZO or ZOAdam, as it is to step.
+        closures: of different batches, each as for a step; four or more, as the loss is the mean of
+            all, each moved along a direction of its own.
+        steps: T, how many steps the run will have.
+        schedule: "linear", to 0, or "constant".
+
+    Returns:
+        The lr, for all groups, and what was evaluated. It is not set.
+
+    Raises:
+        TypeError, ValueError: a method whose steps depend on the scale of the loss, such as MeZO
+            (find the lr of MEAZO, whose steps are MeZO's over one number), or losses from which
+            nothing follows.
+    """
+    if not isinstance(optimizer, ZerothOrder):
+        raise TypeError(f"expected an optimizer of adamezo, got {type(optimizer).__name__}")
+    lengths = [optimizer.unit_length(group) for group in optimizer.param_groups]
+    known = [length for length in lengths if length is not None]
+    if len(known) < len(lengths):
+        raise TypeError(
+            f"{type(optimizer).__name__} with these options takes steps as long as the loss "
+            "differences are large, so that no lr follows from the weights alone: expected "
+            "AdaMeZO with beta2 > 0, ScalarAdaMeZO, MEAZO, FZOO, GRZO or ZOAdam"
+        )
+    if optimizer.ranks is not None:
+        raise ValueError("find the lr in one process, before the optimizer is connected to others")
+    if not (isinstance(closures, Sequence) and closures and all(map(callable, closures))):
+        raise TypeError("expected closures: a list of functions, each of which evaluates a batch")
+    if steps < 1:
+        raise ValueError(f"Invalid steps: {steps!r}, expected an integer of at least 1")
+    if schedule not in ("linear", "constant"):
+        raise ValueError(f"Invalid schedule: {schedule!r}, expected 'linear' or 'constant'")
+    maximize, *others = {group["maximize"] for group in optimizer.param_groups}
+    if others:
+        raise ValueError("the parameter groups differ in maximize: expected one direction of harm")
+    losses = _losses(optimizer, closures, maximize)
+    radius = _radius(losses, maximize)
+    squares = sum((1 - t / steps) ** 2 for t in range(steps)) if schedule == "linear" else steps
+    lr = SHARE * radius / (max(known) * math.sqrt(squares))
+    return FoundLr(lr, radius, tuple(losses), len(losses) * len(closures))
+
+
+def _losses(
+    optimizer: ZerothOrder, closures: Sequence[Closure], maximize: bool
+) -> list[tuple[float, float]]:
+    """(size, mean loss): at 0, and then at sizes by factors of two from zo_eps on, until one of the
+    last two has done harm and the other has not."""
+    with trial(optimizer, moves=True) as tried:
+        # Directions that no run comes to.
+        directions = [tried.first._replace(counter=2**32 - 1 - i) for i in range(len(closures))]
+
+        def mean(size: float) -> float:
+            # One by one: closures of adamezo.batched would be taken for parts of one batch.
+            pairs = zip(closures, directions, strict=True)
+            values = numbers([tried.evaluate([of], [(z, size)])[0] for of, z in pairs])
+            return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
+
+        start = mean(0.0)
+        if not math.isfinite(start) or start == 0:
+            raise ValueError(
+                f"the mean loss of the closures is {start!r}, expected a finite number other "
+                "than 0: harm is measured in parts of it"
+            )
+        found, size, factor = [(0.0, start)], float(tried.options["zo_eps"]), 0.0
+        while SMALLEST <= size <= LARGEST:
+            found.append((size, mean(size)))
+            harmful = _rise(found, -1, maximize) >= HARM
+            if factor and harmful == (factor > 1):
+                return found
+            factor = 0.5 if harmful else 2.0
+            size *= factor
+    raise ValueError(
+        f"moves of {found[1][0]:.3g} to {found[-1][0]:.3g} in size take the mean loss from "
+        f"{start:.4g} to {found[-1][1]:.4g}, expected that somewhere it rises by half: does the "
+        "loss depend on the trained weights?"
+    )
+
+
+def _rise(found: Sequence[tuple[float, float]], i: int, maximize: bool) -> float:
+    """The rise of the loss, or the fall of what is maximized, as a part of its size at the start;
+    infinite where there is no finite loss."""
+    start, loss = found[0][1], found[i][1]
+    return (start - loss if maximize and math.isfinite(loss) else loss - start) / abs(start)
+
+
+def _radius(found: Sequence[tuple[float, float]], maximize: bool) -> float:
+    """Where the rise is HARM, between the last two sizes: on a power of the size where both are
+    rises, as a loss that is curved alike everywhere rises with the square; else on the line over
+    the size's logarithm."""
+    (low, small), (high, large) = sorted((found[i][0], _rise(found, i, maximize)) for i in (-2, -1))
+    if not math.isfinite(large):
+        return math.sqrt(low * high)
+    if small > 0:
+        share = math.log(HARM / small) / math.log(large / small)
+    else:
+        share = (HARM - small) / (large - small)
+    return float(low * (high / low) ** share)
