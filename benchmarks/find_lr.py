@@ -3,7 +3,7 @@
     python -m benchmarks.find_lr    minutes
 
 On the jobs, modes and methods whose lr was searched by benchmarks/methods.py or
-benchmarks/evidence.py, for runs of as many steps. Four batches, one direction each. Writes
+benchmarks/evidence.py. Four batches, one direction each. Writes
 benchmarks/results/find_lr.csv; the table of docs/choosing.md has the searches' best beside it.
 """
 
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     mode: str
     method: str
     budget: int
+    """Forward passes of the search's runs."""
     tuned_on: bool = False
     """Whether the factor of find_lr was taken from it."""
 
@@ -68,8 +69,7 @@ def found(job: Job, case: Case) -> Iterator[Point]:
             return adamezo.batched(functools.partial(start.losses, rows))
         return functools.partial(start.loss, rows)
 
-    steps = case.budget // entry.forwards
-    made = adamezo.find_lr(optimizer, [closure(rows) for rows in batches], steps=steps)
+    made = adamezo.find_lr(optimizer, [closure(rows) for rows in batches])
     yield "lr", "1", made.forwards, made.lr, 1
     yield "radius", "1", made.forwards, made.radius, 1
 
@@ -78,14 +78,14 @@ def main() -> None:
     arguments = parser(__doc__, "find_lr.csv").parse_args()
     torch.set_num_threads(1)
     where = conditions()
-    jobs: dict[tuple[str, int], Job] = {}
+    jobs: dict[str, Job] = {}
     for case in CASES:
-        key = case.job, case.budget
-        if key not in jobs:
-            jobs[key] = Main(case.budget) if case.job == "main" else JOBS[case.job](case.budget)
-        columns = settings(job=case.job, mode=case.mode, budget=case.budget, threads=1)
+        if case.job not in jobs:
+            made = {**JOBS, "main": Main}[case.job]
+            jobs[case.job] = made(case.budget)
+        columns = settings(job=case.job, mode=case.mode, threads=1)
         row = Row("find lr", "", "", case.method, columns, "forwards", **where)
-        run_once(arguments.output, row, functools.partial(found, jobs[key], case))
+        run_once(arguments.output, row, functools.partial(found, jobs[case.job], case))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.render import (
     adapters,
     evidence,
     kernels,
+    learning_rates,
     memory,
     scaling,
     steps,
@@ -117,6 +118,10 @@ PAGES: dict[str, dict[str, Block]] = {
         "methods_directions": partial(training.by_directions, job="layer", modes=["full", "lora"]),
     },
     "docs/comparison_whole.md": compared("main"),
+    "docs/choosing.md": {
+        "find_lr": learning_rates.found,
+        "find_lr_conditions": partial(conditions, benchmarks=["find lr"]),
+    },
     "docs/long_runs.md": {
         "long_references": evidence.references,
         "long_methods_lora": partial(ANSWER, question="methods", mode="lora"),

@@ -12,9 +12,8 @@ from .closure import Closure, numbers
 from .optimizer import ZerothOrder
 from .trial import trial
 
-SHARE = 1 / 3
-"""How much of a harmful move the steps of a run may come to: the geometric mean over five searches
-of docs/choosing.md, which are from 0.15 to 0.6."""
+SHARE = 1 / 15
+"""How much of a harmful move a step is: the geometric mean over searches of docs/choosing.md."""
 HARM = 0.5
 """By what part of itself the loss has risen where a move is harmful."""
 SMALLEST, LARGEST = 2.0**-24, 2.0**10
@@ -35,21 +34,14 @@ class FoundLr(NamedTuple):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def find_lr(
-    optimizer: ZerothOrder,
-    closures: Sequence[Closure],
-    *,
-    steps: int,
-    schedule: str = "linear",
-) -> FoundLr:
+def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     """A learning rate to begin a search with, in some 20 to 60 forward passes.
 
     A method that divides by the size of p moves every weight about ``unit_length * lr`` a step,
-    whatever the scale of the loss, and mostly at random. T steps whose lr falls linearly to 0 then
-    come to ``unit_length * lr * sqrt(T / 3)``. Here weights are moved at random by sizes that
-    double until the mean loss has risen by half of itself; the lr is the one at which a run comes
-    to a third of that move. The third is this project's measure (docs/choosing.md), no theory; over
-    the searches there it is right within a factor of 2.3.
+    whatever the scale of the loss, and mostly at random. Here weights are moved at random by sizes
+    that double until the mean loss has risen by half of itself; the lr is the one whose steps are a
+    fifteenth of that move. The fifteenth is measured, by the searches of docs/choosing.md that have
+    the best lr beside what is found, and no theory.
 
     Nothing of the run changes: weights have their bits again, and generators, history and lr are as
     they were. Needs a copy of the trained weights in the host's memory.
@@ -58,8 +50,6 @@ def find_lr(
         optimizer: AdaMeZO, ScalarAdaMeZO, MEAZO, FZOO, GRZO or ZOAdam, as it is to step.
         closures: of different batches, each as for a step; four or more, as the loss is the mean of
             all, each moved along a direction of its own.
-        steps: T, how many steps the run will have.
-        schedule: "linear", to 0, or "constant".
 
     Returns:
         The lr, for all groups, and what was evaluated. It is not set.
@@ -83,18 +73,12 @@ def find_lr(
         raise ValueError("find the lr in one process, before the optimizer is connected to others")
     if not (isinstance(closures, Sequence) and closures and all(map(callable, closures))):
         raise TypeError("expected closures: a list of functions, each of which evaluates a batch")
-    if steps < 1:
-        raise ValueError(f"Invalid steps: {steps!r}, expected an integer of at least 1")
-    if schedule not in ("linear", "constant"):
-        raise ValueError(f"Invalid schedule: {schedule!r}, expected 'linear' or 'constant'")
     maximize, *others = {group["maximize"] for group in optimizer.param_groups}
     if others:
         raise ValueError("the parameter groups differ in maximize: expected one direction of harm")
     losses = _losses(optimizer, closures, maximize)
     radius = _radius(losses, maximize)
-    squares = sum((1 - t / steps) ** 2 for t in range(steps)) if schedule == "linear" else steps
-    lr = SHARE * radius / (max(known) * math.sqrt(squares))
-    return FoundLr(lr, radius, tuple(losses), len(losses) * len(closures))
+    return FoundLr(SHARE * radius / max(known), radius, tuple(losses), len(losses) * len(closures))
 
 
 def _losses(

@@ -1,0 +1,36 @@
+"""The table of benchmarks/find_lr.py in docs/choosing.md."""
+
+from __future__ import annotations
+
+import pandas
+
+from benchmarks.find_lr import CASES
+from benchmarks.methods import at_an_edge, chosen_lr, validated
+from benchmarks.render.style import NOT_YET, markdown
+from benchmarks.results import pick
+
+
+def found(rows: pandas.DataFrame) -> str:
+    """By case: the lr that was found, the best of its search, and the one over the other."""
+    body = []
+    for case in CASES:
+        of = dict(job=case.job, mode=case.mode, variant=case.method)
+        at = pick(rows, benchmark="find lr", metric="lr", **of)
+        losses = validated(rows, case.benchmark, schedule=None, budget=case.budget, **of)
+        best = chosen_lr(losses) if len(losses) else None
+        if at.empty or best is None:
+            continue
+        lr = at["median"].iloc[0]
+        edge = " at an edge" if at_an_edge(losses) else ""
+        body.append(
+            (
+                f"{case.job}, {case.mode}, {case.budget:,} forward passes, {case.method}",
+                f"{at.forwards.iloc[0]:.0f}",
+                f"{lr:.2g}",
+                f"{best:g} (of {len(losses)}{edge})",
+                f"{lr / best:.2f}",
+                "yes" if case.tuned_on else "",
+            )
+        )
+    header = ("", "forward passes", "found", "best of a search", "over it", "factor taken from it")
+    return markdown(header, body) if body else NOT_YET
