@@ -11,10 +11,12 @@ from benchmarks.results import pick
 def seconds(rows: pandas.DataFrame, page: str) -> str:
     """Each command of a page in its order, and how busy the machine was before the first."""
     some = pick(rows, benchmark=f"newcomer {page}")
-    timed = pick(some, metric="time")
+    timed, busy = (pick(some, metric=m) for m in ("time", "processor time"))
     if timed.empty:
         return NOT_YET
-    body = [(f"`{row.variant}`", f"{row.median:.1f}") for row in timed.itertuples()]
-    body += [("all of it", f"{timed['median'].sum():.1f}")]
+    both = zip(timed.variant, timed["median"], busy["median"], strict=True)
+    body = [(f"`{said}`", f"{took:.1f}", f"{of:.1f}") for said, took, of in both]
+    body += [("all of it", *(f"{of['median'].sum():.1f}" for of in (timed, busy)))]
+    table = markdown((page, "seconds", "of processors"), body)
     load = pick(some, metric="load")["median"].item()
-    return f"{markdown((page, 'seconds'), body)}\n\nLoad average before the first: {load:.1f}."
+    return f"{table}\n\nLoad average before the first: {load:.1f}."
