@@ -78,7 +78,7 @@ def said(command: list[str]) -> str:
 
 
 def used() -> float:
-    """The processor time of all commands until now, which other work lengthens less than seconds."""
+    """The processor time of all commands until now; other work lengthens it less than seconds."""
     of = resource.getrusage(resource.RUSAGE_CHILDREN)
     return of.ru_utime + of.ru_stime
 
