@@ -8,7 +8,7 @@
 #   NVCC=pip              `make nvcc` with CUDA 13.0 from pip, for a machine without a toolkit
 #   PY=python             use this environment as it is: nothing is created or installed
 #   COUNT=5000 SEED=7     how many random calls `make ptx-check` makes, and the first of them
-#   PAGE=docs/command_line.md  what `make newcomer` follows in the place of the README
+#   PAGE=docs/x.md        the page that `make newcomer` follows, if not the README
 #   OUT=build/gpu         where `make gpu-check` leaves its logs and measurements
 
 PYTHON ?= python3

@@ -64,11 +64,14 @@ def of_shell(lines: list[str]) -> Iterator[tuple[str, str]]:
             yield "shell", command
 
 
+def filled(command: str) -> str:
+    """With the files of this repository where a word stands for the reader's own."""
+    return "".join(YOURS.get(word, word) for word in re.split(r"(\s+)", command))
+
+
 def run(kind: str, code: str, where: Path, environment: dict[str, str]) -> int:
     """The exit status of one command."""
-    for theirs, ours in YOURS.items():
-        code = code.replace(theirs, ours) if kind == "shell" else code
-    command = ["bash", "-ec", code] if kind == "shell" else ["python", "-c", code]
+    command = ["bash", "-ec", filled(code)] if kind == "shell" else ["python", "-c", code]
     return subprocess.run(command, cwd=where, env=environment).returncode
 
 
