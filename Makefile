@@ -8,6 +8,7 @@
 #   NVCC=pip              `make nvcc` with CUDA 13.0 from pip, for a machine without a toolkit
 #   PY=python             use this environment as it is: nothing is created or installed
 #   COUNT=5000 SEED=7     how many random calls `make ptx-check` makes, and the first of them
+#   PAGE=docs/x.md        the page that `make newcomer` follows, if not the README
 #   OUT=build/gpu         where `make gpu-check` leaves its logs and measurements
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ EXTRAS ?= dev
 WORKERS ?= auto
 COUNT ?= 300
 SEED ?= 1
+PAGE ?= README.md
 OUT ?= build/gpu
 
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -152,8 +154,8 @@ wheel: $(READY) ## a wheel without CUDA, in build/wheel
 	@ls build/wheel
 
 # Longer than .ci/run by a build and the demo, so a job of its own. Neither it nor what follows needs .venv.
-newcomer: ## follow the README in a fresh clone and environment, from its first block to its last
-	$(PYTHON) .ci/newcomer.py --torch '$(TORCH)'
+newcomer: ## follow PAGE, the README, in a fresh clone and environment, from its first block to its last
+	$(PYTHON) .ci/newcomer.py --page $(PAGE) --torch '$(TORCH)'
 
 # What a release is made with. In build/tools, where there is no torch.
 TOOLS = build/tools

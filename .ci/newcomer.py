@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""`make newcomer`: follows the README in a fresh clone and environment, as somebody new would.
+"""`make newcomer`: follows a page in a fresh clone and environment, as somebody new would.
 
-The commands are the README's own, in its order: each line of its shell blocks, each Python block,
-and each span of its text that begins with `pip install` or `python -m adamezo_kernels`. The first
-that fails ends this with an error. All that have run are listed at the end, with their seconds.
+The commands are the page's own, in its order: each line of its shell blocks, each Python block, and
+each span of its text that begins with `pip install` or `python -m adamezo_kernels`. The first that
+fails ends this with an error. All that have run are listed at the end, with their seconds, and with
+--output in a file of results, from which `python -m benchmarks.render` makes tables.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,14 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SPAN = re.compile(r"(?<!`)`((?:pip install|python -m adamezo_kernels)[^`]*)`(?!`)")
 SHELLS = ("sh", "bash", "shell", "console")
 
-# What the README leaves to its reader, and what this repository has in its place: the weights are
-# in the environment that `make demo` has made by then.
+# What the README leaves to its reader, and what this repository has in its place.
 YOURS = {
-    "FOLDER_OR_GGUF": "$(.venv/bin/python -c 'import examples.demo as d; print(d.smollm2())')",
+    "FOLDER_OR_GGUF": '"$(python -m examples.demo --path)"',
     "reviews.csv": "examples/data/movie_reviews.csv",
+    "instructions.jsonl": "examples/data/opposites.jsonl",
 }
-# A run of thousands of steps is ended by Ctrl-C, as the README says that it may be.
-LONG = "adamezo finetune "
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
@@ -65,38 +64,74 @@ def of_shell(lines: list[str]) -> Iterator[tuple[str, str]]:
             yield "shell", command
 
 
-def run(kind: str, code: str, clone: Path, environment: dict[str, str], patience: float) -> int:
+def filled(command: str) -> str:
+    """With the files of this repository where a word stands for the reader's own."""
+    return "".join(YOURS.get(word, word) for word in re.split(r"(\s+)", command))
+
+
+def run(kind: str, code: str, where: Path, environment: dict[str, str]) -> int:
     """The exit status of one command."""
-    for theirs, ours in YOURS.items():
-        code = code.replace(theirs, ours) if kind == "shell" else code
-    command = ["bash", "-ec", code] if kind == "shell" else ["python", "-c", code]
-    # A session of its own, so that Ctrl-C reaches what the shell has started.
-    process = subprocess.Popen(command, cwd=clone, env=environment, start_new_session=True)
-    try:
-        return process.wait(patience if code.startswith(LONG) else None)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-        return 0 if process.wait() in (0, 130, -signal.SIGINT) else 1
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
+    command = ["bash", "-ec", filled(code)] if kind == "shell" else ["python", "-c", code]
+    return subprocess.run(command, cwd=where, env=environment).returncode
+
+
+def said(command: list[str]) -> str:
+    """What a command prints; nothing if it fails."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def used() -> float:
+    """The processor time of all commands until now; other work lengthens it less than seconds."""
+    of = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return of.ru_utime + of.ru_stime
+
+
+Timed = list[tuple[str, float, float]]
+"""Of each command its text, its seconds and its processor time."""
+
+
+def record(file: Path, name: str, load: float, timed: Timed, has: dict[str, str]) -> None:
+    """Puts a page's rows in the place of those that a file has of it."""
+    from benchmarks.results import Row, command_line, conditions, write
+    from benchmarks.results import load as read
+
+    switches = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("ADAMEZO_"))
+    command = " ".join([*switches, command_line()])
+    known = {"benchmark": name, **conditions(command=command, **has)}
+    rows = [row for row in read(file) if row.benchmark != name]
+    rows += [Row(metric="load", unit="1", variant="before", median=load, **known)]
+    rows += [
+        Row(metric=metric, unit="s", variant=shown, median=median, repeats=1, **known)
+        for shown, seconds, busy in timed
+        for metric, median in (("time", seconds), ("processor time", busy))
+    ]
+    write(file, rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--page", default="README.md", help="which to follow, from the root")
     parser.add_argument("--torch", help="install this first, such as a torch without CUDA")
     parser.add_argument("--skip", action="append", default=[], help="commands that begin so")
-    parser.add_argument("--patience", type=float, default=120, help="seconds until Ctrl-C")
+    parser.add_argument("--output", type=Path, help="a CSV file for the page's seconds")
     parser.add_argument("--list", action="store_true", help="say what would run, and end")
     options = parser.parse_args()
-    todo = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+    if not (ROOT / options.page).is_file():
+        parser.error(f"there is no {options.page} in {ROOT}")
+    todo = list(commands((ROOT / options.page).read_text(encoding="utf-8")))
     todo = [(kind, code) for kind, code in todo if not code.startswith(tuple(options.skip))]
     if options.list:
         print("\n".join(f"{kind}: {code.splitlines()[0]}" for kind, code in todo))
         return 0
+    if options.output:
+        sys.path.insert(0, str(ROOT))
+        try:
+            import benchmarks.results  # noqa: F401
+        except ImportError as error:
+            parser.error(f"{error}: --output needs the Python that `make setup` has made")
 
-    timed: list[tuple[float, str]] = []
+    load = os.getloadavg()[0]
+    timed: Timed = []
     status = 0
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder:
         clone, home = Path(folder) / "adamezo", Path(folder) / "environment"
@@ -110,21 +145,33 @@ def main() -> int:
         # Of the make that has called this: the newcomer's own make must not have them.
         for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"):
             environment.pop(name, None)
+        here = (sys.executable, str(ROOT), f"{folder}/")
         steps = [(Path(folder), "shell", code) for code in before]
         steps += [(clone, kind, code) for kind, code in todo]
         for where, kind, code in steps:
-            shown = code.replace(folder, "") if kind == "shell" else "(a Python block)"
+            shown = code if kind == "shell" else "(a Python block)"
+            # In this order: the interpreter may be inside of the checkout.
+            for ours, theirs in zip(here, ("python", "URL", ""), strict=True):
+                shown = shown.replace(ours, theirs)
             print(f"\n$ {shown}", flush=True)
-            start = time.monotonic()
-            status = run(kind, code, where, environment, options.patience)
-            timed.append((time.monotonic() - start, shown))
+            start, busy = time.monotonic(), used()
+            status = run(kind, code, where, environment)
+            timed.append((shown, time.monotonic() - start, used() - busy))
             if status:
                 break
-    print("\nseconds")
-    for seconds, shown in timed:
-        print(f"{seconds:7.1f}  {shown}")
+        if options.output and not status:
+            # Of what the newcomer has, which may not be what this program runs with.
+            version = "from importlib.metadata import version; print(version('torch'))"
+            has = {
+                "torch": said([f"{home}/bin/python", "-c", version]),
+                "commit": said(["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]),
+            }
+            record(options.output, f"newcomer {options.page}", load, timed, has)
+    print("\nseconds, and those of processors")
+    for shown, seconds, busy in timed:
+        print(f"{seconds:7.1f} {busy:7.1f}  {shown}")
     if status:
-        print(f"failed with exit status {status}: {timed[-1][1]}")
+        print(f"failed with exit status {status}: {timed[-1][0]}")
     return int(bool(status))
 
 

@@ -20,6 +20,7 @@ from benchmarks.render import (
     kernels,
     learning_rates,
     memory,
+    newcomer,
     scaling,
     steps,
     stream_2,
@@ -57,6 +58,13 @@ PAGES: dict[str, dict[str, Block]] = {
         "steps": partial(
             STEP, benchmark="step", reference="torch", variant=["ours", "torch"], horizon=[1, 10]
         ),
+    },
+    "docs/command_line.md": {
+        "newcomer_conditions": partial(
+            conditions, benchmarks=["newcomer docs/command_line.md", "newcomer README.md"]
+        ),
+        "newcomer_here": partial(newcomer.seconds, page="docs/command_line.md"),
+        "newcomer_readme": partial(newcomer.seconds, page="README.md"),
     },
     "docs/performance.md": {
         "conditions": partial(

