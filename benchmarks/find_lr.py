@@ -4,7 +4,7 @@
 
 On the jobs, modes and methods whose lr was searched by benchmarks/methods.py or
 benchmarks/evidence.py. Four batches, one direction each. Writes
-benchmarks/results/find_lr.csv; the table of docs/choosing.md has the searches' best beside it.
+benchmarks/results/find_lr.csv; the table of docs/find_lr.md has the searches' best beside it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,9 @@ class Case(NamedTuple):
 def _cases(benchmark: str, job: str, budget: int, methods: tuple[str, ...]) -> Iterator[Case]:
     for mode in ("full", "lora"):
         for method in methods:
-            tuned_on = benchmark == "methods" and method == "AdaMeZO"
-            yield Case(benchmark, job, mode, method, budget, tuned_on)
+            yield Case(benchmark, job, mode, method, budget, tuned_on=method == "AdaMeZO")
     if benchmark == "methods":
-        tuned_on = job == "layer"
-        yield Case(benchmark, job, "tensor-train", "AdaMeZO", budget, tuned_on)
+        yield Case(benchmark, job, "tensor-train", "AdaMeZO", budget, tuned_on=True)
 
 
 SHORT = ("AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO")
@@ -52,7 +50,6 @@ CASES = [
     *_cases("methods", "main", 72, SHORT),
     *_cases("evidence", "layer", 2000, (*SHORT, "GRZO")),
     Case("evidence", "tweets", "lora", "AdaMeZO", 500),
-    Case("evidence", "text", "lora", "AdaMeZO", 500),
 ]
 
 

@@ -126,12 +126,13 @@ PAGES: dict[str, dict[str, Block]] = {
         "methods_directions": partial(training.by_directions, job="layer", modes=["full", "lora"]),
     },
     "docs/comparison_whole.md": compared("main"),
-    "docs/choosing.md": {
+    "docs/find_lr.md": {
         "find_lr": learning_rates.found,
         "find_lr_conditions": partial(conditions, benchmarks=["find lr"]),
     },
     "docs/long_runs.md": {
         "long_references": evidence.references,
+        "long_methods_full": partial(ANSWER, question="methods"),
         "long_methods_lora": partial(ANSWER, question="methods", mode="lora"),
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),

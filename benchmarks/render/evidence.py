@@ -128,9 +128,13 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
     for axis, (job, mode) in zip(axes, panels, strict=True):
         for i, entry in enumerate(entries):
             points = pick(runs_of(rows, job, mode, entry.name)[0], metric="test loss")
-            if len(points):
+            if points.seed.nunique() == len(SEEDS):
                 curve = points.pivot(index="forwards", columns="seed", values="median")
                 band(axis, curve, PALETTE[i], entry.name, "-")
+        for reference, style in (("fitted bias", "--"), ("linear probe", ":")):
+            of = pick(rows, benchmark="evidence", job=job, variant=reference, metric="test loss")
+            for level in of["median"]:
+                axis.axhline(level, color=PALETTE[-1], linestyle=style, label=f"a {reference}")
         axis.set(title=f"{job}, {mode}", xlabel="forward passes")
     axes[0].set_ylabel("test loss")
     save(made, folder / "evidence.png")

@@ -1,4 +1,4 @@
-"""The table of benchmarks/find_lr.py in docs/choosing.md."""
+"""The table of benchmarks/find_lr.py in docs/find_lr.md."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def found(rows: pandas.DataFrame) -> str:
         of = dict(job=case.job, mode=case.mode, variant=case.method)
         at = pick(rows, benchmark="find lr", metric="lr", **of)
         losses = validated(rows, case.benchmark, schedule=None, budget=case.budget, **of)
-        best = chosen_lr(losses) if len(losses) else None
-        if at.empty or best is None:
+        if at.empty or len(losses) < 5:  # of lrs; a search that has ended has five or more
             continue
+        best = chosen_lr(losses)
         lr = at["median"].iloc[0]
         edge = " at an edge" if at_an_edge(losses) else ""
         body.append(

@@ -34,15 +34,19 @@ def figure(
 
 
 def save(made: Any, path: Path) -> None:
-    """Writes it with grids behind its lines, and with one legend beside the panels unless some have
-    legends of their own."""
+    """Writes it with grids behind its lines, and with one legend of all panels beside them unless
+    some have legends of their own."""
     for axis in made.axes:
         if axis.lines and not axis.containers:
             axis.grid(True, which="major", color="#eeeeee")
             axis.set_axisbelow(True)
-    if not any(axis.get_legend() for axis in made.axes):  # what the first panel has, all have
-        handles, labels = made.axes[0].get_legend_handles_labels()
-        if handles:
-            made.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    if not any(axis.get_legend() for axis in made.axes):
+        found = [axis.get_legend_handles_labels() for axis in made.axes]
+        by_label = {
+            name: of for handles, names in found for of, name in zip(handles, names, strict=True)
+        }
+        if by_label:
+            entries = list(by_label.values()), list(by_label)
+            made.legend(*entries, loc="outside right upper", frameon=False, fontsize=8)
     # No date or version inside, so that the same numbers give the same file.
     made.savefig(path, dpi=150, metadata={"Software": None})

@@ -13,7 +13,7 @@ from .optimizer import ZerothOrder
 from .trial import trial
 
 SHARE = 1 / 15
-"""How much of a harmful move a step is: the geometric mean over searches of docs/choosing.md."""
+"""How much of a harmful move a step is: the geometric mean over searches of docs/find_lr.md."""
 HARM = 0.5
 """By what part of itself the loss has risen where a move is harmful."""
 SMALLEST, LARGEST = 2.0**-24, 2.0**10
@@ -35,12 +35,12 @@ class FoundLr(NamedTuple):
 @torch.inference_mode(False)
 @torch.no_grad()
 def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
-    """A learning rate to begin a search with, in some 20 to 60 forward passes.
+    """A learning rate to begin a search with, in some 30 to 60 forward passes.
 
     A method that divides by the size of p moves every weight about ``unit_length * lr`` a step,
     whatever the scale of the loss, and mostly at random. Here weights are moved at random by sizes
     that double until the mean loss has risen by half of itself; the lr is the one whose steps are a
-    fifteenth of that move. The fifteenth is measured, by the searches of docs/choosing.md that have
+    fifteenth of that move. The fifteenth is measured, by the searches of docs/find_lr.md that have
     the best lr beside what is found, and no theory.
 
     Nothing of the run changes: weights have their bits again, and generators, history and lr are as
