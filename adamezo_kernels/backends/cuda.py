@@ -143,8 +143,10 @@ def _run(
     table, count = _table(launch, "tiles" if tiles else "windows", offset, place)
     # The kernels that take tiles find the high words themselves.
     highs = [0] if tiles else high_words(launch, offset)
-    options = {"distribution": distribution, "count": count, "carried": carried}
-    place.run(native.job(call, launch, table, words, **options), highs)
+    job = native.job(
+        call, launch, table, words, distribution=distribution, count=count, carried=carried
+    )
+    place.run(job, highs)
 
 
 def _table(launch: Launch, unit: str, offset: int, place: Place) -> tuple[Tensor, int]:
