@@ -22,6 +22,7 @@ class Job:
         scale: float,
         eps: float,
         rounding: int,
+        carried: int,
     ) -> None: ...
 
 def run(job: Job, isa: str, threads: int) -> None: ...

@@ -33,9 +33,10 @@ class Terms:
     followed by RULE_NUMBERS numbers of the rule, if that is not "moments".
 
     A counter is the 32 bits of an unsigned integer, every other word those of a float32. The tensor
-    is on the host, and is copied for each call that runs on another device; or on the weights'
-    device, where a kernel reads it when it runs and not when it is queued. So a step captured in a
-    CUDA graph sees the values that were written since through the views below.
+    is on the host, and is copied for each call that runs on another device, or carried by its
+    launches; or it is on the weights' device, where a kernel reads it when it runs and not when it
+    is queued. So a step captured in a CUDA graph sees the values that were written since through
+    the views below.
 
     Args:
         key, offset: see :class:`PhiloxState`; the same for all directions.

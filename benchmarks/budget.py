@@ -94,7 +94,7 @@ def compiled_by_nvcc(
         # A type of its own gives each kernel a name by which it is found in the output.
         lines.append(f"struct Body{i}_ : {body} {{}};")
         instance = kernel.format(f"Body{i}_")
-        lines.append(f"template __global__ void {instance}(const __grid_constant__ DeviceJob);")
+        lines.append(f"template __global__ void {instance}(const __grid_constant__ Parameters);")
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernels.cu"), str(Path(folder, "kernels.cubin"))
         source.write_text("\n".join([*lines, "}"]))

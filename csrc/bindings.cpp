@@ -28,16 +28,22 @@ PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)};
 Job make_job(int operation, int distribution, int64_t rank, uint64_t table, int64_t segments,
              int64_t elements, int type, uint64_t seed, uint64_t offset, uint64_t words,
              int64_t horizon, bool with_second, int rule, int buffer_type, double scale, double eps,
-             int rounding) {
+             int rounding, int64_t carried) {
   if (horizon < 1) throw std::invalid_argument("a job needs at least one direction");
   const bool flipout = Distribution(distribution) == Distribution::kFlipout;
   if (rank < 1 || rank > (flipout ? kLargestGroup : kLargestRank))
     throw std::invalid_argument("the rank is out of range");
   if (rule != kMoments && !with_rule(rule, [](auto) {}))
     throw std::invalid_argument("no such rule: is the compiled module older than its Python side?");
+  if (carried < 0 || carried > kMostCarried)
+    throw std::invalid_argument("a launch carries up to " + std::to_string(kMostCarried) +
+                                " words, got " + std::to_string(carried));
   // Where subnormals are flushed to zero, rounding a scalar to float32 would flush it too.
   const DefaultFloatingPoint guard;
   Job job{};
+  static_cast<Words&>(job) = words_at(reinterpret_cast<const uint32_t*>(words), horizon);
+  if (!with_second) job.second = nullptr;
+  if (rule == kMoments) job.numbers = nullptr;
   job.operation = Operation(operation);
   job.distribution = Distribution(distribution);
   job.rank = rank;
@@ -48,14 +54,10 @@ Job make_job(int operation, int distribution, int64_t rank, uint64_t table, int6
   job.type = ElementType(type);
   job.key = key_of(seed);
   job.offset = offset;
-  job.directions = reinterpret_cast<const uint32_t*>(words);
   job.horizon = horizon;
-  job.first = reinterpret_cast<const float*>(job.directions + horizon);
-  job.second = with_second ? job.first + horizon : nullptr;
-  job.step = job.first + 2 * horizon;
+  job.carried = carried;
   job.rule = rule;
   job.buffer_type = ElementType(buffer_type);
-  job.numbers = rule == kMoments ? nullptr : job.step + 2;
   job.scale = float(scale);
   job.eps = float(eps);
   job.rounding = Rounding(rounding);
@@ -103,12 +105,12 @@ PYBIND11_MODULE(_native, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   const auto job = py::arg("job");
-  py::class_<Job>(m, "Job").def(py::init(&make_job), py::arg("operation"), py::arg("distribution"),
-                                py::arg("rank"), py::arg("table"), py::arg("segments"),
-                                py::arg("elements"), py::arg("type"), py::arg("seed"),
-                                py::arg("offset"), py::arg("words"), py::arg("horizon"),
-                                py::arg("with_second"), py::arg("rule"), py::arg("buffer_type"),
-                                py::arg("scale"), py::arg("eps"), py::arg("rounding"));
+  py::class_<Job>(m, "Job").def(
+      py::init(&make_job), py::arg("operation"), py::arg("distribution"), py::arg("rank"),
+      py::arg("table"), py::arg("segments"), py::arg("elements"), py::arg("type"), py::arg("seed"),
+      py::arg("offset"), py::arg("words"), py::arg("horizon"), py::arg("with_second"),
+      py::arg("rule"), py::arg("buffer_type"), py::arg("scale"), py::arg("eps"),
+      py::arg("rounding"), py::arg("carried"));
   m.def("run", &run, "On this machine's CPU.", job, py::arg("isa"), py::arg("threads"), unlocked);
 
   m.def("philox", &philox, "Philox4x32 as published: the four output words.", py::arg("counter"),

@@ -4,11 +4,12 @@ No call waits for what is queued on the device. Besides the weights a kernel rea
 
 - the table of segments, copied once for each plan and stream, on a stream of its own whose end is
   waited for: a capture on any stream may use the copy later;
-- the words of adamezo_kernels.terms. Words on the host are copied for each call: one small copy
-  from pinned memory serves any number of directions, where kernel parameters would end at 4 KB.
-  Words on the device are read there, also by a captured call.
+- the words of adamezo_kernels.terms. Words on the device are read there, also by a captured call.
+  Words on the host are carried by each launch, among the parameters that CUDA copies when a launch
+  is queued: nothing is allocated, and nothing has to outlive it. More than MOST_CARRIED words,
+  those of 85 directions or more, are copied for each call, from pinned memory.
 
-Copies of words are allocated under the current stream and used on no other, so torch's caching
+Such copies of words are allocated under the current stream and used on no other, so torch's caching
 allocators keep their memory until that stream is done with it: the pinned side by the event that a
 non-blocking copy records, the device side by the order of the stream.
 """
@@ -32,6 +33,9 @@ from .native import compiled
 NAME = "cuda"
 
 DISTRIBUTIONS: tuple[str, ...] = ("exact", "fast", "rademacher", "lowrank")
+
+MOST_CARRIED = 256
+"""A launch carries no more words: kMostCarried of csrc/adamezo/job.h."""
 
 # The elements of a launch have indices that agree above these bits: 2**32 Philox calls of 4 each.
 _LOG_ELEMENTS_PER_HIGH = 34
@@ -112,6 +116,8 @@ class Place:
 
 
 def run(call: Call) -> None:
+    words = call.terms.words
+    carried = len(words) if words.device.type == "cpu" and len(words) <= MOST_CARRIED else 0
     for launch in call.plan.launches:
         if not launch.elements:
             continue
@@ -119,9 +125,9 @@ def run(call: Call) -> None:
         try:
             with place.guard:
                 # References last until the launches: after them their memory may be reused.
-                words = words_for(call.terms, place)
+                words = words_for(call.terms, place, carried)
                 for part, distribution in launch.by_kernel(call.distribution):
-                    _run(call, part, distribution, place, words)
+                    _run(call, part, distribution, place, words, carried)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{failed(call, launch)}: {error}. The module was built by "
@@ -130,12 +136,17 @@ def run(call: Call) -> None:
         native.mark_written(launch)
 
 
-def _run(call: Call, launch: Launch, distribution: str, place: Place, words: Tensor) -> None:
+def _run(
+    call: Call, launch: Launch, distribution: str, place: Place, words: Tensor, carried: int
+) -> None:
     tiles, offset = distribution.startswith("lowrank"), call.terms.offset
     table, count = _table(launch, "tiles" if tiles else "windows", offset, place)
     # The kernels that take tiles find the high words themselves.
     highs = [0] if tiles else high_words(launch, offset)
-    place.run(native.job(call, launch, table, words, distribution=distribution, count=count), highs)
+    job = native.job(
+        call, launch, table, words, distribution=distribution, count=count, carried=carried
+    )
+    place.run(job, highs)
 
 
 def _table(launch: Launch, unit: str, offset: int, place: Place) -> tuple[Tensor, int]:
@@ -157,8 +168,8 @@ def _table(launch: Launch, unit: str, offset: int, place: Place) -> tuple[Tensor
     return found
 
 
-def words_for(terms: Terms, place: Place) -> Tensor:
-    """The terms' words on the device."""
+def words_for(terms: Terms, place: Place, carried: int = 0) -> Tensor:
+    """The terms' words on the device; or on the host, from where the launches carry them."""
     if terms.words.device.type != "cpu":
         return terms.words
     if place.capturing():
@@ -166,7 +177,7 @@ def words_for(terms: Terms, place: Place) -> Tensor:
             "terms on the host would keep their values at every replay of the capture: expected "
             "Terms on the device (an optimizer with capturable=True)"
         )
-    return place.copy(terms.words)
+    return terms.words if carried else place.copy(terms.words)
 
 
 def high_words(launch: Launch, offset: int) -> list[int]:

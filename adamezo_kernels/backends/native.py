@@ -115,10 +115,12 @@ def job(
     *,
     distribution: str | None = None,
     count: int | None = None,
+    carried: int = 0,
 ) -> Any:
     """The Job of a call on one launch, for the compiled module; ``table`` and ``words`` are on the
     device that runs it. ``distribution``: if not the call's; ``count``: of what the table counts,
-    if not elements."""
+    if not elements; ``carried``: how many words are on the host, from where a launch on another
+    device carries them."""
     terms = call.terms
     segments, elements, dtype, buffer_dtype = launch.kind
     distribution, rank = kind_of(distribution or call.distribution)
@@ -141,6 +143,7 @@ def job(
         call.scale,
         call.eps,
         ROUNDINGS.index(call.rounding),
+        carried,
     )
 
 

@@ -16,6 +16,7 @@ namespace adamezo {
 namespace cuda {
 
 // A launch's job: the elements whose index has the high bits `high`, nearly always all of them.
+// Where its words are may be an address of the host: bodies are told where to find them.
 struct DeviceJob : Job {
   DeviceJob(const Job& job, uint32_t high) : Job(job), round_keys(job.key), high(high) {}
   PhiloxRoundKeys round_keys;
@@ -25,6 +26,7 @@ struct DeviceJob : Job {
 // The table that the threads of a block share, and per-thread scratch with elements `stride` apart,
 // to relieve register pressure in the loop over directions.
 struct Workspace {
+  Words words;                 // step, numbers, and of the directions the first
   const Direction* table;      // [horizon]
   float* newest;               // kThreadElements of them: z_0
   volatile uint32_t* scratch;  // kScratchWords; volatile, so that no register holds them
@@ -35,11 +37,12 @@ constexpr int kScratchWords = 2;
 
 // Fills one thread's part of a block's table.
 template <class D>
-ADAMEZO_HD void fill_table(const DeviceJob& job, Direction* table, int thread, int threads) {
+ADAMEZO_HD void fill_table(const DeviceJob& job, const Words& words, Direction* table, int thread,
+                           int threads) {
   const uint32_t block_hi = job.high >> (D::kLogElements - (kLogElementsPerHigh - 32));
   for (int64_t k = thread; k < job.horizon; k += threads)
-    table[k] = {philox_stream(job.round_keys, job.directions[k], block_hi), kFastOnes, job.first[k],
-                job.second ? job.second[k] : 0.0f};
+    table[k] = {philox_stream(job.round_keys, words.directions[k], block_hi), kFastOnes,
+                words.first[k], job.second ? words.second[k] : 0.0f};
 }
 
 // `named` selects the instruction by its name: the compiler does not see that the address of a
@@ -147,11 +150,12 @@ ADAMEZO_HD void store_nearest(const Elements<T>& to, const float values[kThreadE
 // Four elements share a call, as those of normals do, whatever the distribution. `window` and
 // `parameter` are the members of `to`, from scratch memory after the loop over directions.
 template <class T>
-ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Elements<T>& to, uint64_t window,
-                                 uint32_t parameter, const float values[kThreadElements]) {
+ADAMEZO_HD void store_stochastic(const DeviceJob& job, const Words& words, const Elements<T>& to,
+                                 uint64_t window, uint32_t parameter,
+                                 const float values[kThreadElements]) {
   const auto place = Exact::place<T>(job.round_keys, window, to.lane,
                                      parameter | uint32_t(Purpose::kRounding) << 24);
-  const PhiloxStream stream = philox_stream(job.round_keys, job.directions[0], job.high);
+  const PhiloxStream stream = philox_stream(job.round_keys, words.directions[0], job.high);
   to.store([&](int first, T elements[kChunk<T>]) {
     ADAMEZO_UNROLL
     for (int i = 0; i < kChunk<T>; i += 4) {
@@ -269,7 +273,7 @@ struct Perturb {
           for (int i = 0; i < kThreadElements; ++i)
             values[i] = ScalarLanes::fma(job.scale, z[i], values[i]);
           if constexpr (kRounding == Rounding::kStochastic)
-            store_stochastic(job, theta, theta.index, theta.parameter, values);
+            store_stochastic(job, space.words, theta, theta.index, theta.parameter, values);
           else
             store_nearest(theta, values);
         });
@@ -333,9 +337,10 @@ ADAMEZO_HD void sum_directions(const DeviceJob& job, const Workspace& space,
 }
 
 // A weight after a step, with its value of the newest direction, along which it is restored.
-ADAMEZO_HD float updated(const DeviceJob& job, float theta, float newest, float step) {
+ADAMEZO_HD float updated(const DeviceJob& job, const Words& words, float theta, float newest,
+                         float step) {
   if (job.scale != 0.0f) theta = ScalarLanes::fma(job.scale, newest, theta);
-  return descend<ScalarLanes>(theta, step, job.step[0], job.step[1]);
+  return descend<ScalarLanes>(theta, step, words.step[0], words.step[1]);
 }
 
 // Restore, moments and update in one pass.
@@ -346,6 +351,7 @@ struct Update {
   template <class T>
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
+    const Words& words = space.words;
     for_each_window<D, T>(
         job, worker, workers,
         [&](const Elements<T>& theta, const typename D::template Place<T>& place) {
@@ -363,16 +369,16 @@ struct Update {
           ADAMEZO_UNROLL
           for (int i = 0; i < kThreadElements; ++i) {
             if constexpr (!D::kSigns) {
-              values[i] = updated(job, values[i], space.newest[i * space.stride], step[i]);
+              values[i] = updated(job, words, values[i], space.newest[i * space.stride], step[i]);
             } else {
               if (job.scale != 0.0f)
                 values[i] = ScalarLanes::add(
                     values[i], with_sign(job.scale, signs[i / kChunk<T>], i % kChunk<T>));
-              values[i] = descend<ScalarLanes>(values[i], step[i], job.step[0], job.step[1]);
+              values[i] = descend<ScalarLanes>(values[i], step[i], words.step[0], words.step[1]);
             }
           }
           if constexpr (kRounding == Rounding::kStochastic)
-            store_stochastic(job, theta, uint64_t(space.scratch[0]) * kWindow,
+            store_stochastic(job, words, theta, uint64_t(space.scratch[0]) * kWindow,
                              space.scratch[space.stride], values);
           else
             store_nearest(theta, values);

@@ -118,8 +118,9 @@ struct QuadInWindow {
   ADAMEZO_HD int64_t source() const { return window.source + first; }
   ADAMEZO_HD int64_t position() const { return window.position + first; }
   // The words of stochastic rounding: those of store_stochastic in bodies.cuh.
-  ADAMEZO_HD void random_words(const DeviceJob& job, uint32_t parameter, uint32_t x[kQuad]) const {
-    const PhiloxStream stream = philox_stream(job.round_keys, job.directions[0], job.high);
+  ADAMEZO_HD void random_words(const DeviceJob& job, const Words& words, uint32_t parameter,
+                               uint32_t x[kQuad]) const {
+    const PhiloxStream stream = philox_stream(job.round_keys, words.directions[0], job.high);
     Exact::quad_words(job.round_keys, index(), parameter, stream, x);
   }
 };
@@ -128,21 +129,22 @@ struct QuadInWindow {
 template <class R, class Where>
 struct Quad {
   const DeviceJob& job;
+  const Words& words;
   Where at;
   float theta[kQuad], z[R::kDirections][kQuad], buffers[kBufferCapacity<R>][kQuad];
 
   // direction(k, z) makes the values of direction k.
   template <class Direction>
   ADAMEZO_HD void load(const Array& from, Direction direction) {
-    uint32_t weights[kQuad], words[kBufferCapacity<R>][kQuad];
+    uint32_t weights[kQuad], kept[kBufferCapacity<R>][kQuad];
     from.load(weights);
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(words[i]);
+    for (int i = 0; i < R::kBuffers; ++i) buffer(i).load(kept[i]);
     ADAMEZO_UNROLL
     for (int k = 0; k < R::kDirections; ++k) direction(k, z[k]);
     widen(job.type, weights, theta);
     ADAMEZO_UNROLL
-    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, words[i], buffers[i]);
+    for (int i = 0; i < R::kBuffers; ++i) widen(job.buffer_type, kept[i], buffers[i]);
   }
 
   ADAMEZO_HD Array source() const { return array(at.segment().source, at.source(), job.type); }
@@ -182,19 +184,20 @@ struct Quad {
   }
 
   ADAMEZO_HD void store(const Array& to, Purpose purpose, const float values[kQuad]) const {
-    uint32_t words[kQuad];
+    uint32_t bits[kQuad];
     if (to.type == ElementType::kFloat32) {
-      narrow<float>(values, words);
+      narrow<float>(values, bits);
     } else if (job.rounding == Rounding::kNearest) {
-      to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, words)
-                                        : narrow<float16>(values, words);
+      to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, bits)
+                                        : narrow<float16>(values, bits);
     } else {
       uint32_t random[kQuad];
-      at.random_words(job, uint32_t(at.segment().parameter) | uint32_t(purpose) << 24, random);
-      to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, random, words)
-                                        : narrow<float16>(values, random, words);
+      const uint32_t parameter = uint32_t(at.segment().parameter) | uint32_t(purpose) << 24;
+      at.random_words(job, words, parameter, random);
+      to.type == ElementType::kBFloat16 ? narrow<bfloat16>(values, random, bits)
+                                        : narrow<float16>(values, random, bits);
     }
-    to.store(words);
+    to.store(bits);
   }
 };
 
@@ -214,15 +217,14 @@ ADAMEZO_HD void for_each_quad(const DeviceJob& job, int64_t worker, int64_t work
 // Four elements by rule R: theta = theta + scale d, read where the source is, where d is the rule's
 // direction; and in an update, where that restores if scale is not 0, its step in the same pass, so
 // that weights and buffers are read once and written once. The numbers of the step are read for
-// each quad, out of the nearest cache: held from one to the next they would take too many
-// registers.
+// each quad, out of shared memory: held from one to the next they would take too many registers.
 template <class R, bool kUpdate, class Where, class Direction>
-ADAMEZO_HD void quad_by_rule(const DeviceJob& job, float minus_lr, float decay, const Where& where,
+ADAMEZO_HD void quad_by_rule(const DeviceJob& job, const Words& words, const Where& where,
                              Direction direction) {
-  Quad<R, Where> quad{job, where, {}, {}, {}};
+  Quad<R, Where> quad{job, words, where, {}, {}, {}};
   float n[kRuleNumbers];
   ADAMEZO_UNROLL
-  for (int i = 0; i < kRuleNumbers; ++i) n[i] = job.numbers[i];
+  for (int i = 0; i < kRuleNumbers; ++i) n[i] = words.numbers[i];
   quad.load(kUpdate ? quad.weights() : quad.source(), direction);
   ADAMEZO_UNROLL
   for (int i = 0; i < kQuad; ++i) {
@@ -234,7 +236,7 @@ ADAMEZO_HD void quad_by_rule(const DeviceJob& job, float minus_lr, float decay, 
     if constexpr (kUpdate) {
       const float step = R::template step<ScalarLanes>(z, b, n, job.eps);
       quad.set(i, b);
-      value = descend<ScalarLanes>(value, step, minus_lr, decay);
+      value = descend<ScalarLanes>(value, step, words.step[0], words.step[1]);
     }
   }
   if constexpr (kUpdate) quad.store_buffers();
@@ -247,11 +249,10 @@ struct ByRule {
 
   static ADAMEZO_HD void run(const DeviceJob& job, const Workspace& space, int64_t worker,
                              int64_t workers) {
-    const float minus_lr = job.step[0], decay = job.step[1];
     for_each_quad(job, worker, workers, [&](const QuadInWindow& where) {
       const uint32_t parameter = uint32_t(where.segment().parameter) | uint32_t(Purpose::kDirection)
                                                                            << 24;
-      quad_by_rule<R, kUpdate>(job, minus_lr, decay, where, [&](int k, float z[kQuad]) {
+      quad_by_rule<R, kUpdate>(job, space.words, where, [&](int k, float z[kQuad]) {
         D::quad(job.round_keys, where.index(), parameter, space.table[k], z);
       });
     });

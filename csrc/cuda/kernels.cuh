@@ -18,21 +18,59 @@ constexpr int kThreads = 256;
 // This allows 80 registers a thread, and 24 warps on a multiprocessor.
 constexpr int kBlocksPerMultiprocessor = 3;
 
+// What a kernel gets: a job and the words that its launch carries, as CUDA copies all parameters
+// when a launch is queued. Every toolkit and device has 4 KB of them, and this takes less than
+// half.
+struct Parameters {
+  Parameters(const Job& job, uint32_t high) : job(job, high) {
+    std::memcpy(words, job.directions, size_t(job.carried) * sizeof *words);
+  }
+
+  // Where a kernel finds the words.
+  __device__ __forceinline__ Words on_device() const {
+    return words_at(job.carried ? words : job.directions, job.horizon);
+  }
+
+  DeviceJob job;
+  uint32_t words[kMostCarried];
+};
+static_assert(sizeof(Parameters) < 2048);
+
+// The words that are needed again and again, in shared memory: reads there take fewer instructions
+// and registers than those by an address that may be one of a parameter.
+struct alignas(16) SharedWords {
+  uint32_t direction;  // the first
+  alignas(8) float step[2];
+  float numbers[kRuleNumbers];
+
+  // Copies one thread's part of them, for use after the block's next barrier.
+  __device__ __forceinline__ void fill(const DeviceJob& job, const Words& from, int thread) {
+    if (thread == 0) direction = from.directions[0];
+    if (thread < 2) step[thread] = from.step[thread];
+    if (job.numbers && thread < kRuleNumbers) numbers[thread] = from.numbers[thread];
+  }
+};
+
 // Of a block's shared memory. Without signs there are none.
 template <class Body>
 constexpr int kCallsShared = Body::Directions::kSigns ? kThreads : 1;
 
 template <class Body>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    kernel(const __grid_constant__ DeviceJob job) {
+    kernel(const __grid_constant__ Parameters given) {
   __shared__ float newest[kThreadElements][kThreads];
   __shared__ uint32_t scratch[kScratchWords][kThreads];
   __shared__ Words16 calls[kCallsShared<Body>];
+  __shared__ SharedWords shared;
   extern __shared__ Direction table[];
-  fill_table<typename Body::Directions>(job, table, int(threadIdx.x), kThreads);
+  Words words = given.on_device();
+  fill_table<typename Body::Directions>(given.job, words, table, int(threadIdx.x), kThreads);
+  shared.fill(given.job, words, int(threadIdx.x));
   __syncthreads();
+  words = {&shared.direction, nullptr, nullptr, shared.step, shared.numbers};
   Words16* const of_warp = calls + threadIdx.x / kWarp * kWarp % kCallsShared<Body>;
-  Body::run(job, {table, &newest[0][threadIdx.x], &scratch[0][threadIdx.x], kThreads, of_warp},
+  Body::run(given.job,
+            {words, table, &newest[0][threadIdx.x], &scratch[0][threadIdx.x], kThreads, of_warp},
             int64_t(blockIdx.x) * kThreads + threadIdx.x, int64_t(gridDim.x) * kThreads);
 }
 
@@ -54,17 +92,22 @@ constexpr int kBlocksOfTiles = 2;
 
 template <class Body, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfTiles)
-    low_rank_kernel(const __grid_constant__ DeviceJob job) {
+    low_rank_kernel(const __grid_constant__ Parameters given) {
   using State = typename Body::template State<T>;
   constexpr int kKept = State::kKept;
   __shared__ alignas(16) float factors[kFactorFloats<kKept>];
   __shared__ float kept[kKept == 0 ? 1 : kKept * kThreadElements][kThreads];
   __shared__ alignas(8) float coefficients[2 * kMostTerms];
   __shared__ alignas(Tile) unsigned char tile[sizeof(Tile)];
+  __shared__ SharedWords shared;
+  Words words = given.on_device();
+  shared.fill(given.job, words, int(threadIdx.x));  // a tile begins with a barrier
+  words.step = shared.step, words.numbers = shared.numbers;
   State state;
-  walk_tiles<State>(job,
-                    {*reinterpret_cast<Tile*>(tile), factors, coefficients, &kept[0][0], kThreads},
-                    blockIdx.x, gridDim.x, ThisThread<State>{state});
+  walk_tiles<State>(
+      given.job,
+      {words, *reinterpret_cast<Tile*>(tile), factors, coefficients, &kept[0][0], kThreads},
+      blockIdx.x, gridDim.x, ThisThread<State>{state});
 }
 
 inline void check(cudaError_t error, const char* what) {
@@ -101,7 +144,7 @@ void launch_body(Body, const Job& job, const HighWords& highs, int device, uint6
   const auto function = kernel<Body>;
   constexpr size_t kWithoutAsking = 48 << 10,
                    kStatic = (kThreadElements + kScratchWords) * kThreads * 4 +
-                             kCallsShared<Body> * sizeof(Words16);
+                             kCallsShared<Body> * sizeof(Words16) + sizeof(SharedWords);
   if (kStatic + table > kWithoutAsking) {
     // All that the device has: two threads that ask for as much as each needs would race.
     int most = 0;
@@ -118,7 +161,7 @@ void launch_body(Body, const Job& job, const HighWords& highs, int device, uint6
   }
   for (const uint32_t high : highs)
     function<<<unsigned(blocks), kThreads, table, reinterpret_cast<cudaStream_t>(stream)>>>(
-        DeviceJob(job, high));
+        Parameters(job, high));
   check(cudaGetLastError(), "launching");
 }
 

@@ -10,7 +10,7 @@ void launch_tiles(const Job& job, int device, uint64_t stream) {
   select_tiles(job, [&](auto body) {
     using B = decltype(body);
     low_rank_kernel<typename B::Body, typename B::Element>
-        <<<blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(DeviceJob(job, 0));
+        <<<blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(Parameters(job, 0));
   });
   check(cudaGetLastError(), "launching");
 }

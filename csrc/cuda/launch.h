@@ -20,7 +20,8 @@ int64_t count_windows(Segment* segments, int64_t count, uint64_t offset);
 int64_t count_tiles(Segment* segments, int64_t count, uint64_t offset);
 
 // Queues the job on a stream (a cudaStream_t) of a device and returns. All pointers are to memory
-// of that device, and must stay valid until the stream is done with the job. Leaves `device`
+// of that device, and must stay valid until the stream is done with the job; but those to words
+// that the launch carries are to memory of the host, and may end with the call. Leaves `device`
 // current for this thread.
 //
 // Throws std::runtime_error with CUDA's message.

@@ -57,6 +57,7 @@ struct Tile {
 // What the threads of a block share. All of them have the tile from there, in registers that the
 // loop over terms needs it would take too many.
 struct TileSpace {
+  Words words;
   Tile& tile;
   float* factors;       // [terms][width + height] of a tile: its columns, then its rows
   float* coefficients;  // [kMostTerms][2]: of the direction that each term belongs to
@@ -109,9 +110,10 @@ ADAMEZO_HD void fill_factors(const DeviceJob& job, const TileSpace& space, int b
     const Purpose purpose = is_row ? Purpose::kRow : Purpose::kColumn;
     const uint32_t q = uint32_t(begin + term - k * int(job.rank));
     float z[4];
-    Exact::quad(job.round_keys, uint64_t((is_row ? tile.row : tile.column) + first),
-                uint32_t(tile.segment.parameter) | uint32_t(purpose) << 24,
-                {philox_stream(job.round_keys, job.directions[k], q), kFastOnes, 0.0f, 0.0f}, z);
+    Exact::quad(
+        job.round_keys, uint64_t((is_row ? tile.row : tile.column) + first),
+        uint32_t(tile.segment.parameter) | uint32_t(purpose) << 24,
+        {philox_stream(job.round_keys, space.words.directions[k], q), kFastOnes, 0.0f, 0.0f}, z);
     float* const to =
         space.factors + term * tile.stride() +
         (is_row ? tile.width() + first : place_of_columns<kColumns>(first, tile.width()));
@@ -121,8 +123,8 @@ ADAMEZO_HD void fill_factors(const DeviceJob& job, const TileSpace& space, int b
   }
   for (int term = thread; term < count; term += space.threads) {
     const int k = (begin + term) / int(job.rank);
-    space.coefficients[2 * term] = job.first[k];
-    space.coefficients[2 * term + 1] = job.second ? job.second[k] : 0.0f;
+    space.coefficients[2 * term] = space.words.first[k];
+    space.coefficients[2 * term + 1] = job.second ? space.words.second[k] : 0.0f;
   }
 }
 
@@ -240,21 +242,21 @@ ADAMEZO_HD void for_each_piece_of(const DeviceJob& job, const Tile& tile,
 
 // The words of stochastic rounding of four elements from `index` on, which need not be a multiple
 // of four: where rows are no multiple of four long.
-ADAMEZO_HD void random_words_at(const DeviceJob& job, uint64_t index, uint32_t parameter,
-                                uint32_t x[4]) {
+ADAMEZO_HD void random_words_at(const DeviceJob& job, const Words& words, uint64_t index,
+                                uint32_t parameter, uint32_t x[4]) {
   const int skipped = int(index % 4);
   // The words of the block that holds an element, with those of its element `skipped` first.
-  const auto block = [&](uint64_t of, uint32_t words[4]) {
+  const auto block = [&](uint64_t of, uint32_t four[4]) {
     const uint32_t high = uint32_t(of >> kLogElementsPerHigh);
     uint32_t found[4];
     Exact::quad_words(job.round_keys, of, parameter,
-                      philox_stream(job.round_keys, job.directions[0], high), found);
+                      philox_stream(job.round_keys, words.directions[0], high), found);
     ADAMEZO_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = skipped & 1 ? found[(i + 1) % 4] : found[i];
+    for (int i = 0; i < 4; ++i) four[i] = skipped & 1 ? found[(i + 1) % 4] : found[i];
     ADAMEZO_UNROLL
-    for (int i = 0; i < 4; ++i) found[i] = skipped & 2 ? words[(i + 2) % 4] : words[i];
+    for (int i = 0; i < 4; ++i) found[i] = skipped & 2 ? four[(i + 2) % 4] : four[i];
     ADAMEZO_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = found[i];
+    for (int i = 0; i < 4; ++i) four[i] = found[i];
   };
   block(index, x);
   if (skipped != 0) {
@@ -270,6 +272,7 @@ template <class T, Rounding kRounding>
 struct PatchOf {
   static constexpr int kColumns = kChunk<T>;
   const DeviceJob& job;
+  const Words& words;
   const Tile& tile;
   const Patch<kColumns>& patch;
 
@@ -316,7 +319,7 @@ struct PatchOf {
     for (int i = 0; i < kColumns; i += 4) {
       if constexpr (kRounding == Rounding::kStochastic) {
         uint32_t random[4];
-        random_words_at(job, index + uint64_t(i),
+        random_words_at(job, words, index + uint64_t(i),
                         uint32_t(tile.segment.parameter) | uint32_t(Purpose::kRounding) << 24,
                         random);
         round_stochastically(values + i, random, elements + i);
@@ -350,7 +353,7 @@ struct TileSample : Tiled {
 
     ADAMEZO_HD void finish(const DeviceJob& job, const TileSpace& space,
                            const Patch<kColumns>& patch, int) const {
-      const PatchOf<T, Rounding::kNearest> out{job, space.tile, patch};
+      const PatchOf<T, Rounding::kNearest> out{job, space.words, space.tile, patch};
       ADAMEZO_UNROLL
       for (int c = 0; c < kChunks<T>; ++c) out.store(c, z + c * kColumns);
     }
@@ -365,7 +368,7 @@ struct TilePerturb : Tiled {
 
     ADAMEZO_HD void finish(const DeviceJob& job, const TileSpace& space,
                            const Patch<kColumns>& patch, int) const {
-      const PatchOf<T, kRounding> theta{job, space.tile, patch};
+      const PatchOf<T, kRounding> theta{job, space.words, space.tile, patch};
       float values[kThreadElements];  // of all chunks, so that they are read at the same time
       ADAMEZO_UNROLL
       for (int c = 0; c < kChunks<T>; ++c) theta.load(c, values + c * kColumns);
@@ -407,7 +410,7 @@ struct TileUpdate : Tiled {
 
     ADAMEZO_HD void finish(const DeviceJob& job, const TileSpace& space,
                            const Patch<kColumns>& patch, int thread) const {
-      const PatchOf<T, kRounding> theta{job, space.tile, patch};
+      const PatchOf<T, kRounding> theta{job, space.words, space.tile, patch};
       float steps[kThreadElements];  // half as many registers as the sums, while memory is awaited
       ADAMEZO_UNROLL
       for (int i = 0; i < kThreadElements; ++i)
@@ -419,7 +422,7 @@ struct TileUpdate : Tiled {
         ADAMEZO_UNROLL
         for (int i = 0; i < kColumns; ++i) {
           const int at = c * kColumns + i;
-          values[i] = updated(job, values[i], space.of(0, at, thread), steps[at]);
+          values[i] = updated(job, space.words, values[i], space.of(0, at, thread), steps[at]);
         }
         theta.store(c, values);
       }
@@ -435,7 +438,7 @@ struct TileMoment : Tiled {
 
     ADAMEZO_HD void finish(const DeviceJob& job, const TileSpace& space,
                            const Patch<kColumns>& patch, int) const {
-      const PatchOf<T, Rounding::kNearest> out{job, space.tile, patch};
+      const PatchOf<T, Rounding::kNearest> out{job, space.words, space.tile, patch};
       ADAMEZO_UNROLL
       for (int c = 0; c < kChunks<T>; ++c) {
         float values[kColumns];
@@ -462,8 +465,9 @@ struct QuadInTile {
   ADAMEZO_HD int64_t memory() const { return row * segment().row_stride + column; }
   ADAMEZO_HD int64_t source() const { return row * segment().source_stride + column; }
   ADAMEZO_HD int64_t position() const { return row * segment().row_length + column; }
-  ADAMEZO_HD void random_words(const DeviceJob& job, uint32_t parameter, uint32_t x[kQuad]) const {
-    random_words_at(job, first_index, parameter, x);
+  ADAMEZO_HD void random_words(const DeviceJob& job, const Words& words, uint32_t parameter,
+                               uint32_t x[kQuad]) const {
+    random_words_at(job, words, first_index, parameter, x);
   }
 };
 
@@ -486,7 +490,7 @@ struct TileByRule : Tiled {
         for_each_piece_of(job, space.tile, patch, c,
                           [&](uint64_t index, int64_t row, int64_t column, int low, int high) {
                             quad_by_rule<R, kUpdate>(
-                                job, job.step[0], job.step[1],
+                                job, space.words,
                                 QuadInTile{space.tile, index, row, column, low, high},
                                 [&](int k, float of[kQuad]) {
                                   ADAMEZO_UNROLL

@@ -18,11 +18,12 @@ void on_host(const Job& job, const HighWords& highs, int64_t blocks, int threads
       const DeviceJob device_job(job, high);
       for (int64_t block = 0; block < blocks; ++block) {
         for (int thread = 0; thread < threads; ++thread)
-          fill_table<D>(device_job, table.data(), thread, threads);
+          fill_table<D>(device_job, job, table.data(), thread, threads);
         for (int thread = 0; thread < threads; ++thread)
-          body.run(device_job,
-                   {table.data(), newest.data() + thread, scratch.data() + thread, threads, calls},
-                   block * threads + thread, blocks * threads);
+          body.run(
+              device_job,
+              {job, table.data(), newest.data() + thread, scratch.data() + thread, threads, calls},
+              block * threads + thread, blocks * threads);
       }
     }
   };
@@ -51,7 +52,7 @@ void tiles_on_host(const Job& job, int64_t blocks, int threads) {
     using State = typename B::Body::template State<typename B::Element>;
     std::vector<State> states(static_cast<size_t>(threads));
     std::vector<float> kept(static_cast<size_t>(State::kKept * kThreadElements * threads));
-    const TileSpace space{tile, factors.data(), coefficients.data(), kept.data(), threads};
+    const TileSpace space{job, tile, factors.data(), coefficients.data(), kept.data(), threads};
     for (int64_t block = 0; block < blocks; ++block)
       walk_tiles<State>(device_job, space, block, blocks, AllThreads<State>{states});
   });

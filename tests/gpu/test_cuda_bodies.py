@@ -597,6 +597,63 @@ def test_tensors_without_elements_have_no_high_words(on_host):
                 assert_same_bits(a, b, offset)
 
 
+# --- words: carried by launches, or in memory ----------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 84, 85, 300])
+def test_few_words_of_the_host_are_carried(on_host, monkeypatch, count):
+    """By every launch of a call: nothing is allocated for them, nor copied."""
+    copied = []
+    copy = OnHost.copy
+    monkeypatch.setattr(OnHost, "copy", lambda at, w: copied.append(len(w)) or copy(at, w))
+    results = []
+    for backend in ("cuda", "native"):
+        # Of two high words and with a vector among matrices: of four launches.
+        w = [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((40, 16), (700,))]
+        plan = Plan(w, shards=[None, Shard(2**34 - 300, columns=0)])
+        for kind in KINDS:
+            run_update(plan, (count, True, 1e-3, 0.1), backend, kind.values[0])
+        results.append(w)
+    for got, right in zip(*results, strict=True):
+        assert_same_bits(got, right)
+    assert copied == ([] if count < 85 else [3 * count + 2] * len(KINDS))
+
+
+@pytest.mark.parametrize("distribution", SAME_BITS)
+@pytest.mark.parametrize("rule", ["moments", *NUMBERS])
+def test_few_words_in_memory(on_host, monkeypatch, rule, distribution):
+    """As those of a captured step are on the device."""
+    monkeypatch.setattr(cuda, "MOST_CARRIED", 0)
+    kind = (distribution, "stochastic")
+    if rule == "moments":
+        tensors, arguments = zoo(torch.bfloat16, unguarded)
+        run_update(Plan(tensors, **arguments), (3, True, 1e-3, 0.1), "cuda", kind)
+        expected, arguments = zoo(torch.bfloat16, unguarded)
+        run_update(Plan(expected, **arguments), (3, True, 1e-3, 0.1), "native", kind)
+    else:
+        tensors = run(rule, torch.bfloat16, torch.float32, kind, "cuda", unguarded)
+        expected = by_reference(rule, torch.bfloat16, torch.float32, kind)
+    for i, (got, right) in enumerate(zip(tensors, expected, strict=True)):
+        assert_same_bits(got, right, i)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_capture_refuses_words_of_the_host(on_host, monkeypatch, count):
+    monkeypatch.setattr(OnHost, "capturing", lambda self: True)
+    w = torch.ones(9)
+    with pytest.raises(RuntimeError, match=r"terms on the host would keep .* capturable=True"):
+        run_update(Plan([w]), (count, True, 1e-3, 0.1), "cuda")
+    assert (w == 1).all()
+
+
+def test_a_launch_has_room_for_the_words_that_it_carries(on_host, monkeypatch):
+    monkeypatch.setattr(cuda, "MOST_CARRIED", 10**6)
+    options = {"backend": "cuda", "lr": 1.0}
+    update_(Plan([torch.ones(9)]), states(84), *coefficients(84, True), **options)
+    with pytest.raises(ValueError, match="carries up to 256 words, got 257"):
+        update_(Plan([torch.ones(9)]), states(85), *coefficients(85, True), **options)
+
+
 def test_staged_tensors(on_host, monkeypatch):
     """Their copies are launches of their own, with tables that are copied once."""
     monkeypatch.setattr(staging, "BLOCK", 500)

@@ -114,6 +114,27 @@ __global__ void before_the_output(const float* in, float* out) {
   out[int(threadIdx.x) - 1] = in[threadIdx.x];
 }
 
+// Of 64 floats that lie among the parameters, or elsewhere: the kernel cannot tell.
+struct Some {
+  float values[kThreads];
+};
+__device__ const float* one_of(const float* in, const Some& some) {
+  return in[0] == 1 ? some.values : in;
+}
+__global__ void right_from_parameters(const float* in, float* out,
+                                      const __grid_constant__ Some some) {
+  out[threadIdx.x] = one_of(in, some)[kThreads - 1 - threadIdx.x];
+}
+__global__ void behind_the_parameters(const float* in, float* out,
+                                      const __grid_constant__ Some some) {
+  out[threadIdx.x] = one_of(in, some)[threadIdx.x + 1];
+}
+__global__ void misaligned_parameter(const float* in, float* out,
+                                     const __grid_constant__ Some some) {
+  const float2 two = *reinterpret_cast<const float2*>(one_of(in, some) + threadIdx.x % 2);
+  out[threadIdx.x] = two.x + two.y;
+}
+
 __global__ void write_of_the_input(const float* in, float*) {
   const_cast<float*>(in)[threadIdx.x] = 1;
 }
@@ -152,6 +173,13 @@ extern "C" __attribute__((visibility("default"))) const char* launch(const char*
   LAUNCH(before_the_output);
   LAUNCH(write_of_the_input);
   LAUNCH(bounded);
+  Some some;
+  for (int i = 0; i < kThreads; ++i) some.values[i] = in[i];
+#define LAUNCH_WITH(kernel) \
+  if (of == #kernel) kernel<<<1, kThreads>>>(in, out, some)
+  LAUNCH_WITH(right_from_parameters);
+  LAUNCH_WITH(behind_the_parameters);
+  LAUNCH_WITH(misaligned_parameter);
   if (of == "more threads than bounded") bounded<<<1, kThreads + 1>>>(in, out);
   if (of == "more threads than there are") right<<<1, 1025>>>(in, out);
   if (of == "no blocks") right<<<0, kThreads>>>(in, out);

@@ -48,6 +48,8 @@ class Case:
     offset: int
     into: bool
     seed: int
+    carried: bool
+    """Whether launches carry the words, where these are not too many."""
 
     @classmethod
     def random(cls, seed: int) -> Case:
@@ -82,6 +84,7 @@ class Case:
             offset=rnd.choice((*OFFSETS, rnd.randrange(2**50))),
             into=operation == "perturb" and rnd.random() < 0.4,
             seed=seed,
+            carried=rnd.random() < 0.7,
         )
 
     def terms(self, offset: int) -> Terms:
@@ -160,8 +163,12 @@ class Host(launched.Place):
         launched.on_host(job, highs, 3, 64)
 
 
+MOST_CARRIED = cuda.MOST_CARRIED
+
+
 def check(case: Case) -> None:
     Device.case = case
+    cuda.MOST_CARRIED = MOST_CARRIED if case.carried else 0
     cuda.Place = Device
     call, got = case.call()
     cuda.run(call)

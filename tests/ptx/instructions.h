@@ -178,6 +178,10 @@ inline T cvta_to_global(T a) {
   return a;
 }
 template <class T>
+inline T cvta_param(T a) {
+  return T(u64(parameters) + a);
+}
+template <class T>
 inline T selp(T a, T b, pred first) {
   return first ? a : b;
 }

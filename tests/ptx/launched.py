@@ -70,9 +70,11 @@ def allow(ranges: list[Tensor]) -> None:
     machine.ptx_allow(ctypes.c_void_p(table.data_ptr()), len(table))
 
 
-def memory_of(call, launch, table: Tensor, words: Tensor) -> list[Tensor]:
+def memory_of(call, launch, table: Tensor, words: Tensor | None) -> list[Tensor]:
     """What the launch reads, and of that what it writes: nothing between rows, and nothing else."""
-    found = [whole(table, False), whole(words, False)]
+    found = [whole(table, False)]
+    if words is not None:
+        found.append(whole(words, False))
     for s in launch.segments:
         if not s.elements:
             continue
@@ -86,9 +88,9 @@ def memory_of(call, launch, table: Tensor, words: Tensor) -> list[Tensor]:
 _job = native.job
 
 
-def job_with_memory(call, launch, table: Tensor, words: Tensor, **options):
-    allow(memory_of(call, launch, table, words))
-    return _job(call, launch, table, words, **options)
+def job_with_memory(call, launch, table: Tensor, words: Tensor, carried: int = 0, **options):
+    allow(memory_of(call, launch, table, None if carried else words))
+    return _job(call, launch, table, words, carried=carried, **options)
 
 
 native.job = job_with_memory

@@ -134,6 +134,14 @@ inline const unsigned char* param(const Thread& self, u64 address) {
   return parameters + address;
 }
 
+// By an address that may be one of global memory or, after cvta.param, among the parameters.
+template <int kSize, Access kAccess>
+inline const unsigned char* generic(const Thread& self, u64 address) {
+  const u64 offset = address - u64(parameters);
+  return offset < parameter_bytes ? param<kSize, kAccess>(self, offset)
+                                  : global<kSize, kAccess>(self, address);
+}
+
 template <class T>
 inline T read(const unsigned char* from) {
   T value;

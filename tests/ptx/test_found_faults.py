@@ -61,6 +61,8 @@ FAULTS = {
     "misaligned_shared": "misaligned access of shared memory: 16 bytes",
     "behind_shared_memory": "access behind the end of shared memory: 4 bytes at 0x100",
     "behind_the_input": "read of memory that the call does not read: 4 bytes",
+    "behind_the_parameters": "read of memory that the call does not read: 4 bytes",
+    "misaligned_parameter": "misaligned access of parameters: 8 bytes",
     "before_the_output": "write of memory that the call does not write: 4 bytes",
     "write_of_the_input": "write of memory that the call does not write: 4 bytes",
     "more threads than bounded": "a block of impossible shape",
@@ -81,13 +83,14 @@ def test_a_fault_is_found(faulty, name):
 def test_no_fault_is_found_where_there_is_none(faulty):
     assert faulty("shared memory asked for") == ""
     assert faulty("right_in_warps") == ""
+    assert faulty("right_from_parameters") == ""
 
 
 # --- planted in csrc/cuda ------------------------------------------------------------------------
 
 PLANTED = [
     # A barrier removed, from calls along one direction, so that the others reach their own faults.
-    ("kernels.cuh", "  __syncthreads();\n", "  if (job.horizon != 1) __syncthreads();\n"),
+    ("kernels.cuh", "  __syncthreads();\n", "  if (given.job.horizon != 1) __syncthreads();\n"),
     # A test of alignment removed.
     ("bodies.cuh", "reinterpret_cast<uint64_t>(from) % sizeof(Words16) == 0;", "true;"),
     # The request for shared memory dropped: as if none were ever needed.

@@ -26,6 +26,8 @@ KERNEL = """
 	.shared .align 4 .b8 newest[20];
 	ld.param.u32 	%r1, [kernel_param_0];  // a comment
 	ld.param.u64 	%rd1, [kernel_param_1+8];
+	cvta.param.u64 	%rd2, %rd1;
+	ld.u32 	%r3, [%rd2+4];
 	setp.gt.s32 	%p1, %r1, -2;
 	@!%p1 bra 	$L__BB0_2;
 	mov.u32 	%r2, table;
@@ -48,6 +50,9 @@ def test_a_kernel():
         "set(_r1, read<u32>(at + 0)); }",
         "{ auto* at = param<8, kLd>(self, as<u64>(b64(8)) + u64(8ull)); "
         "set(_rd1, read<u64>(at + 0)); }",
+        "set(_rd2, cvta_param<u64>(as<u64>(_rd1)));",
+        "{ auto* at = generic<4, kLd>(self, as<u64>(_rd2) + u64(4ull)); "
+        "set(_r3, read<u32>(at + 0)); }",
         "set(_p1, setp_gt<s32>(as<s32>(_r1), as<s32>(b64(18446744073709551614ull))));",
         "if (!_p1) { goto L__BB0_2; }",
         "set(_r2, mov<u32>(as<u32>(b64(32))));",
@@ -73,7 +78,9 @@ def test_a_kernel():
         "mov.u32 %r1, %tid.y;",
         "ld.global.nc.u32 %r1, [%rd1];",
         "ld.global.v2.u32 %r1, [%rd1];",
-        "ld.u32 %r1, [%rd1];",
+        "st.u32 [%rd1], %r1;",
+        "st.param.u32 [%rd1], %r1;",
+        "cvta.shared.u64 %rd2, %rd1;",
         "ld.global.u32 %r1, [%rd1+%rd2];",
         "bar.sync 1;",
         "bar.warp.sync 1;",

@@ -39,6 +39,7 @@ INSTRUCTIONS = {
     "mov": ("usbfp", "T"),
     "selp": ("usbf", "TTP"),
     "cvta.to.global": ("u", "T"),
+    "cvta.param": ("u", "T"),
     "add.rn": ("f", "TT"),
     "mul.rn": ("f", "TT"),
     "div.rn": ("f", "TT"),
@@ -127,11 +128,13 @@ class Kernel:
     def access(self, opcode: str, operands: list[str]) -> str:
         """ld and st, of one element or of a vector of them."""
         found = re.fullmatch(
-            r"(ld|st)(?:\.volatile)?\.(global|shared|param)(?:\.v([24]))?\.(\w+)", opcode
+            r"(ld|st)(?:\.volatile)?(?:\.(global|shared|param))?(?:\.v([24]))?\.(\w+)", opcode
         )
-        if not found or found[4] not in TYPES or opcode.startswith("st.param"):
+        if not found or found[4] not in TYPES:
             raise Unknown(opcode)
-        kind, space, count, type_ = found[1], found[2], int(found[3] or 1), found[4]
+        kind, space, count, type_ = found[1], found[2] or "generic", int(found[3] or 1), found[4]
+        if kind == "st" and space in ("param", "generic"):
+            raise Unknown(opcode)
         where, what = operands if kind == "st" else reversed(operands)
         registers = split(what.strip("{}"))
         if len(registers) != count:
