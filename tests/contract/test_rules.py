@@ -27,7 +27,7 @@ def test_both_languages_have_the_same_rules_in_one_order():
 def test_a_rule_that_the_compiled_module_lacks_is_refused():
     terms = Terms.of([STATE], rule="hizoo")
     names = ("operation", "distribution", "table", "segments", "elements", "type", "seed", "offset")
-    names += ("buffer_type", "with_second", "scale", "eps", "rounding")
+    names += ("buffer_type", "with_second", "scale", "eps", "rounding", "carried")
     job = dict.fromkeys(names, 0) | {"words": terms.words.data_ptr(), "horizon": 1, "rank": 1}
     for rule in range(len(RULES)):
         native.compiled.Job(rule=rule, **job)
