@@ -44,7 +44,7 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     the best lr beside what is found, and no theory.
 
     Nothing of the run changes: weights have their bits again, and generators, history and lr are as
-    they were. Needs a copy of the trained weights in the host's memory.
+    they were. In place it needs a copy of the trained weights in the host's memory.
 
     Args:
         optimizer: AdaMeZO, ScalarAdaMeZO, MEAZO, FZOO, GRZO or ZOAdam, as it is to step.

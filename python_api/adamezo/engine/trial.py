@@ -67,10 +67,12 @@ def trial(optimizer: ZerothOrder, moves: bool) -> Iterator[Trial]:
         try:
             yield Trial(step.first, step.options, step.weights, evaluated)
         finally:
-            guard.put_back()
-            weights.restore()
-            for p, copy in zip(tensors, copies, strict=True):
-                p.detach().copy_(copy)
+            try:
+                guard.put_back()
+                weights.restore()
+            finally:
+                for p, copy in zip(tensors, copies, strict=True):
+                    p.detach().copy_(copy)
 
 
 @contextmanager
