@@ -50,8 +50,8 @@ class Classifier(nn.Module):
 
 
 class Bert(Job):
-    """all-MiniLM-L6-v2, 22.7 million weights, as a classifier of short texts. Its products are those
-    of torch.autocast in bfloat16, as many runs on a GPU are, which takes 0.4 times the time."""
+    """all-MiniLM-L6-v2, 22.7 million weights, as a classifier of short texts. It multiplies in
+    bfloat16 under autocast, as many runs on a GPU do, which takes 0.4 times the time."""
 
     batch = 16
 

@@ -43,7 +43,7 @@ STEP = partial(steps.by_job, metric="time", part="step")
 MEMORY = partial(steps.by_job, metric="peak memory")
 BOTH = ["step", "paper"]
 
-ANSWER = partial(evidence.answer, job="layer", mode="full")
+ANSWER = partial(evidence.answer, job="layer", mode="lora")
 
 
 def compared(job: str) -> dict[str, Block]:
@@ -132,8 +132,8 @@ PAGES: dict[str, dict[str, Block]] = {
     },
     "docs/long_runs.md": {
         "long_references": evidence.references,
-        "long_methods_full": partial(ANSWER, question="methods"),
-        "long_methods_lora": partial(ANSWER, question="methods", mode="lora"),
+        "long_methods_full": partial(ANSWER, question="methods", mode="full"),
+        "long_methods_lora": partial(ANSWER, question="methods"),
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),
     },

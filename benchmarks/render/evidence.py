@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pandas
 
-from adamezo.plots import PALETTE, figure, save
-from benchmarks.evidence import BUDGET, QUESTIONS, SEEDS
-from benchmarks.methods import at_an_edge, chosen_lr, validated
+from adamezo.plots import PALE, PALETTE, figure, save
+from benchmarks.evidence import BUDGET, JOBS, QUESTIONS, SEEDS
+from benchmarks.methods import MODES, at_an_edge, chosen_lr, validated
 from benchmarks.render.style import NOT_YET, band, markdown
 from benchmarks.render.training import at_the_end
 from benchmarks.results import pick
 
 RESAMPLES = 10_000
-PANELS = (("layer", "full"), ("layer", "lora"), ("reviews", "full"), ("tweets", "full"))
+LONG = 10_000
+"""Forward passes of the runs of one question."""
+PANELS = tuple(itertools.product(JOBS, MODES))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -42,12 +46,16 @@ def reached(curve: pandas.Series, target: float) -> float:
 
 
 def runs_of(
-    rows: pandas.DataFrame, job: str, mode: str, name: str
+    rows: pandas.DataFrame,
+    job: str,
+    mode: str,
+    name: str,
+    budget: int = BUDGET,
+    schedule: str | None = None,
 ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """The runs of a method at the lr that the validation rows chose; and the losses that chose."""
-    some = pick(
-        rows, benchmark="evidence", job=job, mode=mode, variant=name, budget=BUDGET, schedule=None
-    )
+    of = dict(job=job, mode=mode, variant=name, budget=budget, schedule=schedule)
+    some = pick(rows, benchmark="evidence", **of)
     losses = validated(some, "evidence")
     lr = chosen_lr(losses) if len(losses) else None
     return (some.iloc[:0] if lr is None else pick(some, lr=lr)), losses
@@ -59,37 +67,43 @@ def mean_curve(runs: pandas.DataFrame) -> pandas.Series:
     return some.pivot(index="forwards", columns="seed", values="median").mean(axis=1)
 
 
-def answer(
-    rows: pandas.DataFrame, question: str, job: str, mode: str, seeds: int = len(SEEDS)
-) -> str:
+def answer(rows: pandas.DataFrame, question: str, job: str, mode: str, budget: int = BUDGET) -> str:
     """The methods of a question whose runs have all seeds, the lowest test loss first; and after
     how many forward passes the mean test loss is what the question's first method ends at."""
-    body: list[tuple[float, tuple[object, ...]]] = []
-    first = runs_of(rows, job, mode, QUESTIONS[question][0].name)[0]
+    entries = QUESTIONS[question]
+    found = {entry.name: runs_of(rows, job, mode, entry.name, budget) for entry in entries}
+    first, _ = found[entries[0].name]
     target = math.nan if first.empty else mean_curve(first).iloc[-1]
-    for entry in QUESTIONS[question]:
-        runs, losses = runs_of(rows, job, mode, entry.name)
-        if runs.empty:
-            continue
-        loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
-        if len(loss) < seeds:  # its search has not ended
-            continue
-        low, high = interval(loss.tolist())
-        at = reached(mean_curve(runs), target)
-        edge = ", at an edge" if at_an_edge(losses) else ""
-        cells = (
-            entry.name,
-            f"{loss.mean():.3f} ({low:.3f} to {high:.3f})",
-            f"{accuracy.mean():.3f}",
-            f"{at:,.0f}" if math.isfinite(at) else "not reached",
-            f"{runs.lr.iloc[0]:g} (of {len(losses)}{edge})",
-            len(loss),
-        )
-        body.append((loss.mean(), cells))
-    reached_by = f"forward passes to the loss of {QUESTIONS[question][0].name}"
-    columns = ("", "test loss", "test accuracy", reached_by, "lr (of so many)", "seeds")
+    body: list[tuple[float, tuple[object, ...]]] = []
+    for name, (runs, losses) in found.items():
+        if whole(runs):
+            loss, cells = ended(runs, losses, target)
+            body.append((loss, (name, *cells)))
+    reached_by = f"forward passes to the loss of {entries[0].name}"
+    columns = ("", "test loss", "test accuracy", reached_by, "lr (of so many)")
     ordered = [cells for _, cells in sorted(body, key=lambda pair: pair[0])]
     return markdown(columns, ordered) if body else NOT_YET
+
+
+def whole(runs: pandas.DataFrame) -> bool:
+    """Whether there are runs with all seeds: if not, the search has not ended."""
+    return not runs.empty and runs.seed.nunique() == len(SEEDS)
+
+
+def ended(
+    runs: pandas.DataFrame, losses: pandas.DataFrame, target: float
+) -> tuple[float, tuple[str, ...]]:
+    """The mean test loss at the end of some runs; and the cells of a table about them."""
+    loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
+    low, high = interval(loss.tolist())
+    at = reached(mean_curve(runs), target)
+    edge = ", at an edge" if at_an_edge(losses) else ""
+    return loss.mean(), (
+        f"{loss.mean():.3f} ({low:.3f} to {high:.3f})",
+        f"{accuracy.mean():.3f}",
+        f"{at:,.0f}" if math.isfinite(at) else "not reached",
+        f"{runs.lr.iloc[0]:g} (of {len(losses)}{edge})",
+    )
 
 
 def references(rows: pandas.DataFrame) -> str:
@@ -118,23 +132,40 @@ def spent(rows: pandas.DataFrame) -> str:
 
 
 def plot(rows: pandas.DataFrame, folder: Path) -> None:
-    """Test loss against forward passes, at the chosen lr; bands from the lowest to the highest
-    seed."""
-    entries = [e for e in QUESTIONS["methods"] if not e.backward]
-    panels = [p for p in PANELS if len(pick(rows, benchmark="evidence", job=p[0], mode=p[1]))]
-    if not panels:
-        return
-    made, axes = figure(len(panels), "Methods over 2,000 forward passes", 4.2, 3.6)
-    for axis, (job, mode) in zip(axes, panels, strict=True):
-        for i, entry in enumerate(entries):
-            points = pick(runs_of(rows, job, mode, entry.name)[0], metric="test loss")
-            if points.seed.nunique() == len(SEEDS):
-                curve = points.pivot(index="forwards", columns="seed", values="median")
-                band(axis, curve, PALETTE[i], entry.name, "-")
-        for reference, style in (("fitted bias", "--"), ("linear probe", ":")):
-            of = pick(rows, benchmark="evidence", job=job, variant=reference, metric="test loss")
-            for level in of["median"]:
-                axis.axhline(level, color=PALETTE[-1], linestyle=style, label=f"a {reference}")
-        axis.set(title=f"{job}, {mode}", xlabel="forward passes")
-    axes[0].set_ylabel("test loss")
-    save(made, folder / "evidence.png")
+    """A figure for each question: test loss against forward passes, at the chosen lr, a panel for
+    each job and mode that has an answer; bands from the lowest to the highest seed."""
+    everywhere = {entry.name for entry in QUESTIONS["methods"]}
+    for question, entries in QUESTIONS.items():
+        own = {entry.name for entry in entries} - everywhere or everywhere
+        drawn: dict[tuple[str, str], dict[str, pandas.DataFrame]] = {}
+        budget = LONG if question == "long" else BUDGET
+        for job, mode in PANELS:
+            found = {e.name: runs_of(rows, job, mode, e.name, budget)[0] for e in entries}
+            curves = {name: runs for name, runs in found.items() if whole(runs)}
+            if len(curves) > 1 and own & curves.keys():
+                drawn[job, mode] = curves
+        if drawn:
+            made, axes = figure(len(drawn), "", 4.2, 3.6)
+            for axis, ((job, mode), curves) in zip(axes, drawn.items(), strict=True):
+                _panel(axis, curves, [entry.name for entry in entries])
+                _levels(axis, rows, job)
+                axis.set(title=f"{job}, {mode}", xlabel="forward passes")
+            axes[0].set_ylabel("test loss")
+            save(made, folder / f"evidence_{question.replace(' ', '_')}.png")
+
+
+def _panel(axis: Any, curves: dict[str, pandas.DataFrame], names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        if name in curves:
+            some = pick(curves[name], metric="test loss")
+            curve = some.pivot(index="forwards", columns="seed", values="median")
+            style = "-" if i < len(PALETTE) else "--"
+            band(axis, curve, PALETTE[i % len(PALETTE)], name, style)
+
+
+def _levels(axis: Any, rows: pandas.DataFrame, job: str) -> None:
+    """What a fitted bias and a linear probe reach."""
+    for reference, style in (("fitted bias", "--"), ("linear probe", ":")):
+        of = pick(rows, benchmark="evidence", job=job, variant=reference, metric="test loss")
+        for level in of["median"]:
+            axis.axhline(level, color=PALE, linestyle=style, label=f"a {reference}")

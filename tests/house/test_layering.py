@@ -41,13 +41,14 @@ DEPARTMENTS: dict[str, set[str]] = {
     "distributed": {"engine"},
     "integrations": {"engine", "methods", "distributed"},
     "adapters": {"engine", "integrations"},
+    "presets": {"engine", "methods", "adapters"},
     "rewards": {"engine", "integrations"},
     "runlog": {"engine", "methods", "integrations", "adapters"},
     "display": set(),
     "plots": set(),
     "finetune": {
         *("engine", "methods", "distributed", "runlog", "integrations", "adapters"),
-        *("display", "plots"),
+        *("presets", "display", "plots"),
     },
     "command": {"engine", "methods", "integrations", "runlog", "display", "finetune"},
 }

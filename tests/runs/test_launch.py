@@ -82,6 +82,19 @@ def test_two_processes_share_a_batch_and_go_on_where_they_were(model_folder, dat
     assert (report["training"]["replayed"], report["processes"]) == (4, 1)
 
 
+def test_the_first_process_finds_the_lr_of_all(model_folder, data_file, tmp_path):
+    rates = []
+    for launcher, name in ((TORCHRUN, "two"), ((), "one")):
+        given = arguments(model_folder, data_file, tmp_path / name)
+        place = given.index("--lr")
+        given[place : place + 2] = ["--find-lr"]
+        said = run(launcher, given)
+        assert said.count("found in") == 1
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        rates.append(report["options"]["lr"])
+    assert rates[0] == rates[1] > 0
+
+
 def test_a_killed_process_starts_all_again_from_the_log(model_folder, data_file, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(TORCHRUN, arguments(model_folder, data_file, whole, steps=200))

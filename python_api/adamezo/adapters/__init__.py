@@ -7,30 +7,24 @@ Each module uses the ones above it only:
     schemes.py       each kind of adapters: tensor trains here, LoRA and prefixes by integrations
     insertion.py     adapters in a model
     files.py         adapters in a folder
-    presets.py       learning rates that were used, and a warning of those of another kind
 """
 
 from .files import load_adapters, save_adapters
 from .insertion import adapt, adapters_of, merge, remove
-from .presets import PRESETS, Preset, check_lr, presets
 from .schemes import SCHEMES
 from .targets import FAMILIES
 from .tensor_train import TensorTrainAdapter, TensorTrainLinear, factorise
 
 __all__ = [
     "FAMILIES",
-    "PRESETS",
     "SCHEMES",
-    "Preset",
     "TensorTrainAdapter",
     "TensorTrainLinear",
     "adapt",
     "adapters_of",
-    "check_lr",
     "factorise",
     "load_adapters",
     "merge",
-    "presets",
     "remove",
     "save_adapters",
 ]

@@ -54,10 +54,10 @@ def _run(
         for path in (log, checkpoint.beside(log)):
             if path.exists():  # kept until the next time: what follows may be refused
                 path.replace(f"{path}.old")
-    if options.lr is None and options.steps < LONG and first:
+    if options.lr is None and not options.find_lr and options.steps < LONG and first:
         print(
             f"adamezo: note: without --lr {options.method} takes its default, which is for "
-            f"thousands of steps, and here are {options.steps}: see --lr in --help",
+            f"thousands of steps, and here are {options.steps}: see --lr and --find-lr in --help",
             file=sys.stderr,
         )
     if not sys.stderr.isatty():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
+_T = TypeVar("_T")
 TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other: the first one may write a model meanwhile."""
 
@@ -54,3 +56,13 @@ def joined(where: torch.device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def of_the_first(make: Callable[[], _T]) -> _T:
+    """What the first process makes, in all of them: another machine may round otherwise."""
+    if size() == 1:
+        return make()
+    made: list[_T | None] = [make() if rank() == 0 else None]
+    distributed.broadcast_object_list(made, src=0)
+    (found,) = made
+    return found  # type: ignore[return-value]

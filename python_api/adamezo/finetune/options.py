@@ -9,10 +9,10 @@ from typing import Any
 from adamezo_kernels import DISTRIBUTIONS, ROUNDINGS
 
 from .. import methods
-from ..adapters.presets import FULL
 from ..adapters.schemes import SCHEMES
 from ..engine.perturb import PERTURBATIONS
 from ..methods.history import NORMALIZATIONS
+from ..presets import FULL
 
 KINDS = ("classification", "lm", "instruct", "multiple-choice")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +29,7 @@ _MAY_CHANGE = {
     *("model", "data", "separator", "encoding", "split", "text_column", "label_column"),
     *("prompt_column", "completion_column", "messages_column", "choice_columns", "label_is"),
     *("chat_template", "loss_on", "sample_tokens", "device", "eval_every", "show", "save_to"),
-    *("log", "checkpoint_every"),
+    *("log", "checkpoint_every", "find_lr"),
 }
 # Options that logs do not hold where they have their defaults, as they are younger than the logs.
 _YOUNGER = ("task", "method", "method_option", "adapt")
@@ -150,6 +150,11 @@ class Options:
         "with 1e-3 (AdaMeZO) or 1e-4 (MeZO), with --adapt lora ten times that, and search by "
         "factors of 3",
         shown=_METHODS_OWN,
+    )
+    find_lr: bool = _option(
+        False,
+        "find an lr before the first step, in 28 to 56 forward passes and with a copy of the "
+        "trained weights, for methods that divide by the projected gradients (docs/find_lr.md)",
     )
     lr_schedule: str = _option(
         "constant", "learning rate over the steps; linear ends at zero", choices=SCHEDULES

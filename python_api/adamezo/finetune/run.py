@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import adapt, check_lr, save_adapters
-from ..adapters.presets import FULL
+from ..adapters import adapt, save_adapters
 from ..display import Display, in_words
 from ..distributed import connect
 from ..engine.batched import PerturbedBatch, batched
 from ..engine.check_closure import check_closure
+from ..engine.find_lr import find_lr
 from ..engine.optimizer import ZerothOrder
 from ..integrations import transformers as language_models
+from ..presets import FULL, check_lr
 from ..runlog import StepLog, read
 from . import checkpoint, launch, report
 from .data import batches, split
@@ -30,6 +31,9 @@ from .optimizer import make_optimizer, with_defaults
 from .options import DTYPES, HELD_OUT, Options
 from .table import read_table
 from .tasks import TASKS, Evaluation, Task
+
+FINDING = 4
+"""With how many batches an lr is found."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -74,6 +78,10 @@ def _finetune(options: Options, device: torch.device, display: Display) -> dict[
     make = kind.make(kind.resolved(options, examples), model, tokenizer)
     train, test = make(training), make(held_out)
     optimizer = make_optimizer(options, model, max(1, len(train) // options.batch_size))
+    if options.find_lr:
+        lr = launch.of_the_first(partial(_lr, optimizer, options, train, display))
+        for group in (*optimizer.param_groups, optimizer.defaults):
+            group["lr"] = lr
     options = with_defaults(options, optimizer)
     check_lr(optimizer, model)
     if launch.size() > 1:
@@ -120,19 +128,39 @@ def _check(options: Options) -> None:
             f"--batch-size: got {options.batch_size}, expected a multiple of the {launch.size()} "
             "processes, each of which takes as many rows of every batch"
         )
+    if options.find_lr and options.lr is not None:
+        raise ValueError(f"--find-lr: there is an lr, {options.lr:g}: expected one of the two")
     if options.checkpoint_every and not options.log:
         raise ValueError("--checkpoint-every needs --log: a checkpoint is a place in a log")
+
+
+def _in_the_log(options: Options, name: str) -> Any:
+    """What an option was in the run that this one goes on with; None if there is none."""
+    there = options.log and Path(options.log).exists()
+    return read(options.log).header.run.get(name) if options.log and there else None
 
 
 def _held_out(options: Options, rows: int) -> int:
     """How many rows are held out. A log of a time when the default was 500 goes on with 500."""
     if options.held_out is not None:
         return options.held_out
-    if options.log and Path(options.log).exists():
-        kept = read(options.log).header.run.get("held_out")
-        if isinstance(kept, int):
-            return kept
-    return min(HELD_OUT, max(1, rows // 5))
+    kept = _in_the_log(options, "held_out")
+    return kept if isinstance(kept, int) else min(HELD_OUT, max(1, rows // 5))
+
+
+def _lr(optimizer: ZerothOrder, options: Options, train: Task, display: Display) -> float:
+    """The lr of a run that is to find it, on the batches of its first steps; of one that goes on,
+    what was found when it began."""
+    kept = _in_the_log(options, "lr")
+    if isinstance(kept, float):
+        return kept
+    plan = batches(len(train), options.batch_size, FINDING, options.seed)
+    try:
+        found = find_lr(optimizer, [batched(partial(train.losses, rows)) for rows in plan])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--find-lr: {error}. Or give an --lr") from error
+    display.write(f"lr: {found.lr:.3g}, found in {found.forwards} forward passes")
+    return found.lr
 
 
 def _evaluate(

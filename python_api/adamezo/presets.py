@@ -1,21 +1,25 @@
-"""Learning rates and perturbation scales that were used for each kind of adapters."""
+"""Settings to begin with: what was used for each kind of adapters, and what our runs advise."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR
 
-from ..engine.optimizer import ZerothOrder
-from .insertion import is_adapted, record_of
+from . import methods
+from .adapters.insertion import is_adapted, record_of
+from .engine.optimizer import ZerothOrder
 
 FULL = "none"
 """The scheme of a model without adapters, all weights of which are trained."""
 
 FAR = 30
-"""The factor of an lr from all those of its scheme at which :func:`check_lr` warns."""
+"""The factor of an lr from all those of its scheme at which `check_lr` warns."""
 
 
 class Preset(NamedTuple):
@@ -55,11 +59,68 @@ PRESETS = (
     Preset("AdaMeZO", "lora", 1e-2, 1e-3, _OURS),
     Preset("AdaMeZO", "tensor-train", 1e-2, 1e-3, _LAYER),
 )
-"""Not one best value each, as that depends on the model and on the number of steps: what was used,
-to begin a search from."""
+"""What was used, to begin a search from. There is no one best value, as that depends on the model
+and on the number of steps."""
 
 
-def presets(method: str, scheme: str) -> tuple[Preset, ...]:
+@dataclass(frozen=True)
+class Recipe:
+    """What to begin with, for one kind of trained weights: the best of the runs of 2,000 forward
+    passes in docs/long_runs.md, on one layer of a small model. docs/recipes.md says what each part
+    rests on, and what it does not."""
+
+    scheme: str
+    """Of :func:`adamezo.adapters.adapt`, or ``"none"`` for all weights."""
+    method: str
+    """The name of its class in `adamezo`."""
+    lr: float
+    """The best of that job. It is no lr of another model: :func:`adamezo.find_lr` finds one."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Others than the method's defaults."""
+
+    def optimizer(self, model: nn.Module, *, lr: float, **changed: Any) -> ZerothOrder:
+        """The recipe's optimizer of all that a model trains.
+
+        Args:
+            model: with the scheme's adapters, or without any to train all weights.
+            lr: :attr:`lr` if nothing better is known. Then let :func:`adamezo.find_lr` replace it.
+            changed: other options of the method, such as ``seed``; those of the recipe too.
+        """
+        scheme = scheme_of(model)
+        if scheme != self.scheme:
+            raise ValueError(
+                f"got a model that trains {_name(scheme)}, expected {_name(self.scheme)}: take "
+                f"adamezo.presets.RECIPES[{scheme!r}], if there is one"
+            )
+        made = getattr(methods, self.method)
+        return made.for_model(model, lr=lr, **{**self.options, **changed})
+
+    def scheduler(self, optimizer: ZerothOrder, steps: int) -> LinearLR:
+        """An lr that falls linearly from what it is to 0. Call ``step()`` after every step."""
+        return LinearLR(optimizer, 1.0, 0.0, steps)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.scheme: recipe
+    for recipe in (
+        Recipe(FULL, "AdaMeZO", 5.62e-3),
+        Recipe("lora", "FZOO", 5.62e-6),
+        Recipe("tensor-train", "AdaMeZO", 1e-2),
+    )
+}
+"""By the scheme of what is trained."""
+
+
+def scheme_of(model: nn.Module) -> str:
+    """The scheme of a model's adapters, as :func:`adamezo.adapters.adapt` names it, also of peft's
+    LoRA; ``"none"`` where there are none."""
+    if is_adapted(model):
+        return record_of(model).scheme
+    kinds = {str(getattr(c, "peft_type", "")) for c in getattr(model, "peft_config", {}).values()}
+    return "lora" if any(kind.endswith("LORA") for kind in kinds) else FULL
+
+
+def known(method: str, scheme: str) -> tuple[Preset, ...]:
     """Those of a method, by the name of its class, and of a scheme, or ``"none"`` for all weights.
 
     MeZO's are those of AdaZeta too, which takes its steps. Empty where none is known.
@@ -79,17 +140,17 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
         optimizer: of the model's adapters, or of all its weights.
         model: with or without adapters of :func:`adamezo.adapters.adapt`.
     """
-    scheme = record_of(model).scheme if is_adapted(model) else FULL
+    scheme = scheme_of(model)
     for group in optimizer.param_groups:
         method, lr = _method(optimizer, group), float(group["lr"])
-        known = presets(method, scheme)
-        if not known or lr <= 0:
+        near_ones = known(method, scheme)
+        if not near_ones or lr <= 0:
             continue
-        near = min(known, key=lambda preset: _factor(preset.lr, lr))
+        near = min(near_ones, key=lambda preset: _factor(preset.lr, lr))
         # Floats: 3e-3 over 1e-4 is 29.999999999999996.
         if _factor(near.lr, lr) < FAR * (1 - 1e-9):
             continue
-        others = (p for p in PRESETS if p in presets(method, p.scheme) and p.scheme != scheme)
+        others = (p for p in PRESETS if p in known(method, p.scheme) and p.scheme != scheme)
         other = min(others, key=lambda preset: _factor(preset.lr, lr), default=None)
         hint = ""
         if other is not None and _factor(other.lr, lr) < _factor(near.lr, lr):
@@ -97,7 +158,7 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
         warnings.warn(
             f"{method} has lr={lr:g} on {_name(scheme)}, for which {near.lr:g} is the nearest that "
             f"is known (with zo_eps={near.zo_eps:g}; {near.source}): a factor of "
-            f"{_factor(near.lr, lr):.0f}.{hint} adamezo.adapters.presets({method!r}, {scheme!r}) "
+            f"{_factor(near.lr, lr):.0f}.{hint} adamezo.presets.known({method!r}, {scheme!r}) "
             "has all of them",
             UserWarning,
             stacklevel=2,

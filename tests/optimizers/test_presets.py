@@ -1,4 +1,4 @@
-"""Learning rates that are known, and the warning of those of another scheme."""
+"""Recipes, learning rates that are known, and the warning of those of another scheme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 import adamezo
 from adamezo import FZOO, AdaMeZO, AdaZeta, MeZO
-from adamezo.adapters import PRESETS, SCHEMES, adapt, adapters_of, check_lr, presets
+from adamezo.adapters import SCHEMES, adapt, adapters_of
+from adamezo.presets import PRESETS, RECIPES, check_lr, known, scheme_of
 from helpers.families import make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +52,8 @@ def test_our_own_are_the_best_of_the_committed_search():
 
 
 def test_adazeta_has_mezos_too():
-    assert set(presets("MeZO", "lora")) <= set(presets("AdaZeta", "lora"))
-    assert presets("FZOO", "lora") == ()
+    assert set(known("MeZO", "lora")) <= set(known("AdaZeta", "lora"))
+    assert known("FZOO", "lora") == ()
 
 
 def check(method, scheme, **options):
@@ -88,7 +89,7 @@ def check(method, scheme, **options):
 def test_an_lr_of_another_scheme_is_warned_of(method, scheme, lr, hint):
     (message,) = check(method, scheme, lr=lr)
     assert re.search(hint, message)
-    assert f"presets({method.__name__!r}, {scheme!r})" in message
+    assert f"known({method.__name__!r}, {scheme!r})" in message
 
 
 @pytest.mark.parametrize(
@@ -122,3 +123,62 @@ def test_each_group_is_looked_at():
     with pytest.warns(UserWarning, match="lr=1e-08") as caught:
         check_lr(MeZO(groups), model)
     assert len(caught) == 1
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", RECIPES)
+def test_a_recipe_makes_a_run(scheme):
+    model = make("llama")
+    if scheme != "none":
+        adapt(model, scheme)
+    recipe = RECIPES[scheme]
+    optimizer = recipe.optimizer(model, lr=recipe.lr, seed=7)
+    assert type(optimizer).__name__ == recipe.method
+    (group,) = optimizer.param_groups
+    trained = [p for p in group["params"] if p.requires_grad]
+    assert len(trained) == sum(p.requires_grad for p in model.parameters())
+    assert recipe.options.items() <= group.items()
+    assert (group["seed"], group["lr"]) == (7, recipe.lr)
+    scheduler = recipe.scheduler(optimizer, steps=4)
+    rates = []
+    for _ in range(4):
+        rates.append(group["lr"])
+        optimizer.step(lambda: sum(p.float().square().mean() for p in trained))
+        scheduler.step()
+    assert rates == pytest.approx([recipe.lr * share for share in (1, 0.75, 0.5, 0.25)])
+    assert group["lr"] == pytest.approx(0, abs=1e-12 * recipe.lr)
+
+
+def test_a_recipe_finds_its_lr():
+    """So that it can be used on a model whose lr is not known."""
+    for scheme in RECIPES:
+        model = make("llama")
+        if scheme != "none":
+            adapt(model, scheme)
+        optimizer = RECIPES[scheme].optimizer(model, lr=0.0, seed=0)
+        assert optimizer.unit_length(optimizer.param_groups[0]) > 0
+
+
+def test_options_of_a_recipe_may_be_changed():
+    optimizer = RECIPES["none"].optimizer(make("llama"), lr=1e-3, zo_eps=1e-2, horizon=5)
+    (group,) = optimizer.param_groups
+    assert (group["zo_eps"], group["horizon"]) == (1e-2, 5)
+
+
+def test_a_recipe_of_other_adapters_is_refused():
+    model = adapt(make("llama"), "lora")
+    with pytest.raises(ValueError, match=r"trains lora adapters, expected all weights.*\['lora'\]"):
+        RECIPES["none"].optimizer(model, lr=1e-3)
+    with pytest.raises(ValueError, match="trains all weights, expected lora adapters"):
+        RECIPES["lora"].optimizer(make("llama"), lr=1e-3)
+
+
+def test_pefts_lora_is_lora():
+    peft = pytest.importorskip("peft")
+    llama = make("llama")
+    model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert scheme_of(model) == "lora"
+    assert scheme_of(peft.get_peft_model(make("llama"), peft.IA3Config(
+        target_modules=["q_proj"], feedforward_modules=[]))) == "none"  # fmt: skip
