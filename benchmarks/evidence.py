@@ -8,7 +8,8 @@
 
 The protocol is that of benchmarks/methods.py, but for these: a run has 2,000 forward passes; lr is
 searched with two seeds, on a grid by factors of sqrt(10) that grows until the best is inside of it,
-and then on both sides of the best, at a factor of 10^(1/4) = 1.78; the best is run with five seeds;
+and then on both sides of the best, at a factor of 10^(1/4) = 1.78; the two best are run with five
+seeds, which choose one of them;
 the test rows are scored at twenty places, so that the forward passes *to reach* a loss can be read.
 The validation rows choose lr and nothing else. Runs resume, and several processes may work on other
 modes or questions at once.
@@ -36,6 +37,7 @@ from benchmarks.results import Point, Row, conditions, parser, run_once, setting
 
 SEEDS = range(5)
 SEARCHING = 2
+FINALISTS = 2
 POINTS = 20
 BUDGET = 2000
 PLACES = (-1, 0, 1)
@@ -177,7 +179,7 @@ def main() -> None:
             run_once(arguments.output, row, functools.partial(reference, job, probe))
     search = Search(
         job, arguments.output, range(arguments.seeds), SEARCHING, where,
-        places=PLACES, fine=True, benchmark="evidence",
+        places=PLACES, fine=True, finalists=FINALISTS, benchmark="evidence",
     )  # fmt: skip
     asked = [name for name in arguments.questions if name in QUESTIONS]
     entries = [entry for name in asked for entry in QUESTIONS[name]]

@@ -176,9 +176,14 @@ def chosen_lr(losses: pandas.DataFrame) -> float | None:
     return None if shared.empty else float(shared.mean(axis=1).idxmin())
 
 
-def at_an_edge(losses: pandas.DataFrame) -> int:
+def of_finalists(losses: pandas.DataFrame) -> float | None:
+    """The lr with the lowest mean validation loss of those that have every seed, or None."""
+    return chosen_lr(losses.dropna()) if len(losses.dropna()) else None
+
+
+def at_an_edge(losses: pandas.DataFrame, lr: float | None = None) -> int:
     """-1 if the chosen lr is the lowest that was tried, 1 if the highest, else 0."""
-    lr = chosen_lr(losses)
+    lr = chosen_lr(losses) if lr is None else lr
     return -1 if lr == losses.index[0] else int(lr == losses.index[-1])
 
 
@@ -195,7 +200,7 @@ class Search:
     path: Path
     seeds: Sequence[int] = SEEDS
     searching: int | None = None
-    """lr is searched with so many of the seeds, and the chosen one is run with the others too."""
+    """lr is searched with so many of the seeds, and the best are run with the others too."""
     where: dict[str, Any] = field(default_factory=dict)
     rates: Sequence[float] = ()
     """With these lrs alone, if there are some, and without a search."""
@@ -203,6 +208,8 @@ class Search:
     """Where the grid begins, in powers of sqrt(10) around an entry's centre; PLACES if empty."""
     fine: bool = False
     """Whether the lrs halfway to the next ones on both sides of the best are tried too."""
+    finalists: int = 1
+    """How many of the best lrs are run with all seeds, which then choose one."""
     benchmark: str = "methods"
 
     def run(self, entry: Entry, mode: str) -> None:
@@ -212,7 +219,7 @@ class Search:
             return
         places = list(self.places or PLACES)
         while True:
-            lr, side = self._searched(entry, mode, places)
+            (lr, *_), side = self._searched(entry, mode, places)
             place = places[-1] + 1 if side > 0 else places[0] - 1
             if side and abs(place) > FARTHEST:
                 print(f"{mode}, {entry.name}: the best lr is the last one that is tried")
@@ -221,18 +228,19 @@ class Search:
             places = sorted([*places, place])
         if self.fine:
             best = next(p for p in places if rate(entry, self.job.name, mode, p) == lr)
-            lr, _ = self._searched(entry, mode, sorted([*places, best - 0.5, best + 0.5]))
-        self._runs(entry, mode, [lr], self.seeds)
+            places = sorted([*places, best - 0.5, best + 0.5])
+        ordered, _ = self._searched(entry, mode, places)
+        self._runs(entry, mode, ordered[: self.finalists], self.seeds)
 
-    def _searched(self, entry: Entry, mode: str, places: Sequence[float]) -> tuple[float, int]:
-        """The best of some lrs, and whether it is at an edge."""
+    def _searched(
+        self, entry: Entry, mode: str, places: Sequence[float]
+    ) -> tuple[list[float], int]:
+        """Some lrs, the best first, and whether it is at an edge."""
         seeds = self.seeds[: self.searching]
         rates = [rate(entry, self.job.name, mode, place) for place in places]
         made = self._runs(entry, mode, rates, seeds)
         losses = validated(frame(made), self.benchmark, lr=rates, seed=list(seeds))
-        lr = chosen_lr(losses)
-        assert lr is not None
-        return lr, at_an_edge(losses)
+        return list(losses.mean(axis=1).sort_values(kind="stable").index), at_an_edge(losses)
 
     def _runs(
         self, entry: Entry, mode: str, rates: Iterable[float], seeds: Sequence[int]

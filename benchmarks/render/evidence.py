@@ -13,7 +13,7 @@ import pandas
 
 from adamezo.plots import PALE, PALETTE, figure, save
 from benchmarks.evidence import BUDGET, JOBS, QUESTIONS, SEEDS
-from benchmarks.methods import MODES, at_an_edge, chosen_lr, validated
+from benchmarks.methods import MODES, at_an_edge, of_finalists, validated
 from benchmarks.render.style import NOT_YET, band, markdown
 from benchmarks.render.training import at_the_end
 from benchmarks.results import pick
@@ -57,7 +57,7 @@ def runs_of(
     of = dict(job=job, mode=mode, variant=name, budget=budget, schedule=schedule)
     some = pick(rows, benchmark="evidence", **of)
     losses = validated(some, "evidence")
-    lr = chosen_lr(losses) if len(losses) else None
+    lr = of_finalists(losses) if len(losses) else None
     return (some.iloc[:0] if lr is None else pick(some, lr=lr)), losses
 
 
@@ -97,7 +97,7 @@ def ended(
     loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
     low, high = interval(loss.tolist())
     at = reached(mean_curve(runs), target)
-    edge = ", at an edge" if at_an_edge(losses) else ""
+    edge = ", at an edge" if at_an_edge(losses, runs.lr.iloc[0]) else ""
     return loss.mean(), (
         f"{loss.mean():.3f} ({low:.3f} to {high:.3f})",
         f"{accuracy.mean():.3f}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas
 
 from benchmarks.find_lr import CASES
-from benchmarks.methods import at_an_edge, chosen_lr, validated
+from benchmarks.methods import at_an_edge, of_finalists, validated
 from benchmarks.render.style import NOT_YET, markdown
 from benchmarks.results import pick
 
@@ -17,11 +17,11 @@ def found(rows: pandas.DataFrame) -> str:
         of = dict(job=case.job, mode=case.mode, variant=case.method)
         at = pick(rows, benchmark="find lr", metric="lr", **of)
         losses = validated(rows, case.benchmark, schedule=None, budget=case.budget, **of)
-        if at.empty or len(losses) < 5:  # of lrs; a search that has ended has five or more
+        best = of_finalists(losses) if len(losses) else None
+        if at.empty or best is None or len(losses) < 5:  # a search that has ended has as many
             continue
-        best = chosen_lr(losses)
         lr = at["median"].iloc[0]
-        edge = " at an edge" if at_an_edge(losses) else ""
+        edge = " at an edge" if at_an_edge(losses, best) else ""
         body.append(
             (
                 f"{case.job}, {case.mode}, {case.budget:,} forward passes, {case.method}",

@@ -32,15 +32,17 @@ def test_the_grid_is_refined_on_both_sides_of_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "train", train)
     path = tmp_path / "runs.csv"
     search = methods.Search(
-        Job(), path, range(5), 2, places=(-1, 0, 1), fine=True, benchmark="evidence"
+        Job(), path, range(5), 2, places=(-1, 0, 1), fine=True, finalists=2, benchmark="evidence"
     )
     search.run(entry, "full")
     coarse = [float(f"{10 ** (k / 2):.3g}") for k in (-1, 0, 1, 2, 3, 4)]
     fine = [float(f"{10 ** (k / 2):.3g}") for k in (2.5, 3.5)]
     assert {lr for lr, _ in seen} == {*coarse, *fine}
-    # The best of all, which is a fine one, has all seeds; the others those of the search.
-    assert [seed for lr, seed in seen if lr == fine[0]] == [0, 1, 2, 3, 4]
-    assert all([s for at, s in seen if at == lr] == [0, 1] for lr in (*coarse, fine[1]))
+    # The two best of all, one of which is a fine one, have all seeds; the others the search's.
+    finalists = (fine[0], coarse[4])
+    assert all([seed for at, seed in seen if at == lr] == [0, 1, 2, 3, 4] for lr in finalists)
+    others = {*coarse, *fine} - {*finalists}
+    assert all([seed for at, seed in seen if at == lr] == [0, 1] for lr in others)
     table = frame(methods.load(path))
     assert set(table.benchmark) == {"evidence"}
     assert set(table.schedule) == {"constant"}
