@@ -64,7 +64,8 @@ class Entry:
 
 def _rates(full: float, lora: float, main_full: float) -> dict[str, float]:
     centres = {"full": full, "lora": lora, "tensor-train": lora, "main full": main_full}
-    return centres | {"main tensor-train": lora / 10, "tweets lora": lora / 10**0.5}
+    of_bert = {"tweets lora": lora / 10**0.5, "reviews lora": lora / 10**0.5}
+    return centres | {"main tensor-train": lora / 10} | of_bert
 
 
 ENTRIES = [
