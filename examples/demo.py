@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamezo": {"lr": 1e-3, "lr_schedule": "linear"},
     "mezo": {"lr": 6e-5, "lr_schedule": "linear", "betas": (0.0, 0.0), "horizon": 1},
     # As many forward passes: nine a step.
-    "fzoo": {"method": "FZOO", "lr": 1e-6, "lr_schedule": "linear", "steps": 26, "eval_every": 13},
+    "fzoo": {"method": "FZOO", "lr": 6e-7, "lr_schedule": "linear", "steps": 26, "eval_every": 13},
 }
 
 
