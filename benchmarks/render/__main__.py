@@ -134,8 +134,17 @@ PAGES: dict[str, dict[str, Block]] = {
         "long_references": evidence.references,
         "long_methods_full": partial(ANSWER, question="methods", mode="full"),
         "long_methods_lora": partial(ANSWER, question="methods"),
+        "long_methods_tweets": partial(ANSWER, question="methods", job="tweets"),
+        "long_methods_reviews": partial(ANSWER, question="methods", job="reviews"),
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),
+    },
+    "docs/long_options.md": {
+        f"long_{question.replace('-', '_').replace(' ', '_')}": partial(ANSWER, question=question)
+        for question in (
+            *("horizon", "warm-up", "perturbation size"),
+            *("directions", "directions a step"),
+        )
     },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),

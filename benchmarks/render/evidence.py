@@ -73,7 +73,7 @@ def answer(rows: pandas.DataFrame, question: str, job: str, mode: str, budget: i
     entries = QUESTIONS[question]
     found = {entry.name: runs_of(rows, job, mode, entry.name, budget) for entry in entries}
     first, _ = found[entries[0].name]
-    target = math.nan if first.empty else mean_curve(first).iloc[-1]
+    target = mean_curve(first).iloc[-1] if whole(first) else math.nan
     body: list[tuple[float, tuple[object, ...]]] = []
     for name, (runs, losses) in found.items():
         if whole(runs):
@@ -97,11 +97,12 @@ def ended(
     loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
     low, high = interval(loss.tolist())
     at = reached(mean_curve(runs), target)
+    when = f"{at:,.0f}" if math.isfinite(at) else "not reached"
     edge = ", at an edge" if at_an_edge(losses, runs.lr.iloc[0]) else ""
     return loss.mean(), (
         f"{loss.mean():.3f} ({low:.3f} to {high:.3f})",
         f"{accuracy.mean():.3f}",
-        f"{at:,.0f}" if math.isfinite(at) else "not reached",
+        "" if math.isnan(target) else when,
         f"{runs.lr.iloc[0]:g} (of {len(losses)}{edge})",
     )
 

@@ -29,8 +29,8 @@ def found(rows: pandas.DataFrame) -> str:
                 f"{lr:.2g}",
                 f"{best:g} (of {len(losses)}{edge})",
                 f"{lr / best:.2f}",
-                "yes" if case.tuned_on else "",
+                "" if case.seen else "yes",
             )
         )
-    header = ("", "forward passes", "found", "best of a search", "over it", "factor taken from it")
+    header = ("", "forward passes", "found", "best of a search", "over it", "a test")
     return markdown(header, body) if body else NOT_YET

@@ -103,7 +103,7 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     recipe.scheme: recipe
     for recipe in (
-        Recipe(FULL, "AdaMeZO", 5.62e-3),
+        Recipe(FULL, "FZOO", 3.16e-6),
         Recipe("lora", "FZOO", 5.62e-6),
         Recipe("tensor-train", "AdaMeZO", 1e-2),
     )

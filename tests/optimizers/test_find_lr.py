@@ -45,11 +45,11 @@ def test_it_looks_below_zo_eps_where_that_does_harm():
     assert [size for size, _ in found.losses[1:]] == [1.0, 0.5, 0.25, 0.125, 0.0625]
 
 
-def test_a_step_is_a_fifteenth_of_the_radius():
+def test_a_step_is_a_thirtieth_of_the_radius():
     weight = zeros()
     found = find_lr(FZOO([weight], seed=0, queries=4, zo_eps=1e-3), [bowl(weight)])
     # A step of FZOO at lr = 1 is the mean of four directions, each of 1 / zo_eps.
-    assert found.lr == pytest.approx(found.radius / 15 * 1e-3 * 2)
+    assert found.lr == pytest.approx(found.radius / 30 * 1e-3 * 2)
 
 
 def test_what_is_maximized_falls():

@@ -162,9 +162,9 @@ def test_a_recipe_finds_its_lr():
 
 
 def test_options_of_a_recipe_may_be_changed():
-    optimizer = RECIPES["none"].optimizer(make("llama"), lr=1e-3, zo_eps=1e-2, horizon=5)
+    optimizer = RECIPES["none"].optimizer(make("llama"), lr=1e-3, zo_eps=1e-2, queries=4)
     (group,) = optimizer.param_groups
-    assert (group["zo_eps"], group["horizon"]) == (1e-2, 5)
+    assert (group["zo_eps"], group["queries"]) == (1e-2, 4)
 
 
 def test_a_recipe_of_other_adapters_is_refused():
