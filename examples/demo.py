@@ -38,15 +38,15 @@ def smollm2() -> Path:
 
 
 # How they were chosen: docs/main_job.md.
+# The first is the demo's. All have 240 forward passes, or as many whole steps as fit into them.
 METHODS: dict[str, dict[str, Any]] = {
-    "adamezo": {"lr": 1e-3, "lr_schedule": "linear"},
-    "mezo": {"lr": 6e-5, "lr_schedule": "linear", "betas": (0.0, 0.0), "horizon": 1},
-    # As many forward passes: nine a step.
-    "fzoo": {"method": "FZOO", "lr": 6e-7, "lr_schedule": "linear", "steps": 26, "eval_every": 13},
+    "fzoo": {"method": "FZOO", "lr": 6e-7, "steps": 26, "eval_every": 13},  # nine forwards a step
+    "adamezo": {"lr": 1e-3, "steps": 120, "eval_every": 60},
+    "mezo": {"lr": 6e-5, "betas": (0.0, 0.0), "horizon": 1, "steps": 120, "eval_every": 60},
 }
 
 
-def options(method: str = "adamezo", **changed: Any) -> Options:
+def options(method: str = "fzoo", **changed: Any) -> Options:
     """The demo's settings, with some of them changed."""
     settings: dict[str, Any] = {
         "model": str(smollm2()),
@@ -54,9 +54,8 @@ def options(method: str = "adamezo", **changed: Any) -> Options:
         "template": "Movie review: {text}\nThe reviewer's opinion of the movie is {label}",
         "label_words": {"negative": "terrible", "positive": "great"},
         "held_out": HELD_OUT,
-        "steps": 120,
+        "lr_schedule": "linear",
         "batch_size": 16,
-        "eval_every": 60,
     }
     return Options(**(settings | METHODS[method] | changed))
 

@@ -1,8 +1,8 @@
 """The demo with three seeds: held-out loss and accuracy before and after, their mean and spread.
 
-python -m examples.three_seeds                  # AdaMeZO, the demo's settings
-python -m examples.three_seeds --method mezo    # plain MeZO, the same number of forward passes
-python -m examples.three_seeds --plot           # the picture again, from the results
+python -m examples.three_seeds                     # FZOO, the demo's settings
+python -m examples.three_seeds --method adamezo    # another method, as many forward passes
+python -m examples.three_seeds --plot              # the picture again, from the results
 """
 
 from __future__ import annotations
@@ -45,25 +45,27 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Batch losses (mean of the last ten) and held-out loss and accuracy, a line for each seed."""
+    """Batch losses (means of some steps), held-out loss and accuracy, a line for each seed."""
     made, (left, right) = figure(2, width=4.5)
     for color, run in zip(PALETTE, result["runs"], strict=False):
         seed, held_out = run["options"]["seed"], run["held_out_curve"]
         losses = [point["loss"] for point in run["curve"]]
-        recent = [statistics.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
-        at = [point["step"] for point in held_out]
-        left.plot(range(1, len(recent) + 1), recent, color=color, alpha=0.35)
+        each = run["training"]["forward_passes"] // len(losses)
+        some = max(2, 20 // each)  # of some twenty forward passes
+        recent = [statistics.mean(losses[max(0, i + 1 - some) : i + 1]) for i in range(len(losses))]
+        at = [each * point["step"] for point in held_out]
+        left.plot([each * (i + 1) for i in range(len(recent))], recent, color=color, alpha=0.35)
         left.plot(at, [p["loss"] for p in held_out], "o-", color=color, label=f"seed {seed}")
         right.plot(at, [p["accuracy"] for p in held_out], "o-", color=color)
-    left.set(xlabel="step (two forward passes)", ylabel="loss (nats); pale: training batches")
-    right.set(xlabel="step (two forward passes)", ylabel="held-out accuracy")
+    left.set(xlabel="forward passes", ylabel="loss (nats); pale: training batches")
+    right.set(xlabel="forward passes", ylabel="held-out accuracy")
     left.legend()
     save(made, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", choices=METHODS, default="adamezo")
+    parser.add_argument("--method", choices=METHODS, default="fzoo")
     parser.add_argument("--steps", type=int, help="other than the demo's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--plot", action="store_true", help="draw the results that are there")

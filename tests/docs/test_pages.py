@@ -21,6 +21,7 @@ CODE = re.compile(
 )
 INNER = re.compile(r"\$\(([^)]*)\)")  # a command whose output is an argument of another
 MODULE = re.compile(r"\bpython3? -m ((?:adamezo|benchmarks|examples|tests)[\w.]*)(.*)")
+QUOTED = re.compile(r"""(["'])(.+?)\1""")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
@@ -61,7 +62,9 @@ def complaints(line: str) -> list[str]:
     if module := MODULE.search(line):
         text = sources(module[1])
         options = OPTION.findall(module[2])
-        choices = re.findall(r"(?<=\s)[a-z_]+(?=\s|$)", OPTION.split(module[2])[0])
+        given = OPTION.split(module[2])[0]
+        quoted = [found for _, found in QUOTED.findall(given)]
+        choices = [*quoted, *re.findall(r"(?<=\s)[a-z_]+(?=\s|$)", QUOTED.sub("", given))]
         wrong += [f"{module[1]} has no {o}" for o in {*options, *choices} if f'"{o}"' not in text]
     if command := re.match(r"(?:\S+=\S+ )*adamezo ([a-z]+)(.*)", line):
         options = OPTION.findall(command[2])
@@ -103,6 +106,7 @@ def test_enough_commands_were_seen():
     [
         "python -m benchmarks.kernels --no-such",
         "python -m benchmarks.step no_such",
+        "python -m benchmarks.evidence 'no such'",
         "adamezo finetune --no-such 1",
         "make no-such",
         "pip install 'adamezo[no-such]'",
