@@ -37,18 +37,36 @@ def test_mezos_published_values_are_there():
     }
 
 
+def lr_in(page: str, table: str, method: str) -> float:
+    """The lr of a method's row in a table of a page."""
+    text = (ROOT / page).read_text().split(f"<!-- {table} -->")[1].split(f"<!-- /{table} -->")[0]
+    (row,) = re.findall(rf"^\| {method} \|.*$", text, re.MULTILINE)
+    (cell,) = re.findall(r"([0-9.e-]+) \(of [0-9]+\)", row)
+    return float(cell)
+
+
 def test_our_own_are_the_best_of_the_committed_search():
     """The lr of the tables in the page that a preset names."""
     modes = {"none": "full", "lora": "lora", "tensor-train": "tensor-train"}
     ours = [p for p in PRESETS if p.source.startswith("docs/")]
     assert len(ours) >= 9
     for preset in ours:
-        tables = (ROOT / preset.source.split(",")[0]).read_text()
         job = "layer" if "layer" in preset.source else "main"
-        name = f"methods_{job}_{modes[preset.scheme]}"
-        table = tables.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
-        (row,) = re.findall(rf"^\| {preset.method} \|.*$", table, re.MULTILINE)
-        assert float(row.split("|")[-3].split("(")[0]) == pytest.approx(preset.lr)
+        table = f"methods_{job}_{modes[preset.scheme]}"
+        assert lr_in(preset.source.split(",")[0], table, preset.method) == pytest.approx(preset.lr)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "page", "table"),
+    [
+        ("none", "docs/long_runs.md", "long_methods_full"),
+        ("lora", "docs/long_runs.md", "long_methods_lora"),
+        ("tensor-train", "docs/comparison.md", "methods_layer_tensor-train"),
+    ],
+)
+def test_recipes_have_the_lr_of_the_committed_search(scheme, page, table):
+    recipe = RECIPES[scheme]
+    assert lr_in(page, table, recipe.method) == pytest.approx(recipe.lr)
 
 
 def test_adazeta_has_mezos_too():
