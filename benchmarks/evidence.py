@@ -96,7 +96,7 @@ QUESTIONS: dict[str, list[Entry]] = {
             for name in ("MeZO", "AdaMeZO")
             for kind in ("lowrank", "lowrank:4", "rademacher")
         ),
-        varied("FZOO", "lowrank", distribution="lowrank"),
+        *(varied("FZOO", kind, distribution=kind) for kind in ("exact", "lowrank")),
     ],
     "directions a step": [BY_NAME["MeZO"], BY_NAME["MeZO, n = 4"]],
     "perturbation size": [
