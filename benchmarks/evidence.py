@@ -9,10 +9,9 @@
 The protocol is that of benchmarks/methods.py, but for these: a run has 2,000 forward passes; lr is
 searched with two seeds, on a grid by factors of sqrt(10) that grows until the best is inside of it,
 and then on both sides of the best, at a factor of 10^(1/4) = 1.78; the two best are run with five
-seeds, which choose one of them;
-the test rows are scored at twenty places, so that the forward passes *to reach* a loss can be read.
-The validation rows choose lr and nothing else. Runs resume, and several processes may work on other
-modes or questions at once.
+seeds, which choose one of them; the test rows are scored at twenty places, so that the forward
+passes *to reach* a loss can be read. The validation rows choose lr and nothing else. Runs resume,
+and several processes may work on other modes or questions at once.
 
 QUESTIONS says which methods and options a question compares. Writes
 benchmarks/results/evidence.csv; `python -m benchmarks.render` makes the tables and figures of

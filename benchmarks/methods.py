@@ -219,7 +219,7 @@ class Search:
             return
         places = list(self.places or PLACES)
         while True:
-            (lr, *_), side = self._searched(entry, mode, places)
+            ordered, side = self._searched(entry, mode, places)
             place = places[-1] + 1 if side > 0 else places[0] - 1
             if side and abs(place) > FARTHEST:
                 print(f"{mode}, {entry.name}: the best lr is the last one that is tried")
@@ -227,9 +227,9 @@ class Search:
                 break
             places = sorted([*places, place])
         if self.fine:
-            best = next(p for p in places if rate(entry, self.job.name, mode, p) == lr)
-            places = sorted([*places, best - 0.5, best + 0.5])
-        ordered, _ = self._searched(entry, mode, places)
+            best = next(p for p in places if rate(entry, self.job.name, mode, p) == ordered[0])
+            finer = sorted([*places, best - 0.5, best + 0.5])
+            ordered, _ = self._searched(entry, mode, finer)
         self._runs(entry, mode, ordered[: self.finalists], self.seeds)
 
     def _searched(

@@ -46,8 +46,8 @@ TRIALS: dict[str, dict[str, Any]] = {
 def run(trial: str, data: Path) -> dict[str, Any]:
     """One row of the results."""
     changed = {"steps": 40, "method": "adamezo", "lr_schedule": "constant"} | TRIALS[trial]
-    at = 9 if changed["method"] == "fzoo" else 40  # of nine and of two forward passes
-    every = 9 if changed["method"] == "fzoo" else 20
+    # Steps of nine forward passes, and of two.
+    at, every = (9, 9) if changed["method"] == "fzoo" else (40, 20)
     report = finetune(options(**changed, data=str(data), held_out=200, eval_every=every))
     row = {name: value for name, value in report["options"].items() if name in COLUMNS}
     row |= {"trial": trial, "method": changed["method"]}

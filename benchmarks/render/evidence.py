@@ -46,15 +46,10 @@ def reached(curve: pandas.Series, target: float) -> float:
 
 
 def runs_of(
-    rows: pandas.DataFrame,
-    job: str,
-    mode: str,
-    name: str,
-    budget: int = BUDGET,
-    schedule: str | None = None,
+    rows: pandas.DataFrame, job: str, mode: str, name: str, budget: int = BUDGET
 ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """The runs of a method at the lr that the validation rows chose; and the losses that chose."""
-    of = dict(job=job, mode=mode, variant=name, budget=budget, schedule=schedule)
+    of = dict(job=job, mode=mode, variant=name, budget=budget, schedule=None)
     some = pick(rows, benchmark="evidence", **of)
     losses = validated(some, "evidence")
     lr = of_finalists(losses) if len(losses) else None
@@ -67,11 +62,11 @@ def mean_curve(runs: pandas.DataFrame) -> pandas.Series:
     return some.pivot(index="forwards", columns="seed", values="median").mean(axis=1)
 
 
-def answer(rows: pandas.DataFrame, question: str, job: str, mode: str, budget: int = BUDGET) -> str:
+def answer(rows: pandas.DataFrame, question: str, job: str, mode: str) -> str:
     """The methods of a question whose runs have all seeds, the lowest test loss first; and after
     how many forward passes the mean test loss is what the question's first method ends at."""
     entries = QUESTIONS[question]
-    found = {entry.name: runs_of(rows, job, mode, entry.name, budget) for entry in entries}
+    found = {entry.name: runs_of(rows, job, mode, entry.name) for entry in entries}
     first, _ = found[entries[0].name]
     target = mean_curve(first).iloc[-1] if whole(first) else math.nan
     body: list[tuple[float, tuple[object, ...]]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -65,9 +65,8 @@ and on the number of steps."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to begin with, for one kind of trained weights: the best of the runs of 2,000 forward
-    passes in docs/long_runs.md, on one layer of a small model. docs/recipes.md says what each part
-    rests on, and what it does not."""
+    """What to begin with, for one kind of trained weights: the best of runs on one layer of a small
+    model. docs/recipes.md says which runs each part rests on."""
 
     scheme: str
     """Of :func:`adamezo.adapters.adapt`, or ``"none"`` for all weights."""
@@ -75,8 +74,8 @@ class Recipe:
     """The name of its class in `adamezo`."""
     lr: float
     """The best of that job. It is no lr of another model: :func:`adamezo.find_lr` finds one."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Others than the method's defaults."""
+    options: Mapping[str, Any]
+    """zo_eps and distribution, as they were there."""
 
     def optimizer(self, model: nn.Module, *, lr: float, **changed: Any) -> ZerothOrder:
         """The recipe's optimizer of all that a model trains.
@@ -103,9 +102,9 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     recipe.scheme: recipe
     for recipe in (
-        Recipe(FULL, "FZOO", 3.16e-6),
-        Recipe("lora", "FZOO", 5.62e-6),
-        Recipe("tensor-train", "AdaMeZO", 1e-2),
+        Recipe(FULL, "FZOO", 3.16e-6, {"zo_eps": 1e-4, "distribution": "rademacher"}),
+        Recipe("lora", "FZOO", 5.62e-6, {"zo_eps": 1e-4, "distribution": "rademacher"}),
+        Recipe("tensor-train", "AdaMeZO", 1e-2, {"zo_eps": 1e-3, "distribution": "exact"}),
     )
 }
 """By the scheme of what is trained."""
@@ -138,7 +137,7 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
 
     Args:
         optimizer: of the model's adapters, or of all its weights.
-        model: with or without adapters of :func:`adamezo.adapters.adapt`.
+        model: with or without adapters of :func:`adamezo.adapters.adapt`, or peft's LoRA.
     """
     scheme = scheme_of(model)
     for group in optimizer.param_groups:

@@ -136,8 +136,9 @@ def _check(options: Options) -> None:
 
 def _in_the_log(options: Options, name: str) -> Any:
     """What an option was in the run that this one goes on with; None if there is none."""
-    there = options.log and Path(options.log).exists()
-    return read(options.log).header.run.get(name) if options.log and there else None
+    if options.log and Path(options.log).exists():
+        return read(options.log).header.run.get(name)
+    return None
 
 
 def _held_out(options: Options, rows: int) -> int:
