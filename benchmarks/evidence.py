@@ -3,7 +3,7 @@
     python -m benchmarks.evidence methods                          on the main job's last layer
     python -m benchmarks.evidence horizon warm-up --modes full     two questions, in one mode
     python -m benchmarks.evidence methods --job tweets             another job
-    python -m benchmarks.evidence long --budget 10000              few methods, five times as long
+    python -m benchmarks.evidence long --modes lora                few methods, five times as long
     python -m benchmarks.evidence references                       a fitted bias, a linear probe
 
 The protocol is that of benchmarks/methods.py, but for these: a run has 2,000 forward passes; lr is
@@ -39,6 +39,7 @@ SEARCHING = 2
 FINALISTS = 2
 POINTS = 20
 BUDGET = 2000
+LONG = 10_000
 PLACES = (-1, 0, 1)
 
 
@@ -77,11 +78,21 @@ def varied(of: str, suffix: str, **options: Any) -> Entry:
     )
 
 
+def with_constant_lr(of: str) -> Entry:
+    """A method of ENTRIES whose lr does not fall."""
+    entry = BY_NAME[of]
+    return replace(entry, name=f"{of}, constant lr", of=entry.of or entry.name, constant=True)
+
+
 HORIZONS = {h: varied("AdaMeZO", f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
 METHODS = ("MeZO", "momentum", "AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO", "GRZO")
 QUESTIONS: dict[str, list[Entry]] = {
     "methods": [BY_NAME[name] for name in (*METHODS, "AdamW, by backpropagation")],
-    "long": [BY_NAME[name] for name in ("MeZO", "AdaMeZO", "ScalarAdaMeZO")],
+    "long": [BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")],
+    "schedule": [
+        *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
+        *(with_constant_lr(name) for name in ("MeZO", "AdaMeZO", "FZOO")),
+    ],
     "horizon": [BY_NAME["AdaMeZO"], *HORIZONS.values()],
     "warm-up": [
         BY_NAME["AdaMeZO"],
@@ -109,6 +120,12 @@ QUESTIONS: dict[str, list[Entry]] = {
     ],
 }
 """By name: the methods, and the options of some, that answer it together."""
+
+
+def budget_of(question: str) -> int:
+    """Forward passes of a run."""
+    return LONG if question == "long" else BUDGET
+
 
 # References ---------------------------------------------------------------------------------------
 
@@ -163,14 +180,12 @@ def main() -> None:
     options.add_argument("--job", default="layer", choices=tuple(JOBS))
     options.add_argument("--modes", nargs="+", choices=MODES, default=["full", "lora"])
     options.add_argument("--methods", nargs="+", metavar="METHOD", help="only these of a question")
-    options.add_argument("--budget", type=int, default=BUDGET, help="forward passes of a run")
     options.add_argument("--seeds", type=int, default=len(SEEDS))
-    options.add_argument("--constant", action="store_true", help="lr does not fall")
     arguments = options.parse_args()
     torch.set_num_threads(1)
     where = conditions()
-    job = JOBS[arguments.job](arguments.budget)
-    job.points, job.constant = POINTS, arguments.constant
+    job = JOBS[arguments.job](BUDGET)
+    job.points = POINTS
     if "references" in arguments.questions:
         for name, probe in (("fitted bias", False), ("linear probe", True)):
             columns = settings(job=job.name, threads=1)
@@ -181,14 +196,14 @@ def main() -> None:
         places=PLACES, fine=True, finalists=FINALISTS, benchmark="evidence",
     )  # fmt: skip
     asked = [name for name in arguments.questions if name in QUESTIONS]
-    entries = [entry for name in asked for entry in QUESTIONS[name]]
-    if unknown := set(arguments.methods or ()) - {entry.name for entry in entries}:
-        raise SystemExit(
-            f"evidence: got {sorted(unknown)}, expected some of {[entry.name for entry in entries]}"
-        )
-    for mode, entry in itertools.product(arguments.modes, entries):
-        if not arguments.methods or entry.name in arguments.methods:
-            search.run(entry, mode)
+    entries = {entry.name for name in asked for entry in QUESTIONS[name]}
+    if unknown := set(arguments.methods or ()) - entries:
+        raise SystemExit(f"evidence: got {sorted(unknown)}, expected some of {sorted(entries)}")
+    for question, mode in itertools.product(asked, arguments.modes):
+        job.budget = budget_of(question)
+        for entry in QUESTIONS[question]:
+            if not arguments.methods or entry.name in arguments.methods:
+                search.run(entry, mode)
 
 
 if __name__ == "__main__":

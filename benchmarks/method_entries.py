@@ -44,6 +44,8 @@ class Entry:
     backward: bool = False
     in_batches: bool = False
     """Whether a step is one forward of a batch as many times as large, which counts as so many."""
+    constant: bool = False
+    """Whether lr stays what it is, and does not fall linearly to 0."""
 
     def make(self, job: Job, start: Start, lr: float, seed: int) -> Any:
         options = {"lr": lr, **self.options(job)}

@@ -55,8 +55,6 @@ class Job:
     """To train on."""
     points = 3
     """In how many equal parts of the budget the test rows are scored; it divides the budget."""
-    constant = False
-    """Whether lr stays what it is, and does not fall linearly to 0."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget

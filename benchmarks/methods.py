@@ -134,7 +134,7 @@ def train(job: Job, entry: Entry, mode: str, lr: float, seed: int) -> Iterator[P
     scores = [("test", 0, *untouched(job))]
     seconds, steps, forwards = 0.0, 0, 0
     for rows in batches(job.rows, job.batch, budget, seed):
-        left = 1.0 if job.constant else 1 - closure.used / budget
+        left = 1.0 if entry.constant else 1 - closure.used / budget
         optimizer.param_groups[0]["lr"] = lr * left
         began = time.perf_counter()
         try:
@@ -249,8 +249,7 @@ class Search:
         job, made = self.job, []
         for lr, seed in itertools.product(rates, seeds):
             chosen = dict(job=job.name, mode=mode, budget=job.budget, lr=lr, seed=seed)
-            schedule = "constant" if job.constant else ""
-            columns = settings(**chosen, threads=torch.get_num_threads(), schedule=schedule)
+            columns = settings(**chosen, threads=torch.get_num_threads())
             run = Row(self.benchmark, "", "", entry.name, columns, "forwards", **self.where)
             make = functools.partial(train, job, entry, mode, lr, seed)
             made += run_once(self.path, run, make)

@@ -84,7 +84,7 @@ NUMBERS = ["x_value", "median", "p20", "p80", "clock_hz"]
 SETTINGS = (
     *("what", "type", "horizon", "threads", "isa", "elements", "method", "part", "tokens"),
     *("weights", "betas", "seed", "steps", "step", "lr", "held_out"),
-    *("cycles", "update", "job", "mode", "budget", "forwards", "by", "target", "schedule"),
+    *("cycles", "update", "job", "mode", "budget", "forwards", "by", "target"),
     *("attack", "outcome", "ranks", "latency", "loss"),
 )
 

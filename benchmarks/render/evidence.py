@@ -12,15 +12,13 @@ import numpy
 import pandas
 
 from adamezo.plots import PALE, PALETTE, figure, save
-from benchmarks.evidence import BUDGET, JOBS, QUESTIONS, SEEDS
+from benchmarks.evidence import BUDGET, JOBS, QUESTIONS, SEEDS, budget_of
 from benchmarks.methods import MODES, at_an_edge, of_finalists, validated
 from benchmarks.render.style import NOT_YET, band, markdown
 from benchmarks.render.training import at_the_end
 from benchmarks.results import pick
 
 RESAMPLES = 10_000
-LONG = 10_000
-"""Forward passes of the runs of one question."""
 PANELS = tuple(itertools.product(JOBS, MODES))
 
 
@@ -49,7 +47,7 @@ def runs_of(
     rows: pandas.DataFrame, job: str, mode: str, name: str, budget: int = BUDGET
 ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """The runs of a method at the lr that the validation rows chose; and the losses that chose."""
-    of = dict(job=job, mode=mode, variant=name, budget=budget, schedule=None)
+    of = dict(job=job, mode=mode, variant=name, budget=budget)
     some = pick(rows, benchmark="evidence", **of)
     losses = validated(some, "evidence")
     lr = of_finalists(losses) if len(losses) else None
@@ -66,7 +64,8 @@ def answer(rows: pandas.DataFrame, question: str, job: str, mode: str) -> str:
     """The methods of a question whose runs have all seeds, the lowest test loss first; and after
     how many forward passes the mean test loss is what the question's first method ends at."""
     entries = QUESTIONS[question]
-    found = {entry.name: runs_of(rows, job, mode, entry.name) for entry in entries}
+    budget = budget_of(question)
+    found = {entry.name: runs_of(rows, job, mode, entry.name, budget) for entry in entries}
     first, _ = found[entries[0].name]
     target = mean_curve(first).iloc[-1] if whole(first) else math.nan
     body: list[tuple[float, tuple[object, ...]]] = []
@@ -134,8 +133,8 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
     for question, entries in QUESTIONS.items():
         own = {entry.name for entry in entries} - everywhere or everywhere
         drawn: dict[tuple[str, str], dict[str, pandas.DataFrame]] = {}
-        budget = LONG if question == "long" else BUDGET
         for job, mode in PANELS:
+            budget = budget_of(question)
             found = {e.name: runs_of(rows, job, mode, e.name, budget)[0] for e in entries}
             curves = {name: runs for name, runs in found.items() if whole(runs)}
             if len(curves) > 1 and own & curves.keys():

@@ -16,7 +16,7 @@ def found(rows: pandas.DataFrame) -> str:
     for case in CASES:
         of = dict(job=case.job, mode=case.mode, variant=case.method)
         at = pick(rows, benchmark="find lr", metric="lr", **of)
-        losses = validated(rows, case.benchmark, schedule=None, budget=case.budget, **of)
+        losses = validated(rows, case.benchmark, budget=case.budget, **of)
         best = of_finalists(losses) if len(losses) else None
         if at.empty or best is None or len(losses) < 5:  # a search that has ended has as many
             continue

@@ -679,7 +679,7 @@ class ToyJob:
     """A least squares problem in five weights, with the interface of benchmarks/method_jobs.py."""
 
     name, budget, batch, rows = "toy", 216, 4, 40
-    points, constant = 3, False
+    points = 3
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)

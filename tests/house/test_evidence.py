@@ -26,7 +26,7 @@ def test_the_grid_is_refined_on_both_sides_of_the_best(tmp_path, monkeypatch):
         yield "time", "s", job.budget, 1.0, 1
 
     class Job:
-        name, budget, constant = "toy", 10, True
+        name, budget = "toy", 10
 
     entry = methods.Entry("a", {"full": 1.0})
     monkeypatch.setattr(methods, "train", train)
@@ -45,7 +45,6 @@ def test_the_grid_is_refined_on_both_sides_of_the_best(tmp_path, monkeypatch):
     assert all([seed for at, seed in seen if at == lr] == [0, 1] for lr in others)
     table = frame(methods.load(path))
     assert set(table.benchmark) == {"evidence"}
-    assert set(table.schedule) == {"constant"}
 
 
 def probed(count: int) -> Probed:
