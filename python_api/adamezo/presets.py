@@ -96,8 +96,13 @@ class Recipe:
 
     def scheduler(self, optimizer: ZerothOrder, steps: int) -> LinearLR:
         """An lr that falls linearly from what it is to 0. Call ``step()`` after every step."""
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps: got {steps!r}, expected an integer of at least 1")
         return LinearLR(optimizer, 1.0, 0.0, steps)
 
+
+_OF_PEFT = {"adalora": "lora", "prefix_tuning": "prefix"}
+"""By the name of a kind of peft's adapters: ours, where it is another."""
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.scheme: recipe
@@ -111,12 +116,16 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def scheme_of(model: nn.Module) -> str:
-    """The scheme of a model's adapters, as :func:`adamezo.adapters.adapt` names it, also of peft's
-    LoRA; ``"none"`` where there are none."""
-    if is_adapted(model):
-        return record_of(model).scheme
-    kinds = {str(getattr(c, "peft_type", "")) for c in getattr(model, "peft_config", {}).values()}
-    return "lora" if any(kind.endswith("LORA") for kind in kinds) else FULL
+    """The scheme of the adapters of a model or of a part of it, as :func:`adamezo.adapters.adapt`
+    names it, also of peft's LoRA and prefixes; for another kind of peft's its name there, such as
+    ``"ia3"``; ``"none"`` where there are no adapters."""
+    for module in model.modules():
+        if is_adapted(module):
+            return record_of(module).scheme
+        for config in getattr(module, "peft_config", {}).values():
+            kind = str(getattr(config, "peft_type", "")).rpartition(".")[2].lower()
+            return _OF_PEFT.get(kind, kind)
+    return FULL
 
 
 def known(method: str, scheme: str) -> tuple[Preset, ...]:

@@ -164,6 +164,48 @@ def test_steps_that_follow_the_loss_are_refused(make):
         find_lr(make([weight], seed=0), [bowl(weight)])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: FZOO(w, seed=0, queries=2),
+        lambda w: GRZO(w, seed=0, examples=2),
+        lambda w: ZOAdam(w, seed=0, betas=(0.9, 0.0)),
+    ],
+    ids=["FZOO", "GRZO", "ZOAdam"],
+)
+def test_steps_without_a_typical_length_are_refused(make):
+    """Each divides a number by another that is often near 0: a run with what was found diverged."""
+    weight = zeros()
+    with pytest.raises(TypeError, match="no typical length"):
+        find_lr(make([weight]), [bowl(weight)])
+
+
+def test_some_groups_that_are_not_trained_are_refused():
+    weight, frozen = zeros(), zeros()
+    groups = [{"params": [weight]}, {"params": [frozen], "lr": 0.0}]
+    with pytest.raises(ValueError, match="some parameter groups have lr = 0"):
+        find_lr(AdaMeZO(groups, lr=1e-3, seed=0), [bowl(weight)])
+    for group in groups:  # as a warm-up leaves them before its first step
+        group["lr"] = 0.0
+    assert find_lr(AdaMeZO(groups, lr=1e-3, seed=0), [bowl(weight)] * 4).lr > 0
+
+
+def test_statistics_of_a_known_model_stay_what_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.randn(16, 8)
+    find_lr(AdaMeZO.for_model(model, seed=0), [lambda: 1 + model(x).square().mean()] * 4)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("zo_eps", [1e-8, 2000.0])
+def test_it_begins_at_a_size_that_it_can_look_at(zo_eps):
+    weight = zeros()
+    found = find_lr(MEAZO([weight], seed=0, zo_eps=zo_eps), [bowl(weight)] * 4)
+    assert found.radius == pytest.approx(0.1, rel=0.02)
+
+
 def test_what_cannot_be_found_is_said():
     weight = zeros()
     optimizer = MEAZO([weight], seed=0)

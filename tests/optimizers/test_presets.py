@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import adamezo
 from adamezo import FZOO, AdaMeZO, AdaZeta, MeZO
@@ -198,5 +199,29 @@ def test_pefts_lora_is_lora():
     llama = make("llama")
     model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     assert scheme_of(model) == "lora"
-    assert scheme_of(peft.get_peft_model(make("llama"), peft.IA3Config(
-        target_modules=["q_proj"], feedforward_modules=[]))) == "none"  # fmt: skip
+
+
+def test_pefts_other_adapters_are_not_all_weights():
+    peft = pytest.importorskip("peft")
+    of = {
+        "ia3": peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        "prompt_tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }
+    for scheme, config in of.items():
+        model = peft.get_peft_model(make("llama"), config)
+        assert scheme_of(model) == scheme
+        with pytest.raises(ValueError, match=f"trains {scheme} adapters, expected all weights"):
+            RECIPES["none"].optimizer(model, lr=1e-3)
+
+
+def test_a_part_with_adapters_is_found():
+    model = nn.Sequential(adapt(make("llama"), "lora"), nn.Linear(2, 2))
+    assert scheme_of(model) == "lora"
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5])
+def test_a_schedule_has_steps(steps):
+    optimizer = RECIPES["none"].optimizer(make("llama"), lr=1e-3)
+    with pytest.raises(ValueError, match=rf"steps: got {steps}, expected an integer"):
+        RECIPES["none"].scheduler(optimizer, steps)

@@ -61,6 +61,7 @@ def test_a_run_that_goes_on_keeps_what_was_found(finding, tmp_path, monkeypatch)
         ({"method": "MeZO"}, "--find-lr: MeZO .* steps as long as .* give an --lr"),
         ({"betas": (0.9, 0.0)}, "--find-lr: AdaMeZO with these options"),
         ({"lr": 1e-3}, "--find-lr: there is an lr, 0.001: expected one of the two"),
+        ({"method_option": {"lr": 0.5}}, "--find-lr: there is an lr, 0.5: expected one of the two"),
     ],
 )
 def test_what_has_no_lr_to_be_found_is_refused(finding, changed, message):

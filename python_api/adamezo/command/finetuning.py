@@ -67,6 +67,9 @@ def _run(
     except KeyboardInterrupt as stop:
         if not first:
             return 130
+        if not log.exists():
+            print("\nadamezo: stopped before the first step", file=sys.stderr)
+            return 130
         said = "stopped outside of the steps. Those that were taken"
         if isinstance(stop, finetune.Stopped):
             said = f"{stop}. They"

@@ -45,7 +45,9 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     the best lr beside what is found, and no theory.
 
     Nothing of the run changes: weights have their bits again, and generators, history and lr are as
-    they were. In place it needs a copy of the trained weights in the host's memory.
+    they were; module buffers too, such as the statistics of BatchNorm, if the optimizer knows its
+    model, as one made by ``for_model`` does. In place it needs a copy of the trained weights in the
+    host's memory.
 
     Args:
         optimizer: AdaMeZO, ScalarAdaMeZO, MEAZO, FZOO, GRZO or ZOAdam, as it is to step.
@@ -57,8 +59,8 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
 
     Raises:
         TypeError, ValueError: a method whose steps depend on the scale of the loss, such as MeZO
-            (find the lr of MEAZO, whose steps are MeZO's over one number), or losses from which
-            nothing follows.
+            (find the lr of MEAZO, whose steps are MeZO's over one number), or have no typical
+            length, such as FZOO's with two directions; losses from which nothing follows.
     """
     if not isinstance(optimizer, ZerothOrder):
         raise TypeError(f"expected an optimizer of adamezo, got {type(optimizer).__name__}")
@@ -67,13 +69,19 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     if len(known) < len(lengths):
         raise TypeError(
             f"{type(optimizer).__name__} with these options takes steps as long as the loss "
-            "differences are large, so that no lr follows from the weights alone: expected "
-            "AdaMeZO with beta2 > 0, ScalarAdaMeZO, MEAZO, FZOO, GRZO or ZOAdam"
+            "differences are large, or of no typical length, so that no lr follows from weights "
+            "alone: expected AdaMeZO, ScalarAdaMeZO or ZOAdam with beta2 > 0, MEAZO, FZOO with "
+            "three directions or more, or GRZO with three examples or more"
         )
     if optimizer.ranks is not None:
         raise ValueError("find the lr in one process, before the optimizer is connected to others")
     if not (isinstance(closures, Sequence) and closures and all(map(callable, closures))):
         raise TypeError("expected closures: a list of functions, each of which evaluates a batch")
+    if len({float(group["lr"]) == 0 for group in optimizer.param_groups}) > 1:
+        raise ValueError(
+            "some parameter groups have lr = 0 and others have not: expected all weights of the "
+            "optimizer to be trained, as all of them are moved; leave the others out of it"
+        )
     maximize, *others = {group["maximize"] for group in optimizer.param_groups}
     if others:
         raise ValueError("the parameter groups differ in maximize: expected one direction of harm")
@@ -103,7 +111,9 @@ def _losses(
                 f"the mean loss of the closures is {start!r}, expected a finite number other "
                 "than 0: harm is measured in parts of it"
             )
-        found, size, factor = [(0.0, start)], float(tried.options["zo_eps"]), 0.0
+        size, factor = float(tried.options["zo_eps"]), 0.0
+        size = min(max(size, SMALLEST), LARGEST)
+        found = [(0.0, start)]
         while SMALLEST <= size <= LARGEST:
             found.append((size, mean(size)))
             harmful = _rise(found, -1, maximize) >= HARM

@@ -128,8 +128,9 @@ def _check(options: Options) -> None:
             f"--batch-size: got {options.batch_size}, expected a multiple of the {launch.size()} "
             "processes, each of which takes as many rows of every batch"
         )
-    if options.find_lr and options.lr is not None:
-        raise ValueError(f"--find-lr: there is an lr, {options.lr:g}: expected one of the two")
+    lr = options.method_option.get("lr", options.lr)
+    if options.find_lr and lr is not None:
+        raise ValueError(f"--find-lr: there is an lr, {lr}: expected one of the two")
     if options.checkpoint_every and not options.log:
         raise ValueError("--checkpoint-every needs --log: a checkpoint is a place in a log")
 
@@ -154,6 +155,7 @@ def _lr(optimizer: ZerothOrder, options: Options, train: Task, display: Display)
     what was found when it began."""
     kept = _in_the_log(options, "lr")
     if isinstance(kept, float):
+        display.write(f"lr: {kept:.3g}, that of the run in {options.log}")
         return kept
     plan = batches(len(train), options.batch_size, FINDING, options.seed)
     try:

@@ -76,8 +76,11 @@ class FZOO(Memoryless):
         unit = where(flat, 1.0, unit)
         return tuple(where(flat, 0.0, loss - start) / unit for loss in others)
 
-    def unit_length(self, group: dict[str, Any]) -> float:
-        """The mean of N directions, each of about 1 / mu."""
+    def unit_length(self, group: dict[str, Any]) -> float | None:
+        """The mean of N directions, each of about 1 / mu. Of two losses sigma is often near 0, and
+        steps have no typical length."""
+        if group["queries"] == 2:
+            return None
         return 1 / (float(group["zo_eps"]) * math.sqrt(group["queries"]))
 
     def check_options(self, options: dict[str, Any]) -> None:

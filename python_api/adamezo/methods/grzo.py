@@ -95,8 +95,11 @@ class GRZO(Memoryless):
         unit = where(flat, 1.0, 2 * options["zo_eps"] * (spread + options["eps"]))
         return tuple(quotient(where(flat, 0.0, delta), unit) for delta in deltas)
 
-    def unit_length(self, group: dict[str, Any]) -> float:
-        """The mean of N directions, each of about 1 / (2 sigma)."""
+    def unit_length(self, group: dict[str, Any]) -> float | None:
+        """The mean of N directions, each of about 1 / (2 sigma). Of two examples sigma is often
+        near 0, and steps have no typical length."""
+        if group["examples"] == 2:
+            return None
         return 1 / (2 * float(group["zo_eps"]) * math.sqrt(group["examples"]))
 
     def check_options(self, options: dict[str, Any]) -> None:

@@ -56,8 +56,10 @@ class ZOAdam(Buffered):
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, zo_eps=zo_eps), common)
 
-    def unit_length(self, group: dict[str, Any]) -> float:
-        return 1.0
+    def unit_length(self, group: dict[str, Any]) -> float | None:
+        """With beta2 = 0 the v of a weight is one gradient's square, which is often near 0 beside
+        its m."""
+        return None if group["betas"][1] == 0 else 1.0
 
     @staticmethod
     def _numbers(
