@@ -13,9 +13,11 @@ seeds, which choose one of them; the test rows are scored at twenty places, so t
 passes *to reach* a loss can be read. The validation rows choose lr and nothing else. Runs resume,
 and several processes may work on other modes or questions at once.
 
-QUESTIONS says which methods and options a question compares. Writes
-benchmarks/results/evidence.csv; `python -m benchmarks.render` makes the tables and figures of
-docs/long_runs.md.
+QUESTIONS says which methods and options a question compares, JOBS on what: another one is an entry
+there. A table has a method when its search has ended and its two best lrs have five seeds. Writes
+benchmarks/results/evidence.csv, or another file with --output; `python -m benchmarks.render` makes
+the tables and figures of docs/long_runs.md. With --quick a run has 180 forward passes, which no
+table has.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ FINALISTS = 2
 POINTS = 20
 BUDGET = 2000
 LONG = 10_000
+QUICK = 180  # which no table has
 PLACES = (-1, 0, 1)
 
 
@@ -67,13 +70,14 @@ JOBS: dict[str, Callable[[int], Job]] = {
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
 
-def varied(of: str, suffix: str, **options: Any) -> Entry:
-    """A method of ENTRIES with other options."""
+def varied(of: str, suffix: str, scale: float = 1.0, **options: Any) -> Entry:
+    """A method of ENTRIES with other options, and with lrs that are ``scale`` times as high."""
     entry = BY_NAME[of]
     return replace(
         entry,
         name=f"{of}, {suffix}",
         of=entry.of or entry.name,
+        lr={mode: centre * scale for mode, centre in entry.lr.items()},
         options=lambda job: {**entry.options(job), **options},
     )
 
@@ -85,6 +89,7 @@ def with_constant_lr(of: str) -> Entry:
 
 
 HORIZONS = {h: varied("AdaMeZO", f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
+OUT_OF_PLACE = {"perturbation": "out_of_place"}
 METHODS = ("MeZO", "momentum", "AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO", "GRZO")
 QUESTIONS: dict[str, list[Entry]] = {
     "methods": [BY_NAME[name] for name in (*METHODS, "AdamW, by backpropagation")],
@@ -96,8 +101,10 @@ QUESTIONS: dict[str, list[Entry]] = {
     "horizon": [BY_NAME["AdaMeZO"], *HORIZONS.values()],
     "warm-up": [
         BY_NAME["AdaMeZO"],
-        # The released code's first steps are MeZO's, at its own lr: the centre of MeZO's grid.
+        # The released code's first steps are MeZO's, at an lr of their own. Here that is the centre
+        # of MeZO's grid with all weights, and MeZO's best with LoRA.
         varied("AdaMeZO", "warm-up", warmup_lr=1e-3),
+        varied("AdaMeZO", "warm-up at 0.0178", warmup_lr=0.0178),
     ],
     "directions": [
         *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
@@ -109,13 +116,24 @@ QUESTIONS: dict[str, list[Entry]] = {
         *(varied("FZOO", kind, distribution=kind) for kind in ("exact", "lowrank")),
     ],
     "directions a step": [BY_NAME["MeZO"], BY_NAME["MeZO, n = 4"]],
+    # Of weights in bfloat16, which a perturbation in place would round.
+    "bfloat16": [
+        *(varied(name, "16 bits", **OUT_OF_PLACE) for name in ("MeZO", "AdaMeZO")),
+        # Its own 1e-4 is lost in the weights' last bits; its steps are as long as lr / zo_eps.
+        varied("FZOO", "16 bits", scale=10, zo_eps=1e-3, **OUT_OF_PLACE),
+        varied("AdaMeZO", "16 bits, to nearest", rounding="nearest", **OUT_OF_PLACE),
+    ],
     "perturbation size": [
-        BY_NAME["MeZO"],
-        BY_NAME["AdaMeZO"],
+        *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
         *(
             varied(name, f"zo_eps = {size:g}", zo_eps=size)
             for name in ("MeZO", "AdaMeZO")
             for size in (1e-4, 1e-2)
+        ),
+        # Its steps are as long as lr / zo_eps, and its default is 1e-4.
+        *(
+            varied("FZOO", f"zo_eps = {size:g}", scale=size / 1e-4, zo_eps=size)
+            for size in (1e-3, 1e-2)
         ),
     ],
 }
@@ -159,6 +177,8 @@ def scored(rows: Probed, matrix: torch.Tensor, bias: torch.Tensor) -> tuple[floa
 def reference(job: Job, probe: bool) -> Iterator[Point]:
     """The points of a fitted bias, or of a linear probe whose decay the validation rows choose."""
     parts = [job.probed(part) for part in ("training", "validation", "test")]
+    if None in parts:
+        raise SystemExit(f"evidence: the job {job.name!r} has no references: it has no classes")
     training, validation, test = (part for part in parts if part is not None)
     if probe:
         spread = training.features.std(dim=0)
@@ -180,9 +200,13 @@ def main() -> None:
     options.add_argument("--job", default="layer", choices=tuple(JOBS))
     options.add_argument("--modes", nargs="+", choices=MODES, default=["full", "lora"])
     options.add_argument("--methods", nargs="+", metavar="METHOD", help="only these of a question")
-    options.add_argument("--seeds", type=int, default=len(SEEDS))
+    options.add_argument("--seeds", type=int, default=len(SEEDS), help="tables need all five")
     arguments = options.parse_args()
     torch.set_num_threads(1)
+    asked = [name for name in arguments.questions if name in QUESTIONS]
+    entries = {entry.name for name in asked for entry in QUESTIONS[name]}
+    if unknown := set(arguments.methods or ()) - entries:
+        raise SystemExit(f"evidence: got {sorted(unknown)}, expected some of {sorted(entries)}")
     where = conditions()
     job = JOBS[arguments.job](BUDGET)
     job.points = POINTS
@@ -195,12 +219,8 @@ def main() -> None:
         job, arguments.output, range(arguments.seeds), SEARCHING, where,
         places=PLACES, fine=True, finalists=FINALISTS, benchmark="evidence",
     )  # fmt: skip
-    asked = [name for name in arguments.questions if name in QUESTIONS]
-    entries = {entry.name for name in asked for entry in QUESTIONS[name]}
-    if unknown := set(arguments.methods or ()) - entries:
-        raise SystemExit(f"evidence: got {sorted(unknown)}, expected some of {sorted(entries)}")
     for question, mode in itertools.product(asked, arguments.modes):
-        job.budget = budget_of(question)
+        job.budget = QUICK if arguments.quick else budget_of(question)
         for entry in QUESTIONS[question]:
             if not arguments.methods or entry.name in arguments.methods:
                 search.run(entry, mode)

@@ -181,6 +181,11 @@ def of_finalists(losses: pandas.DataFrame) -> float | None:
     return chosen_lr(losses.dropna()) if len(losses.dropna()) else None
 
 
+def ended(losses: pandas.DataFrame, seeds: int, finalists: int = 1) -> bool:
+    """Whether a search has ended: as many lrs as there are finalists have all seeds."""
+    return int((losses.notna().sum(axis=1) >= seeds).sum()) >= finalists
+
+
 def at_an_edge(losses: pandas.DataFrame, lr: float | None = None) -> int:
     """-1 if the chosen lr is the lowest that was tried, 1 if the highest, else 0."""
     lr = chosen_lr(losses) if lr is None else lr

@@ -18,6 +18,7 @@ import datetime
 import fcntl
 import functools
 import importlib
+import io
 import os
 import platform
 import shlex
@@ -116,17 +117,21 @@ Point = tuple[str, str, float, float, int]
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes a file of these rows alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        _write(file, [COLUMNS, *map(dataclasses.astuple, rows)])
+    path.write_bytes(_lines([COLUMNS, *map(dataclasses.astuple, rows)]))
 
 
 def run_once(path: Path, run: Row, make: Callable[[], Iterable[Point]]) -> list[Row]:
     """The rows of a run, a point each, which is made and added to a file unless it is there.
 
-    Other processes may be adding other runs to the same file. `run` has what a run's rows share.
+    Other processes may be adding runs to the same file: if one has added this run meanwhile, its
+    rows count. `run` has what a run's rows share.
     """
-    made = [row for row in load(path) if (row.variant, row.settings) == (run.variant, run.settings)]
-    if made:
+
+    def there() -> list[Row]:
+        same = (run.variant, run.settings)
+        return [row for row in load(path) if (row.variant, row.settings) == same]
+
+    if made := there():
         print(f"{run.variant}, {run.settings}: there already", flush=True)
         return made
     made = [
@@ -134,23 +139,35 @@ def run_once(path: Path, run: Row, make: Callable[[], Iterable[Point]]) -> list[
         for metric, unit, x, value, repeats in make()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8") as file:
+    with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if others := there():
+            return others
         header = [] if path.stat().st_size else [COLUMNS]
-        _write(file, [*header, *map(dataclasses.astuple, made)])
+        # One write, so that an interrupt leaves all of a run or nothing.
+        file.write(_lines([*header, *map(dataclasses.astuple, made)]))
     ends = {row.metric: f"{row.metric} {row.median:.4g}" for row in made}
     print(f"{run.variant}, {run.settings}: {', '.join(ends.values())}", flush=True)
     return made
 
 
-def _write(file: Any, lines: Iterable[Iterable[object]]) -> None:
-    csv.writer(file, lineterminator="\n").writerows(map(_cell, line) for line in lines)
+def _lines(lines: Iterable[Iterable[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(_cell, line) for line in lines)
+    return text.getvalue().encode()
 
 
 def load(path: Path) -> list[Row]:
     """The rows of a file; none if it is not there. Other columns than a Row's are an error."""
     if not path.exists() or path.stat().st_size == 0:
         return []
+    with path.open("rb") as file:
+        file.seek(-1, io.SEEK_END)
+        if file.read() != b"\n":
+            raise ValueError(
+                f"{path.name} ends in the middle of a row, as a write was cut short: delete the "
+                "rows of the run that it ends with"
+            )
     empty = {name: ["", "nan"] for name in NUMBERS}  # of a run whose loss was lost
     types = dict.fromkeys(COLUMNS, str) | dict.fromkeys(NUMBERS, float) | {"repeats": int}
     table = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)

@@ -136,15 +136,19 @@ PAGES: dict[str, dict[str, Block]] = {
         "long_methods_lora": partial(ANSWER, question="methods"),
         "long_methods_tweets": partial(ANSWER, question="methods", job="tweets"),
         "long_methods_reviews": partial(ANSWER, question="methods", job="reviews"),
+        "long_long": partial(ANSWER, question="long"),
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),
     },
     "docs/long_options.md": {
-        f"long_{question.replace('-', '_').replace(' ', '_')}": partial(ANSWER, question=question)
-        for question in (
-            *("horizon", "warm-up", "perturbation size"),
-            *("directions", "directions a step"),
-        )
+        **{
+            f"long_{evidence.slug(question)}": partial(ANSWER, question=question)
+            for question in (
+                *("horizon", "warm-up", "schedule", "perturbation size"),
+                *("directions", "directions a step"),
+            )
+        },
+        "long_schedule_full": partial(ANSWER, question="schedule", mode="full"),
     },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),

@@ -8,97 +8,98 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pandas
 
 from adamezo.plots import PALE, PALETTE, figure, save
-from benchmarks.evidence import BUDGET, JOBS, QUESTIONS, SEEDS, budget_of
-from benchmarks.methods import MODES, at_an_edge, of_finalists, validated
+from benchmarks.evidence import BUDGET, FINALISTS, JOBS, QUESTIONS, SEEDS, budget_of
+from benchmarks.methods import MODES, at_an_edge, ended, of_finalists, validated
+from benchmarks.render.seeds import interval, when_reached
 from benchmarks.render.style import NOT_YET, band, markdown
 from benchmarks.render.training import at_the_end
 from benchmarks.results import pick
 
-RESAMPLES = 10_000
 PANELS = tuple(itertools.product(JOBS, MODES))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % of the means of resamples of the seeds, which are few: a bootstrap."""
-    generator = numpy.random.default_rng(0)
-    drawn = generator.choice(numpy.asarray(values), size=(RESAMPLES, len(values)))
-    low, high = numpy.quantile(drawn.mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def reached(curve: pandas.Series, target: float) -> float:
-    """The forward passes at which a loss comes down to the target, on straight lines between the
-    places where it was measured; infinity if it never does."""
-    places, losses = curve.index.to_numpy(float), curve.to_numpy(float)
-    for i in range(len(losses)):
-        if losses[i] <= target:
-            if i == 0:
-                return float(places[0])
-            share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-            return float(places[i - 1] + share * (places[i] - places[i - 1]))
-    return math.inf
+def slug(question: str) -> str:
+    """A question's name in names of files and blocks."""
+    return question.replace(" ", "_").replace("-", "_")
 
 
 def runs_of(
     rows: pandas.DataFrame, job: str, mode: str, name: str, budget: int = BUDGET
 ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """The runs of a method at the lr that the validation rows chose; and the losses that chose."""
+    """The runs of a method at the lr that the validation rows chose, none if the search has not
+    ended; and the losses that chose."""
     of = dict(job=job, mode=mode, variant=name, budget=budget)
     some = pick(rows, benchmark="evidence", **of)
     losses = validated(some, "evidence")
-    lr = of_finalists(losses) if len(losses) else None
-    return (some.iloc[:0] if lr is None else pick(some, lr=lr)), losses
+    if not ended(losses, len(SEEDS), FINALISTS):
+        return some.iloc[:0], losses
+    return pick(some, lr=of_finalists(losses)), losses
 
 
-def mean_curve(runs: pandas.DataFrame) -> pandas.Series:
-    """Test loss by forward passes, mean over seeds."""
-    some = pick(runs, metric="test loss")
-    return some.pivot(index="forwards", columns="seed", values="median").mean(axis=1)
+def curves_of(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Test losses by forward passes and seed. One that was lost is infinite, and a run that ended
+    early stays where it was."""
+    some = pick(runs, metric="test loss").fillna({"median": math.inf})
+    return some.pivot(index="forwards", columns="seed", values="median").ffill()
 
 
 def answer(rows: pandas.DataFrame, question: str, job: str, mode: str) -> str:
-    """The methods of a question whose runs have all seeds, the lowest test loss first; and after
-    how many forward passes the mean test loss is what the question's first method ends at."""
-    entries = QUESTIONS[question]
-    budget = budget_of(question)
+    """The methods of a question whose searches have ended, the lowest test loss first; how far they
+    end below the question's first method, seed by seed, and after how many forward passes their
+    mean is what its mean ends at."""
+    entries, budget = QUESTIONS[question], budget_of(question)
     found = {entry.name: runs_of(rows, job, mode, entry.name, budget) for entry in entries}
-    first, _ = found[entries[0].name]
-    target = mean_curve(first).iloc[-1] if whole(first) else math.nan
-    body: list[tuple[float, tuple[object, ...]]] = []
-    for name, (runs, losses) in found.items():
-        if whole(runs):
-            loss, cells = ended(runs, losses, target)
-            body.append((loss, (name, *cells)))
-    reached_by = f"forward passes to the loss of {entries[0].name}"
-    columns = ("", "test loss", "test accuracy", reached_by, "lr (of so many)")
+    first = found[entries[0].name][0]
+    body = [
+        (at_the_end(runs, "test loss").mean(), _cells(name, runs, losses, first))
+        for name, (runs, losses) in found.items()
+        if not runs.empty
+    ]
+    of_first = entries[0].name
+    columns = (
+        *("", "test loss", "test accuracy", f"below {of_first}, seed by seed"),
+        *(f"forward passes to the loss of {of_first}", "lr (of so many)"),
+    )
     ordered = [cells for _, cells in sorted(body, key=lambda pair: pair[0])]
     return markdown(columns, ordered) if body else NOT_YET
 
 
-def whole(runs: pandas.DataFrame) -> bool:
-    """Whether there are runs with all seeds: if not, the search has not ended."""
-    return not runs.empty and runs.seed.nunique() == len(SEEDS)
-
-
-def ended(
-    runs: pandas.DataFrame, losses: pandas.DataFrame, target: float
-) -> tuple[float, tuple[str, ...]]:
-    """The mean test loss at the end of some runs; and the cells of a table about them."""
+def _cells(
+    name: str, runs: pandas.DataFrame, losses: pandas.DataFrame, first: pandas.DataFrame
+) -> tuple[str, ...]:
+    """A row of a table. The columns that compare with the first method are empty in its own row and
+    where there is nothing to compare with."""
     loss, accuracy = (at_the_end(runs, f"test {m}") for m in ("loss", "accuracy"))
-    low, high = interval(loss.tolist())
-    at = reached(mean_curve(runs), target)
-    when = f"{at:,.0f}" if math.isfinite(at) else "not reached"
+    below, when = "", ""
+    if not first.empty and first.variant.iloc[0] != name:
+        ends = at_the_end(first, "test loss")
+        below = _with_interval((ends - loss).tolist(), "+.3f")
+        at, low, high = map(_passes, when_reached(curves_of(runs), ends))
+        when = at if at == low == high else f"{at} ({low} to {high})"
     edge = ", at an edge" if at_an_edge(losses, runs.lr.iloc[0]) else ""
-    return loss.mean(), (
-        f"{loss.mean():.3f} ({low:.3f} to {high:.3f})",
+    return (
+        name,
+        _with_interval(loss.tolist(), ".3f"),
         f"{accuracy.mean():.3f}",
-        "" if math.isnan(target) else when,
+        below,
+        when,
         f"{runs.lr.iloc[0]:g} (of {len(losses)}{edge})",
     )
+
+
+def _with_interval(values: Sequence[float], form: str) -> str:
+    if not all(map(math.isfinite, values)):
+        return "a seed was lost"
+    # Without the sign of a zero.
+    mean, low, high = (round(x, 3) + 0.0 for x in (sum(values) / len(values), *interval(values)))
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _passes(forwards: float) -> str:
+    return f"{forwards:,.0f}" if math.isfinite(forwards) else "never"
 
 
 def references(rows: pandas.DataFrame) -> str:
@@ -136,7 +137,7 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
         for job, mode in PANELS:
             budget = budget_of(question)
             found = {e.name: runs_of(rows, job, mode, e.name, budget)[0] for e in entries}
-            curves = {name: runs for name, runs in found.items() if whole(runs)}
+            curves = {name: runs for name, runs in found.items() if not runs.empty}
             if len(curves) > 1 and own & curves.keys():
                 drawn[job, mode] = curves
         if drawn:
@@ -146,14 +147,13 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
                 _levels(axis, rows, job)
                 axis.set(title=f"{job}, {mode}", xlabel="forward passes")
             axes[0].set_ylabel("test loss")
-            save(made, folder / f"evidence_{question.replace(' ', '_')}.png")
+            save(made, folder / f"evidence_{slug(question)}.png")
 
 
 def _panel(axis: Any, curves: dict[str, pandas.DataFrame], names: Sequence[str]) -> None:
     for i, name in enumerate(names):
         if name in curves:
-            some = pick(curves[name], metric="test loss")
-            curve = some.pivot(index="forwards", columns="seed", values="median")
+            curve = curves_of(curves[name])
             style = "-" if i < len(PALETTE) else "--"
             band(axis, curve, PALETTE[i % len(PALETTE)], name, style)
 

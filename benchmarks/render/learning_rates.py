@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pandas
 
+from benchmarks import evidence, methods
 from benchmarks.find_lr import CASES
-from benchmarks.methods import at_an_edge, of_finalists, validated
+from benchmarks.methods import at_an_edge, ended, of_finalists, validated
 from benchmarks.render.style import NOT_YET, markdown
 from benchmarks.results import pick
+
+SEEDS_AND_FINALISTS = {
+    "methods": (len(methods.SEEDS), 1),
+    "evidence": (len(evidence.SEEDS), evidence.FINALISTS),
+}
+"""By benchmark, what a search that has ended has."""
 
 
 def found(rows: pandas.DataFrame) -> str:
@@ -17,9 +24,9 @@ def found(rows: pandas.DataFrame) -> str:
         of = dict(job=case.job, mode=case.mode, variant=case.method)
         at = pick(rows, benchmark="find lr", metric="lr", **of)
         losses = validated(rows, case.benchmark, budget=case.budget, **of)
-        best = of_finalists(losses) if len(losses) else None
-        if at.empty or best is None or len(losses) < 5:  # a search that has ended has as many
+        if at.empty or not ended(losses, *SEEDS_AND_FINALISTS[case.benchmark]):
             continue
+        best = of_finalists(losses)
         lr = at["median"].iloc[0]
         edge = " at an edge" if at_an_edge(losses, best) else ""
         body.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,8 +99,10 @@ def chosen(rows: pandas.DataFrame, job: str, mode: str, name: str) -> pandas.Dat
 
 
 def at_the_end(some: pandas.DataFrame, metric: str) -> pandas.Series:
-    """By seed, after the last forward pass."""
-    return pick(some, metric=metric).sort_values("forwards").groupby("seed")["median"].last()
+    """By seed, after the last forward pass. A loss that was lost is infinite."""
+    last = pick(some, metric=metric).sort_values("forwards").groupby("seed").tail(1)
+    found = last.set_index("seed")["median"].sort_index()
+    return found.fillna(math.inf) if metric.endswith("loss") else found
 
 
 def compared(rows: pandas.DataFrame, job: str, mode: str) -> str:

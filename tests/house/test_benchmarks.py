@@ -110,6 +110,29 @@ def test_a_run_is_made_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("there already") == 1
 
 
+def test_a_run_that_another_process_has_added_meanwhile_counts(tmp_path):
+    path, run = tmp_path / "runs.csv", results.Row("a", "", "", "b", "lr=1", "forwards")
+    others = []
+
+    def make(loss):
+        if not others:  # the other process begins later, and ends before
+            others.append(None)
+            others.extend(results.run_once(path, run, lambda: make(4.0)))
+        yield "loss", "1", 0, loss, 1
+
+    made = results.run_once(path, run, lambda: make(8.0))
+    assert [row.median for row in made] == [4.0]
+    assert made == others[1:] == results.load(path)
+
+
+def test_a_file_that_was_cut_is_refused(tmp_path):
+    path, run = tmp_path / "runs.csv", results.Row("a", "", "", "b", "lr=1", "forwards")
+    results.run_once(path, run, lambda: [("loss", "1", 0, 4.0, 1)])
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="ends in the middle of a row"):
+        results.run_once(path, run, lambda: [("loss", "1", 0, 4.0, 1)])
+
+
 def test_a_run_is_summed_up_by_its_quantiles():
     found = results.spread([0.5, 0.25, 1.0])
     assert found == pytest.approx(dict(median=0.5, p20=0.35, p80=0.8, repeats=3))
