@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from .engine.optimizer import ZerothOrder
 
 FULL = "none"
 """The scheme of a model without adapters, all weights of which are trained."""
+
+OVER_ZO_EPS = ("FZOO", "GRZO")
+"""Methods whose steps are as long as lr / zo_eps."""
 
 FAR = 30
 """The factor of an lr from all those of its scheme at which `check_lr` warns."""
@@ -35,6 +38,7 @@ class Preset(NamedTuple):
 _MEZO_OPT = "MeZO (arXiv 2305.17333), the commands of its code for OPT-13B"
 _MEZO_ROBERTA = "MeZO (arXiv 2305.17333), the commands of its code for RoBERTa-large"
 _ADAZETA = "AdaZeta (arXiv 2406.18060), its released run"
+_FZOO = "FZOO (arXiv 2506.09034), its code's 5e-5, which has zo_eps inside"
 _OURS = "docs/comparison_whole.md, SmolLM2-135M, 72 forward passes, lr searched and zo_eps not"
 _LAYER = "docs/comparison.md, the last layer of SmolLM2-135M, 216 forward passes, lr searched"
 _DEFAULT = "AdaMeZO's default, for thousands of steps"
@@ -58,6 +62,9 @@ PRESETS = (
     Preset("AdaMeZO", FULL, 1e-3, 1e-3, _OURS),
     Preset("AdaMeZO", "lora", 1e-2, 1e-3, _OURS),
     Preset("AdaMeZO", "tensor-train", 1e-2, 1e-3, _LAYER),
+    Preset("FZOO", FULL, 5e-9, 1e-4, _FZOO),
+    Preset("FZOO", FULL, 1e-6, 1e-4, _OURS),
+    Preset("FZOO", "lora", 1e-5, 1e-4, _OURS),
 )
 """What was used, to begin a search from. There is no one best value, as that depends on the model
 and on the number of steps."""
@@ -142,7 +149,8 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
 
     Good learning rates differ by a factor of 1,000 and more between all weights, LoRA and prefixes.
     There is a warning if a group's lr is a factor of 30 or more from all presets of the method for
-    the model's adapters. Nothing is said where no preset is known.
+    the model's adapters; of FZOO and GRZO, whose steps are as long as lr / zo_eps, from what these
+    are at the group's zo_eps. Nothing is said where no preset is known.
 
     Args:
         optimizer: of the model's adapters, or of all its weights.
@@ -151,14 +159,15 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
     scheme = scheme_of(model)
     for group in optimizer.param_groups:
         method, lr = _method(optimizer, group), float(group["lr"])
-        near_ones = known(method, scheme)
+        near_ones = _at(group["zo_eps"], known(method, scheme))
         if not near_ones or lr <= 0:
             continue
         near = min(near_ones, key=lambda preset: _factor(preset.lr, lr))
         # Floats: 3e-3 over 1e-4 is 29.999999999999996.
         if _factor(near.lr, lr) < FAR * (1 - 1e-9):
             continue
-        others = (p for p in PRESETS if p in known(method, p.scheme) and p.scheme != scheme)
+        others = [p for p in PRESETS if p in known(method, p.scheme) and p.scheme != scheme]
+        others = _at(group["zo_eps"], others)
         other = min(others, key=lambda preset: _factor(preset.lr, lr), default=None)
         hint = ""
         if other is not None and _factor(other.lr, lr) < _factor(near.lr, lr):
@@ -171,6 +180,14 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def _at(zo_eps: float, presets: Sequence[Preset]) -> list[Preset]:
+    """Presets with the lr whose steps are as long at another zo_eps."""
+    return [
+        p._replace(lr=p.lr * zo_eps / p.zo_eps, zo_eps=zo_eps) if p.method in OVER_ZO_EPS else p
+        for p in presets
+    ]
 
 
 def _method(optimizer: ZerothOrder, group: dict[str, Any]) -> str:

@@ -209,7 +209,7 @@ def test_it_begins_at_a_size_that_it_can_look_at(zo_eps):
 def test_what_cannot_be_found_is_said():
     weight = zeros()
     optimizer = MEAZO([weight], seed=0)
-    with pytest.raises(ValueError, match="does the loss depend on the trained weights"):
+    with pytest.raises(ValueError, match="Does the loss depend on the trained weights"):
         find_lr(optimizer, [lambda: 1.0])
     with pytest.raises(ValueError, match="is 0.0, expected a finite number other than 0"):
         find_lr(optimizer, [bowl(weight, at=0.0)])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import adamezo
-from adamezo import FZOO, AdaMeZO, AdaZeta, MeZO
+from adamezo import FZOO, HELENE, AdaMeZO, AdaZeta, MeZO
 from adamezo.adapters import SCHEMES, adapt, adapters_of
 from adamezo.presets import PRESETS, RECIPES, check_lr, known, scheme_of
 from helpers.families import make
@@ -72,7 +72,7 @@ def test_recipes_have_the_lr_of_the_committed_search(scheme, page, table):
 
 def test_adazeta_has_mezos_too():
     assert set(known("MeZO", "lora")) <= set(known("AdaZeta", "lora"))
-    assert known("FZOO", "lora") == ()
+    assert known("HELENE", "lora") == ()
 
 
 def check(method, scheme, **options):
@@ -102,6 +102,7 @@ def check(method, scheme, **options):
         ),
         (MeZO, "prefix", 1e-6, r"zo_eps=0\.1; MeZO.*factor of 1000"),
         (AdaZeta, "tensor-train", 1e-6, r"AdaZeta.*all weights \(1e-06"),
+        (FZOO, "lora", 1e-3, r"for which 1e-05.*factor of 100\."),
         (AdaMeZO, "lora", 1e-5, r"for which 0\.01.*all weights \(1e-05, AdaMeZO's default"),
     ],
 )
@@ -121,7 +122,9 @@ def test_an_lr_of_another_scheme_is_warned_of(method, scheme, lr, hint):
         (AdaMeZO, "none", dict(lr=1e-5)),
         (AdaMeZO, "none", dict(lr=1e-7, betas=(0.7, 0.0))),  # MeZO with momentum
         (AdaMeZO, "none", dict(lr=1e-8, normalization="official")),  # nothing is known
-        (FZOO, "none", dict(lr=1e3)),
+        (HELENE, "none", dict(lr=1e3)),
+        (FZOO, "none", dict()),
+        (FZOO, "lora", dict(lr=1e-4, zo_eps=1e-3)),  # the steps of 1e-5 at the default, 1e-4
         (AdaMeZO, "tensor-train-linear", dict(lr=1e3)),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,8 @@ def test_it_is_the_run_with_that_lr(finding):
     assert 1e-4 < lr < 1
     given = finetune.finetune(replace(finding, lr=lr, find_lr=False))
     assert found["curve"] == given["curve"]
+    assert found["training"]["forward_passes_to_find_lr"] >= 28
+    assert given["training"]["forward_passes_to_find_lr"] == 0
     assert found["after"] == given["after"]
     assert found["after"] != found["before"]
 
@@ -77,4 +80,5 @@ def test_the_command_says_what_it_found(model_folder, data_file, tmp_path, capsy
     said = capsys.readouterr()
     lr = json.loads((tmp_path / "report.json").read_text())["options"]["lr"]
     assert f"lr: {lr:.3g}, found in " in said.out + said.err
+    assert re.search(r"forward passes and \d+ to find the lr, no backward", said.out)
     assert "takes its default" not in said.out + said.err

@@ -123,8 +123,9 @@ def _losses(
             size *= factor
     raise ValueError(
         f"moves of {found[1][0]:.3g} to {found[-1][0]:.3g} in size take the mean loss from "
-        f"{start:.4g} to {found[-1][1]:.4g}, expected that somewhere it rises by half: does the "
-        "loss depend on the trained weights?"
+        f"{start:.4g} to {found[-1][1]:.4g}, expected that somewhere it rises by half. Does the "
+        "loss depend on the trained weights? If it does and is bounded, it may begin too near its "
+        "bound, as that of an untrained model may: then search for an lr by hand"
     )
 
 

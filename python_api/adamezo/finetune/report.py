@@ -29,6 +29,8 @@ class Training:
     forward_peak: int | None
     step_peak: int | None = None
     forward_passes: int = 0
+    finding_forwards: int = 0
+    """Forward passes that found the lr, before the first step."""
     forward_seconds: float = 0.0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -92,6 +94,7 @@ def numbers(
             "replayed": options.steps - taken,
             "skipped": int(optimizer.skipped),
             "forward_passes": training.forward_passes,
+            "forward_passes_to_find_lr": training.finding_forwards,
             "seconds": training.seconds,
             "seconds_per_step": training.seconds / max(taken, 1),
             "optimizer_seconds_per_step": optimizer_seconds / max(taken, 1),
@@ -166,10 +169,12 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"  {data['shortened']} texts were shortened to --max-tokens")
     if training["skipped"]:
         lines.append(f"  {training['skipped']} steps were skipped, as their loss was not finite")
+    finding = training["forward_passes_to_find_lr"]
+    found = f" and {finding} to find the lr" if finding else ""
     lines += [
         "",
-        f"{training['steps']} steps, {training['forward_passes']} forward passes, no backward "
-        f"pass; {training['seconds_per_step']:.2f} s a step, of which the optimizer "
+        f"{training['steps']} steps, {training['forward_passes']} forward passes{found}, no "
+        f"backward pass; {training['seconds_per_step']:.2f} s a step, of which the optimizer "
         f"{training['optimizer_seconds_per_step']:.2f} s ({training['optimizer_share']:.0%})",
     ]
     if memory["step_over_forward"]:

@@ -78,8 +78,10 @@ def _finetune(options: Options, device: torch.device, display: Display) -> dict[
     make = kind.make(kind.resolved(options, examples), model, tokenizer)
     train, test = make(training), make(held_out)
     optimizer = make_optimizer(options, model, max(1, len(train) // options.batch_size))
+    finding = 0
+    made = time.perf_counter()
     if options.find_lr:
-        lr = launch.of_the_first(partial(_lr, optimizer, options, train, display))
+        lr, finding = launch.of_the_first(partial(_lr, optimizer, options, train, display))
         for group in (*optimizer.param_groups, optimizer.defaults):
             group["lr"] = lr
     options = with_defaults(options, optimizer)
@@ -92,6 +94,7 @@ def _finetune(options: Options, device: torch.device, display: Display) -> dict[
     evaluated = time.perf_counter()
     with _log(optimizer, options, train, display) as (log, done):
         measured = _train(optimizer, train, test, options, log, done, display)
+    measured.finding_forwards = finding
     after, more = _evaluate(test, options, display, "held-out, after")
     if launch.rank() != 0:
         pass
@@ -100,7 +103,8 @@ def _finetune(options: Options, device: torch.device, display: Display) -> dict[
     elif options.save_to:
         language_models.save(model, tokenizer, options.save_to)
     seconds = {
-        "load": loaded - began,
+        "load": made - began,
+        "find_lr": loaded - made if finding else 0.0,
         "evaluate_held_out": evaluated - loaded,
         "all": time.perf_counter() - began,
     }
@@ -150,20 +154,22 @@ def _held_out(options: Options, rows: int) -> int:
     return kept if isinstance(kept, int) else min(HELD_OUT, max(1, rows // 5))
 
 
-def _lr(optimizer: ZerothOrder, options: Options, train: Task, display: Display) -> float:
+def _lr(
+    optimizer: ZerothOrder, options: Options, train: Task, display: Display
+) -> tuple[float, int]:
     """The lr of a run that is to find it, on the batches of its first steps; of one that goes on,
-    what was found when it began."""
+    what was found when it began. And the forward passes that it took."""
     kept = _in_the_log(options, "lr")
     if isinstance(kept, float):
         display.write(f"lr: {kept:.3g}, that of the run in {options.log}")
-        return kept
+        return kept, 0
     plan = batches(len(train), options.batch_size, FINDING, options.seed)
     try:
         found = find_lr(optimizer, [batched(partial(train.losses, rows)) for rows in plan])
     except (TypeError, ValueError) as error:
         raise ValueError(f"--find-lr: {error}. Or give an --lr") from error
     display.write(f"lr: {found.lr:.3g}, found in {found.forwards} forward passes")
-    return found.lr
+    return found.lr, found.forwards
 
 
 def _evaluate(
