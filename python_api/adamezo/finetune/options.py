@@ -147,8 +147,8 @@ class Options:
     lr: float | None = _option(
         None,
         "learning rate. The method's default is for thousands of steps. For a few hundred begin "
-        "with 1e-3 (AdaMeZO) or 1e-4 (MeZO), with --adapt lora ten times that, and search by "
-        "factors of 3",
+        "with 1e-3 (AdaMeZO), 1e-4 (MeZO) or 1e-6 (FZOO), with --adapt lora ten times that, and "
+        "search by factors of 3",
         shown=_METHODS_OWN,
     )
     find_lr: bool = _option(
