@@ -126,6 +126,19 @@ def test_the_same_command_goes_on_and_another_needs_overwrite(
     assert json.loads((output / "report.json").read_text())["training"]["replayed"] == 0
 
 
+def test_a_zo_eps_that_16_bits_lose_is_told_of(model_folder, data_file, tmp_path, capsys):
+    def said(**more):
+        output = tmp_path / "-".join(more.values())
+        of = dict(steps=1, lr=1e-6, perturbation="out_of_place", **more)
+        assert cli.main(arguments(model_folder, data_file, output, **of)) == 0
+        return "--zo-eps 1e-3, and ten times the lr" in capsys.readouterr().err
+
+    assert said(method="FZOO", dtype="bfloat16")
+    assert not said(method="FZOO", dtype="bfloat16", zo_eps="1e-3")
+    assert not said(method="FZOO", dtype="float32")
+    assert not said(method="MeZO", dtype="bfloat16")
+
+
 def test_progress_has_what_a_user_watches(model_folder, data_file, tmp_path, capsys):
     assert cli.main(arguments(model_folder, data_file, tmp_path / "out", eval_every=2)) == 0
     shown = capsys.readouterr().err

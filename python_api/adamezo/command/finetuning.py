@@ -60,6 +60,13 @@ def _run(
             f"thousands of steps, and here are {options.steps}: see --lr and --find-lr in --help",
             file=sys.stderr,
         )
+    if first and options.method == "FZOO" and options.zo_eps is None and options.dtype != "float32":
+        print(
+            f"adamezo: note: FZOO's default zo_eps of 1e-4 is lost in the rounding of "
+            f"{options.dtype}: give --zo-eps 1e-3, and ten times the lr, as its steps are as long "
+            "as lr / zo_eps (docs/recipes.md)",
+            file=sys.stderr,
+        )
     if not sys.stderr.isatty():
         language_models.without_bars()
     try:
