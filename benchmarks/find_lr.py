@@ -56,6 +56,10 @@ CASES = [
     ),
     Case("evidence", "tweets", "lora", "AdaMeZO", 2000),
     *(
+        Case("evidence", "layer", "lora", method, 10_000, seen=False)
+        for method in ("AdaMeZO", "FZOO")
+    ),
+    *(
         Case("evidence", job, "lora", method, 2000, seen=False)
         for job, method in (("reviews", "AdaMeZO"), ("reviews", "FZOO"), ("tweets", "FZOO"))
     ),

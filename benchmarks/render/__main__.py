@@ -148,7 +148,10 @@ PAGES: dict[str, dict[str, Block]] = {
                 *("directions", "directions a step"),
             )
         },
-        "long_schedule_full": partial(ANSWER, question="schedule", mode="full"),
+        "long_perturbation_size_full": partial(ANSWER, question="perturbation size", mode="full"),
+        "long_perturbation_size_reviews": partial(
+            ANSWER, question="perturbation size", job="reviews"
+        ),
     },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),

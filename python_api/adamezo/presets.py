@@ -82,7 +82,7 @@ class Recipe:
     lr: float
     """The best of that job. It is no lr of another model: :func:`adamezo.find_lr` finds one."""
     options: Mapping[str, Any]
-    """zo_eps and distribution, as they were there."""
+    """zo_eps and distribution, as they were there. FZOO's steps are as long as lr / zo_eps."""
 
     def optimizer(self, model: nn.Module, *, lr: float, **changed: Any) -> ZerothOrder:
         """The recipe's optimizer of all that a model trains.
@@ -114,8 +114,8 @@ _OF_PEFT = {"adalora": "lora", "prefix_tuning": "prefix"}
 RECIPES: Mapping[str, Recipe] = {
     recipe.scheme: recipe
     for recipe in (
-        Recipe(FULL, "FZOO", 3.16e-6, {"zo_eps": 1e-4, "distribution": "rademacher"}),
-        Recipe("lora", "FZOO", 5.62e-6, {"zo_eps": 1e-4, "distribution": "rademacher"}),
+        Recipe(FULL, "FZOO", 1.78e-5, {"zo_eps": 1e-3, "distribution": "rademacher"}),
+        Recipe("lora", "FZOO", 1e-4, {"zo_eps": 1e-3, "distribution": "rademacher"}),
         Recipe("tensor-train", "AdaMeZO", 1e-2, {"zo_eps": 1e-3, "distribution": "exact"}),
     )
 }

@@ -58,16 +58,18 @@ def test_our_own_are_the_best_of_the_committed_search():
 
 
 @pytest.mark.parametrize(
-    ("scheme", "page", "table"),
+    ("scheme", "page", "table", "row"),
     [
-        ("none", "docs/long_runs.md", "long_methods_full"),
-        ("lora", "docs/long_runs.md", "long_methods_lora"),
-        ("tensor-train", "docs/comparison.md", "methods_layer_tensor-train"),
+        ("none", "long_options.md", "long_perturbation_size_full", "FZOO, zo_eps = 0.001"),
+        ("lora", "long_options.md", "long_perturbation_size", "FZOO, zo_eps = 0.001"),
+        ("tensor-train", "comparison.md", "methods_layer_tensor-train", "AdaMeZO"),
     ],
 )
-def test_recipes_have_the_lr_of_the_committed_search(scheme, page, table):
+def test_recipes_have_the_lr_of_the_committed_search(scheme, page, table, row):
     recipe = RECIPES[scheme]
-    assert lr_in(page, table, recipe.method) == pytest.approx(recipe.lr)
+    assert recipe.method == row.split(",")[0]
+    assert recipe.options["zo_eps"] == 1e-3
+    assert lr_in(f"docs/{page}", table, row) == pytest.approx(recipe.lr)
 
 
 def test_adazeta_has_mezos_too():
