@@ -134,6 +134,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "long_references": evidence.references,
         "long_methods_full": partial(ANSWER, question="methods", mode="full"),
         "long_methods_lora": partial(ANSWER, question="methods"),
+        "long_methods_tensor_train": partial(ANSWER, question="methods", mode="tensor-train"),
         "long_methods_tweets": partial(ANSWER, question="methods", job="tweets"),
         "long_methods_reviews": partial(ANSWER, question="methods", job="reviews"),
         "long_long": partial(ANSWER, question="long"),
