@@ -42,7 +42,7 @@ FINALISTS = 2
 POINTS = 20
 BUDGET = 2000
 LONG = 10_000
-QUICK = 180  # which no table has
+QUICK = 180
 PLACES = (-1, 0, 1)
 
 
@@ -84,19 +84,19 @@ def varied(of: str, suffix: str, scale: float = 1.0, **options: Any) -> Entry:
 
 def with_constant_lr(of: str) -> Entry:
     """A method of ENTRIES whose lr does not fall."""
-    entry = BY_NAME[of]
-    return replace(entry, name=f"{of}, constant lr", of=entry.of or entry.name, constant=True)
+    return replace(varied(of, "constant lr"), constant=True)
 
 
 HORIZONS = {h: varied("AdaMeZO", f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
+FEW = ("MeZO", "AdaMeZO", "FZOO")
 OUT_OF_PLACE = {"perturbation": "out_of_place"}
 METHODS = ("MeZO", "momentum", "AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO", "GRZO")
 QUESTIONS: dict[str, list[Entry]] = {
     "methods": [BY_NAME[name] for name in (*METHODS, "AdamW, by backpropagation")],
-    "long": [BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")],
+    "long": [BY_NAME[name] for name in FEW],
     "schedule": [
-        *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
-        *(with_constant_lr(name) for name in ("MeZO", "AdaMeZO", "FZOO")),
+        *(BY_NAME[name] for name in FEW),
+        *(with_constant_lr(name) for name in FEW),
     ],
     "horizon": [BY_NAME["AdaMeZO"], *HORIZONS.values()],
     "warm-up": [
@@ -107,7 +107,7 @@ QUESTIONS: dict[str, list[Entry]] = {
         varied("AdaMeZO", "warm-up at 0.0178", warmup_lr=0.0178),
     ],
     "directions": [
-        *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
+        *(BY_NAME[name] for name in FEW),
         *(
             varied(name, kind, distribution=kind)
             for name in ("MeZO", "AdaMeZO")
@@ -124,7 +124,7 @@ QUESTIONS: dict[str, list[Entry]] = {
         varied("AdaMeZO", "16 bits, to nearest", rounding="nearest", **OUT_OF_PLACE),
     ],
     "perturbation size": [
-        *(BY_NAME[name] for name in ("MeZO", "AdaMeZO", "FZOO")),
+        *(BY_NAME[name] for name in FEW),
         *(
             varied(name, f"zo_eps = {size:g}", zo_eps=size)
             for name in ("MeZO", "AdaMeZO")

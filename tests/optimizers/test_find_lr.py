@@ -174,7 +174,7 @@ def test_steps_that_follow_the_loss_are_refused(make):
     ids=["FZOO", "GRZO", "ZOAdam"],
 )
 def test_steps_without_a_typical_length_are_refused(make):
-    """Each divides a number by another that is often near 0: a run with what was found diverged."""
+    """Each divides a number by another that is often near 0."""
     weight = zeros()
     with pytest.raises(TypeError, match="no typical length"):
         find_lr(make([weight]), [bowl(weight)])

@@ -111,9 +111,8 @@ def _losses(
                 f"the mean loss of the closures is {start!r}, expected a finite number other "
                 "than 0: harm is measured in parts of it"
             )
-        size, factor = float(tried.options["zo_eps"]), 0.0
-        size = min(max(size, SMALLEST), LARGEST)
-        found = [(0.0, start)]
+        size = min(max(float(tried.options["zo_eps"]), SMALLEST), LARGEST)
+        found, factor = [(0.0, start)], 0.0
         while SMALLEST <= size <= LARGEST:
             found.append((size, mean(size)))
             harmful = _rise(found, -1, maximize) >= HARM
