@@ -88,11 +88,20 @@ def with_constant_lr(of: str) -> Entry:
 
 
 HORIZONS = {h: varied("AdaMeZO", f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
+# Its steps are as long as lr / zo_eps, and its default is 1e-4.
+FZOO_AT = {
+    size: varied("FZOO", f"zo_eps = {size:g}", scale=size / 1e-4, zo_eps=size)
+    for size in (1e-3, 1e-2)
+}
 FEW = ("MeZO", "AdaMeZO", "FZOO")
 OUT_OF_PLACE = {"perturbation": "out_of_place"}
 METHODS = ("MeZO", "momentum", "AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO", "GRZO")
 QUESTIONS: dict[str, list[Entry]] = {
-    "methods": [BY_NAME[name] for name in (*METHODS, "AdamW, by backpropagation")],
+    "methods": [
+        *(BY_NAME[name] for name in METHODS),
+        FZOO_AT[1e-3],
+        BY_NAME["AdamW, by backpropagation"],
+    ],
     "long": [BY_NAME[name] for name in FEW],
     "schedule": [
         *(BY_NAME[name] for name in FEW),
@@ -119,7 +128,7 @@ QUESTIONS: dict[str, list[Entry]] = {
     # Of weights in bfloat16, which a perturbation in place would round.
     "bfloat16": [
         *(varied(name, "16 bits", **OUT_OF_PLACE) for name in ("MeZO", "AdaMeZO")),
-        # Its own 1e-4 is lost in the weights' last bits; its steps are as long as lr / zo_eps.
+        # Its own 1e-4 is lost in the weights' last bits.
         varied("FZOO", "16 bits", scale=10, zo_eps=1e-3, **OUT_OF_PLACE),
         varied("AdaMeZO", "16 bits, to nearest", rounding="nearest", **OUT_OF_PLACE),
     ],
@@ -130,11 +139,7 @@ QUESTIONS: dict[str, list[Entry]] = {
             for name in ("MeZO", "AdaMeZO")
             for size in (1e-4, 1e-2)
         ),
-        # Its steps are as long as lr / zo_eps, and its default is 1e-4.
-        *(
-            varied("FZOO", f"zo_eps = {size:g}", scale=size / 1e-4, zo_eps=size)
-            for size in (1e-3, 1e-2)
-        ),
+        *FZOO_AT.values(),
     ],
 }
 """By name: the methods, and the options of some, that answer it together."""

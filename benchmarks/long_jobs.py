@@ -22,7 +22,7 @@ from adamezo import PerturbedBatch
 from adamezo.adapters import FAMILIES, adapt
 from adamezo.finetune import Example, read_examples, split
 from adamezo.integrations import transformers as language_models
-from benchmarks.method_jobs import PLACES, Job, Probed, Start, trained
+from benchmarks.method_jobs import PLACES, Job, LastLayer, Probed, Start, trained
 from examples.demo import HELD_OUT, REVIEWS, options
 
 TWEETS = REVIEWS.with_name("tweets.csv")
@@ -130,24 +130,6 @@ class Bert(Job):
         return Probed(x, x.new_zeros(len(x), len(self._labels)), torch.cat([y for *_, y in found]))
 
 
-class LastLayerOfText(nn.Module):
-    """The last layer of a Llama model on what the layers before it give, and its scores of the next
-    token at the last places."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.layer = copy.deepcopy(model.model.layers[-1])
-        self.norm = copy.deepcopy(model.model.norm)
-        self.register_buffer("head", model.lm_head.weight.detach().clone())
-        self._angles = model.model.rotary_emb
-
-    def forward(self, hidden: Tensor, scored: int) -> Tensor:
-        angles = self._angles(hidden, torch.arange(hidden.shape[1])[None])
-        states = self.layer(hidden, position_embeddings=angles)
-        states = states[0] if isinstance(states, tuple) else states
-        return self.norm(states[:, -scored:]) @ self.head.T
-
-
 class Text(Job):
     """The last layer of SmolLM2-135M on windows of the reference of the Python language, as its
     module pydoc_data.topics has it (Python Software Foundation License). Whole topics are held out.
@@ -157,7 +139,7 @@ class Text(Job):
     name = "text"
     batch = 8
     WINDOW = 32  # tokens that the model reads
-    SCORED = 8
+    SCORED = 4
 
     def __init__(self, budget: int) -> None:
         super().__init__(budget)
@@ -199,13 +181,18 @@ class Text(Job):
 
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)
-        model = LastLayerOfText(self._model).eval()
+        model = LastLayer(self._model).eval()
         if mode != "full":
             adapt(model, mode, targets=PLACES[mode], seed=seed)
 
+        def scores_of(hidden: Tensor) -> Tensor:
+            places = torch.arange(self.WINDOW - self.SCORED, self.WINDOW)
+            scores: Tensor = model(hidden, places.expand(len(hidden), -1))
+            return scores
+
         def losses(rows: Sequence[int], batch: PerturbedBatch) -> Tensor:
             hidden, tokens, size = (x[list(rows)] for x in self._parts["training"])
-            scores = model(batch.repeat(hidden), self.SCORED)
+            scores = scores_of(batch.repeat(hidden))
             nats = cross_entropy(scores.transpose(1, 2), batch.repeat(tokens), reduction="none")
             return batch.mean(nats) * (tokens.numel() / (math.log(2) * int(size.sum())))
 
@@ -213,7 +200,7 @@ class Text(Job):
         def score(part: str) -> tuple[float, float]:
             total, right, count, size = 0.0, 0, 0, 0
             for hidden, tokens, of in zip(*(x.split(32) for x in self._parts[part]), strict=True):
-                scores = model(hidden, self.SCORED)
+                scores = scores_of(hidden)
                 total += cross_entropy(
                     scores.flatten(0, 1), tokens.flatten(), reduction="sum"
                 ).item()

@@ -732,7 +732,8 @@ class ToyJob:
         return SimpleNamespace(module=model, weights=weights, losses=losses, loss=loss, score=score)
 
 
-def test_the_last_layer_alone_scores_as_the_model_does():
+@pytest.mark.parametrize("before", [0, 1])
+def test_the_last_layer_alone_scores_as_the_model_does(before):
     transformers = pytest.importorskip("transformers")
     from benchmarks.method_jobs import LastLayer
 
@@ -749,18 +750,21 @@ def test_the_last_layer_alone_scores_as_the_model_does():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     prompts, words = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]], [11, 7]
-    lengths = torch.tensor([len(ids) for ids in prompts])
+    places = torch.tensor([[3, 4], [0, 1], [5, 6]])
     hidden = torch.full((3, 7, 24), 100.0)  # padding, that must not be seen
-    expected = torch.empty(3, 2)
+    expected = torch.empty(3, 2, 50)
     with torch.no_grad():
         for row, ids in enumerate(prompts):
             given = model(torch.tensor([ids]), output_hidden_states=True)
-            hidden[row, : len(ids)] = given.hidden_states[-2][0]
-            expected[row] = given.logits[0, -1, words]
-        scores = LastLayer(model, words)(hidden, lengths)
+            hidden[row, : len(ids)] = given.hidden_states[-2 - before][0]
+            expected[row] = given.logits[0, places[row]]
+        every = LastLayer(model, before=before)(hidden, places)
+        few = LastLayer(model, words, before)(hidden, places[:, 1:])
     assert expected.abs().max() > 1
-    # Sums of up to 40 products in another order, in three places one after another.
-    assert (scores - expected).abs().max() <= 3 * 40 * 2**-24 * expected.abs().max()
+    # Sums of up to 40 products in another order, in three places of a layer one after another.
+    bound = 3 * (1 + before) * 40 * 2**-24 * expected.abs().max()
+    assert (every - expected).abs().max() <= bound
+    assert (few[:, 0] - expected[:, 1, words]).abs().max() <= bound
 
 
 def points(validation_loss, test_loss=1.0):
