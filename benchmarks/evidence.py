@@ -26,7 +26,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -58,10 +57,11 @@ def _text(budget: int) -> Job:
     return Text(budget)
 
 
+IN_16_BITS = "layer in bfloat16"
 JOBS: dict[str, Callable[[int], Job]] = {
     "layer": Layer,
     "4 layers": functools.partial(Layer, layers=4),
-    "layer in bfloat16": functools.partial(Layer, dtype=torch.bfloat16),
+    IN_16_BITS: functools.partial(Layer, dtype=torch.bfloat16),
     "reviews": functools.partial(_bert, "reviews"),
     "tweets": functools.partial(_bert, "tweets"),
     "text": _text,
@@ -70,27 +70,15 @@ JOBS: dict[str, Callable[[int], Job]] = {
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
 
-def varied(of: str, suffix: str, scale: float = 1.0, **options: Any) -> Entry:
-    """A method of ENTRIES with other options, and with lrs that are ``scale`` times as high."""
-    entry = BY_NAME[of]
-    return replace(
-        entry,
-        name=f"{of}, {suffix}",
-        of=entry.of or entry.name,
-        lr={mode: centre * scale for mode, centre in entry.lr.items()},
-        options=lambda job: {**entry.options(job), **options},
-    )
-
-
 def with_constant_lr(of: str) -> Entry:
     """A method of ENTRIES whose lr does not fall."""
-    return replace(varied(of, "constant lr"), constant=True)
+    return replace(BY_NAME[of].varied("constant lr"), constant=True)
 
 
-HORIZONS = {h: varied("AdaMeZO", f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
+HORIZONS = {h: BY_NAME["AdaMeZO"].varied(f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
 # Its steps are as long as lr / zo_eps, and its default is 1e-4.
 FZOO_AT = {
-    size: varied("FZOO", f"zo_eps = {size:g}", scale=size / 1e-4, zo_eps=size)
+    size: BY_NAME["FZOO"].varied(f"zo_eps = {size:g}", scale=size / 1e-4, zo_eps=size)
     for size in (1e-3, 1e-2)
 }
 FEW = ("MeZO", "AdaMeZO", "FZOO")
@@ -112,30 +100,30 @@ QUESTIONS: dict[str, list[Entry]] = {
         BY_NAME["AdaMeZO"],
         # The released code's first steps are MeZO's, at an lr of their own. Here that is the centre
         # of MeZO's grid with all weights, and MeZO's best with LoRA.
-        varied("AdaMeZO", "warm-up", warmup_lr=1e-3),
-        varied("AdaMeZO", "warm-up at 0.0178", warmup_lr=0.0178),
+        BY_NAME["AdaMeZO"].varied("warm-up", warmup_lr=1e-3),
+        BY_NAME["AdaMeZO"].varied("warm-up at 0.0178", warmup_lr=0.0178),
     ],
     "directions": [
         *(BY_NAME[name] for name in FEW),
         *(
-            varied(name, kind, distribution=kind)
+            BY_NAME[name].along(kind)
             for name in ("MeZO", "AdaMeZO")
             for kind in ("lowrank", "lowrank:4", "rademacher")
         ),
-        *(varied("FZOO", kind, distribution=kind) for kind in ("exact", "lowrank")),
+        *(BY_NAME["FZOO"].along(kind) for kind in ("exact", "lowrank")),
     ],
     "directions a step": [BY_NAME["MeZO"], BY_NAME["MeZO, n = 4"]],
     # Of weights in bfloat16, which a perturbation in place would round.
     "bfloat16": [
-        *(varied(name, "16 bits", **OUT_OF_PLACE) for name in ("MeZO", "AdaMeZO")),
+        *(BY_NAME[name].varied("16 bits", **OUT_OF_PLACE) for name in ("MeZO", "AdaMeZO")),
         # Its own 1e-4 is lost in the weights' last bits.
-        varied("FZOO", "16 bits", scale=10, zo_eps=1e-3, **OUT_OF_PLACE),
-        varied("AdaMeZO", "16 bits, to nearest", rounding="nearest", **OUT_OF_PLACE),
+        BY_NAME["FZOO"].varied("16 bits", scale=10, zo_eps=1e-3, **OUT_OF_PLACE),
+        BY_NAME["AdaMeZO"].varied("16 bits, to nearest", rounding="nearest", **OUT_OF_PLACE),
     ],
     "perturbation size": [
         *(BY_NAME[name] for name in FEW),
         *(
-            varied(name, f"zo_eps = {size:g}", zo_eps=size)
+            BY_NAME[name].varied(f"zo_eps = {size:g}", zo_eps=size)
             for name in ("MeZO", "AdaMeZO")
             for size in (1e-4, 1e-2)
         ),
@@ -143,6 +131,7 @@ QUESTIONS: dict[str, list[Entry]] = {
     ],
 }
 """By name: the methods, and the options of some, that answer it together."""
+EVERY = {entry.name: entry for entries in QUESTIONS.values() for entry in entries}
 
 
 def budget_of(question: str) -> int:
@@ -212,6 +201,11 @@ def main() -> None:
     entries = {entry.name for name in asked for entry in QUESTIONS[name]}
     if unknown := set(arguments.methods or ()) - entries:
         raise SystemExit(f"evidence: got {sorted(unknown)}, expected some of {sorted(entries)}")
+    if "bfloat16" in asked and arguments.job != IN_16_BITS:
+        raise SystemExit(
+            f"evidence: got --job {arguments.job!r}, expected {IN_16_BITS!r} with the question "
+            "'bfloat16': its options are for weights in 16 bits"
+        )
     where = conditions()
     job = JOBS[arguments.job](BUDGET)
     job.points = POINTS

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 import adamezo
-from benchmarks.evidence import BY_NAME, JOBS
+from benchmarks.evidence import EVERY, JOBS
 from benchmarks.method_jobs import Job, Main
 from benchmarks.results import Point, Row, conditions, parser, run_once, settings
 
@@ -47,6 +47,19 @@ def _cases(benchmark: str, job: str, budget: int, methods: tuple[str, ...]) -> I
 SHORT = ("AdaMeZO", "ScalarAdaMeZO", "MEAZO", "FZOO")
 LATER = [("full", method) for method in ("ScalarAdaMeZO", "MEAZO", "GRZO")]
 """Of the layer: searches that were made after the share was chosen."""
+FZOO = "FZOO, zo_eps = 0.001"
+OF_FZOO = [
+    ("layer", "full", True),
+    ("layer", "lora", True),
+    ("layer", "tensor-train", False),
+    ("reviews", "lora", False),
+    ("tweets", "lora", False),
+    ("reviews", "full", False),
+    ("4 layers", "full", False),
+    ("text", "lora", False),
+]
+"""With the recipes' zo_eps: job, mode, and whether the share was chosen with the job and the mode
+in sight."""
 CASES = [
     *_cases("methods", "layer", 216, (*SHORT, "GRZO")),
     *_cases("methods", "main", 72, SHORT),
@@ -60,9 +73,10 @@ CASES = [
         for method in ("AdaMeZO", "FZOO")
     ),
     *(
-        Case("evidence", job, "lora", method, 2000, seen=False)
-        for job, method in (("reviews", "AdaMeZO"), ("reviews", "FZOO"), ("tweets", "FZOO"))
+        Case("evidence", "reviews", "lora", method, 2000, seen=False)
+        for method in ("AdaMeZO", "FZOO")
     ),
+    *(Case("evidence", job, mode, FZOO, 2000, seen) for job, mode, seen in OF_FZOO),
 ]
 
 
@@ -74,7 +88,7 @@ def job_of(name: str) -> Job:
 def found(case: Case) -> Iterator[Point]:
     """The points of a case: the lr and what it took."""
     job = job_of(case.job)
-    start, entry = job.start(case.mode, 0), BY_NAME[case.method]
+    start, entry = job.start(case.mode, 0), EVERY[case.method]
     optimizer = entry.make(job, start, 1.0, 0)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(job.rows, generator=generator).tolist()

@@ -54,14 +54,19 @@ class Entry:
         made = getattr(adamezo, self.of or self.name)
         return made(start.weights, seed=seed, model=start.module, **options)
 
-    def along(self, distribution: str) -> Entry:
-        """The same with directions of another kind."""
+    def varied(self, suffix: str, scale: float = 1.0, **options: Any) -> Entry:
+        """The same with other options, and with lrs that are ``scale`` times as high."""
         return replace(
             self,
-            name=f"{self.name}, {distribution}",
+            name=f"{self.name}, {suffix}",
             of=self.of or self.name,
-            options=lambda job: {**self.options(job), "distribution": distribution},
+            lr={mode: centre * scale for mode, centre in self.lr.items()},
+            options=lambda job: {**self.options(job), **options},
         )
+
+    def along(self, distribution: str) -> Entry:
+        """The same with directions of another kind."""
+        return self.varied(distribution, distribution=distribution)
 
 
 def _rates(full: float, lora: float, main_full: float) -> dict[str, float]:

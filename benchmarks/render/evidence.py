@@ -103,18 +103,29 @@ def _passes(forwards: float) -> str:
 
 
 def references(rows: pandas.DataFrame) -> str:
-    """What a fitted bias and a linear probe reach on every job."""
+    """What a fitted bias and a linear probe reach, and AdamW by backpropagation in the first mode
+    in which it was run, on every job that has one of them."""
     some = pick(rows, benchmark="evidence")
     body = []
-    for job in some.job.dropna().unique():
+    for job in JOBS:
         cells = []
         for name in ("fitted bias", "linear probe"):
             found = pick(some, job=job, variant=name)
             both = [pick(found, metric=f"test {m}")["median"] for m in ("loss", "accuracy")]
             cells.append("" if found.empty else f"{both[0].iloc[0]:.3f}, {both[1].iloc[0]:.3f}")
-        body.append((job, *cells))
-    header = ("job", "a fitted bias: loss, accuracy", "a linear probe: loss, accuracy")
+        cells.append(next(filter(None, (_of_adamw(some, job, mode) for mode in MODES)), ""))
+        if any(cells):
+            body.append((job, *cells))
+    header = ("loss, accuracy", "a fitted bias", "a linear probe", "AdamW by backpropagation")
     return markdown(header, body) if body else NOT_YET
+
+
+def _of_adamw(rows: pandas.DataFrame, job: str, mode: str) -> str:
+    runs, _ = runs_of(rows, job, mode, "AdamW, by backpropagation")
+    if runs.empty:
+        return ""
+    loss, accuracy = (at_the_end(runs, f"test {m}").mean() for m in ("loss", "accuracy"))
+    return f"{loss:.3f}, {accuracy:.3f}, {mode}"
 
 
 def spent(rows: pandas.DataFrame) -> str:

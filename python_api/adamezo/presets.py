@@ -41,6 +41,7 @@ _ADAZETA = "AdaZeta (arXiv 2406.18060), its released run"
 _FZOO = "FZOO (arXiv 2506.09034), its code's 5e-5, which has zo_eps inside"
 _OURS = "docs/comparison_whole.md, SmolLM2-135M, 72 forward passes, lr searched and zo_eps not"
 _LAYER = "docs/comparison.md, the last layer of SmolLM2-135M, 216 forward passes, lr searched"
+_LONG = "docs/long_runs.md, the last layer of SmolLM2-135M, 2,000 forward passes, lr searched"
 _DEFAULT = "AdaMeZO's default, for thousands of steps"
 
 PRESETS = (
@@ -65,6 +66,7 @@ PRESETS = (
     Preset("FZOO", FULL, 5e-9, 1e-4, _FZOO),
     Preset("FZOO", FULL, 1e-6, 1e-4, _OURS),
     Preset("FZOO", "lora", 1e-5, 1e-4, _OURS),
+    Preset("FZOO", "tensor-train", 5.62e-6, 1e-4, _LONG),
 )
 """What was used, to begin a search from. There is no one best value, as that depends on the model
 and on the number of steps."""
@@ -116,7 +118,7 @@ RECIPES: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(FULL, "FZOO", 1.78e-5, {"zo_eps": 1e-3, "distribution": "rademacher"}),
         Recipe("lora", "FZOO", 1e-4, {"zo_eps": 1e-3, "distribution": "rademacher"}),
-        Recipe("tensor-train", "AdaMeZO", 1e-2, {"zo_eps": 1e-3, "distribution": "exact"}),
+        Recipe("tensor-train", "FZOO", 5.62e-5, {"zo_eps": 1e-3, "distribution": "rademacher"}),
     )
 }
 """By the scheme of what is trained."""

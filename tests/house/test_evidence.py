@@ -126,6 +126,22 @@ def test_every_question_has_methods_of_other_names_and_says_what_differs():
     assert (of_h.of, of_h.options(None)) == ("AdaMeZO", {"horizon": 5})
 
 
+def test_methods_of_one_name_are_one_method():
+    """EVERY would drop one of two, and the runs in the file are known by the name alone."""
+    for entries in evidence.QUESTIONS.values():
+        for entry in entries:
+            other = evidence.EVERY[entry.name]
+            assert (entry.of or entry.name, entry.lr) == (other.of or other.name, other.lr)
+            if not entry.backward and entry.name not in evidence.BY_NAME:
+                assert entry.options(None) == other.options(None)
+
+
+def test_the_question_of_16_bits_is_refused_on_another_job(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evidence", "methods", "bfloat16", "--job", "reviews"])
+    with pytest.raises(SystemExit, match="got --job 'reviews', expected 'layer in bfloat16'"):
+        evidence.main()
+
+
 def run(name: str, lr: float, seed: int, end: float, at: int = 2000) -> list[Row]:
     """A run whose loss falls on a straight line, and that ends after so many forward passes."""
     columns = settings(job="layer", mode="full", budget=2000, lr=lr, seed=seed, threads=1)
