@@ -57,11 +57,15 @@ def _text(budget: int) -> Job:
     return Text(budget)
 
 
-IN_16_BITS = "layer in bfloat16"
+_IN_16_BITS = functools.partial(Layer, dtype=torch.bfloat16)
+IN_16_BITS: dict[str, Callable[[int], Job]] = {
+    "layer in bfloat16": _IN_16_BITS,
+    "layer in bfloat16, scores in float32": functools.partial(_IN_16_BITS, scores=torch.float32),
+}
 JOBS: dict[str, Callable[[int], Job]] = {
     "layer": Layer,
     "4 layers": functools.partial(Layer, layers=4),
-    IN_16_BITS: functools.partial(Layer, dtype=torch.bfloat16),
+    **IN_16_BITS,
     "reviews": functools.partial(_bert, "reviews"),
     "tweets": functools.partial(_bert, "tweets"),
     "text": _text,
@@ -201,10 +205,10 @@ def main() -> None:
     entries = {entry.name for name in asked for entry in QUESTIONS[name]}
     if unknown := set(arguments.methods or ()) - entries:
         raise SystemExit(f"evidence: got {sorted(unknown)}, expected some of {sorted(entries)}")
-    if "bfloat16" in asked and arguments.job != IN_16_BITS:
+    if "bfloat16" in asked and arguments.job not in IN_16_BITS:
         raise SystemExit(
-            f"evidence: got --job {arguments.job!r}, expected {IN_16_BITS!r} with the question "
-            "'bfloat16': its options are for weights in 16 bits"
+            f"evidence: got --job {arguments.job!r}, expected one of {list(IN_16_BITS)} with the "
+            "question 'bfloat16': its options are for weights in 16 bits"
         )
     where = conditions()
     job = JOBS[arguments.job](BUDGET)

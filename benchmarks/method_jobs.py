@@ -154,14 +154,24 @@ class Layer(Job):
     """The main job with its last layer trained alone: 3.5 of 134.5 million weights; or its last
     ones, or in another type. What the other layers give is computed once, which takes minutes.
 
-    Several layers multiply in bfloat16 under autocast, which takes a third of the time.
+    Several layers multiply in bfloat16 under autocast, which takes a third of the time. A layer in
+    bfloat16 gives scores in bfloat16 too, as such a model does, or in float32 (``scores``).
     """
 
-    def __init__(self, budget: int, layers: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        budget: int,
+        layers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        scores: torch.dtype | None = None,
+    ) -> None:
         super().__init__(budget)
-        self._before, self._dtype = layers - 1, dtype
-        many = "layer" if layers == 1 else f"{layers} layers"
-        self.name = many if dtype == torch.float32 else f"{many} in {str(dtype)[6:]}"
+        self._before, self._dtype, self._scored_in = layers - 1, dtype, scores or dtype
+        self.name = "layer" if layers == 1 else f"{layers} layers"
+        if dtype != torch.float32:
+            self.name += f" in {str(dtype)[6:]}"
+        if self._scored_in != dtype:
+            self.name += f", scores in {str(scores)[6:]}"
         settings = options()
         self._model, tokenizer = language_models.load(settings.model)
         scorer = language_models.LabelScorer(
@@ -201,7 +211,8 @@ class Layer(Job):
     def _scores(self, model: LastLayer, hidden: Tensor, lengths: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._before > 0):
             features = model.features(hidden, lengths[:, None] - 1)[:, 0]
-        return (features @ model.words.T).float()
+        words = model.words.to(self._scored_in)
+        return (features.to(self._scored_in) @ words.T).float()
 
     def start(self, mode: str, seed: int) -> Start:
         torch.manual_seed(seed)
