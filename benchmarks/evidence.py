@@ -123,6 +123,12 @@ QUESTIONS: dict[str, list[Entry]] = {
         # Its own 1e-4 is lost in the weights' last bits.
         BY_NAME["FZOO"].varied("16 bits", scale=10, zo_eps=1e-3, **OUT_OF_PLACE),
         BY_NAME["AdaMeZO"].varied("16 bits, to nearest", rounding="nearest", **OUT_OF_PLACE),
+        *(
+            BY_NAME[name].varied(
+                "16 bits, zo_eps = 0.01", 100 if name == "FZOO" else 1, zo_eps=1e-2, **OUT_OF_PLACE
+            )
+            for name in FEW
+        ),
     ],
     "perturbation size": [
         *(BY_NAME[name] for name in FEW),

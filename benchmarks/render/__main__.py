@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.evidence import IN_16_BITS
 from benchmarks.render import (
     adapters,
     evidence,
@@ -137,6 +138,11 @@ PAGES: dict[str, dict[str, Block]] = {
         "long_methods_tensor_train": partial(ANSWER, question="methods", mode="tensor-train"),
         "long_methods_tweets": partial(ANSWER, question="methods", job="tweets"),
         "long_methods_reviews": partial(ANSWER, question="methods", job="reviews"),
+        "long_methods_reviews_full": partial(
+            ANSWER, question="methods", job="reviews", mode="full"
+        ),
+        "long_methods_4_layers": partial(ANSWER, question="methods", job="4 layers", mode="full"),
+        "long_methods_text": partial(ANSWER, question="methods", job="text"),
         "long_long": partial(ANSWER, question="long"),
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),
@@ -148,6 +154,10 @@ PAGES: dict[str, dict[str, Block]] = {
                 *("horizon", "warm-up", "schedule", "perturbation size"),
                 *("directions", "directions a step"),
             )
+        },
+        **{
+            block: partial(ANSWER, question="bfloat16", job=job, mode="full")
+            for block, job in zip(("long_bfloat16", "long_scores"), IN_16_BITS, strict=True)
         },
         "long_perturbation_size_full": partial(ANSWER, question="perturbation size", mode="full"),
         "long_perturbation_size_reviews": partial(

@@ -19,6 +19,8 @@ from benchmarks.render.training import at_the_end
 from benchmarks.results import pick
 
 PANELS = tuple(itertools.product(JOBS, MODES))
+MOST = 4
+"""Panels side by side."""
 
 
 def slug(question: str) -> str:
@@ -152,12 +154,15 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
             if len(curves) > 1 and own & curves.keys():
                 drawn[job, mode] = curves
         if drawn:
-            made, axes = figure(len(drawn), "", 4.2, 3.6)
-            for axis, ((job, mode), curves) in zip(axes, drawn.items(), strict=True):
+            rows_of = math.ceil(len(drawn) / MOST)
+            made, axes = figure(math.ceil(len(drawn) / rows_of), rows=rows_of)
+            for axis in axes[len(drawn) :]:
+                axis.remove()
+            for axis, ((job, mode), curves) in zip(axes, drawn.items(), strict=False):
                 _panel(axis, curves, [entry.name for entry in entries])
                 _levels(axis, rows, job)
                 axis.set(title=f"{job}, {mode}", xlabel="forward passes")
-            axes[0].set_ylabel("test loss")
+                axis.set_ylabel("bits per byte" if job == "text" else "test loss")
             save(made, folder / f"evidence_{slug(question)}.png")
 
 
