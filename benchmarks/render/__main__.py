@@ -136,16 +136,16 @@ PAGES: dict[str, dict[str, Block]] = {
         "long_methods_full": partial(ANSWER, question="methods", mode="full"),
         "long_methods_lora": partial(ANSWER, question="methods"),
         "long_methods_tensor_train": partial(ANSWER, question="methods", mode="tensor-train"),
-        "long_methods_tweets": partial(ANSWER, question="methods", job="tweets"),
-        "long_methods_reviews": partial(ANSWER, question="methods", job="reviews"),
-        "long_methods_reviews_full": partial(
-            ANSWER, question="methods", job="reviews", mode="full"
-        ),
-        "long_methods_4_layers": partial(ANSWER, question="methods", job="4 layers", mode="full"),
-        "long_methods_text": partial(ANSWER, question="methods", job="text"),
         "long_long": partial(ANSWER, question="long"),
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),
+    },
+    "docs/long_jobs.md": {
+        "long_methods_4_layers": partial(ANSWER, question="methods", job="4 layers", mode="full"),
+        **{
+            f"long_methods_{job}": partial(ANSWER, question="methods", job=job)
+            for job in ("reviews", "tweets", "text")
+        },
     },
     "docs/long_options.md": {
         **{

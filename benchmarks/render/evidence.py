@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def plot(rows: pandas.DataFrame, folder: Path) -> None:
             for axis, ((job, mode), curves) in zip(axes, drawn.items(), strict=False):
                 _panel(axis, curves, [entry.name for entry in entries])
                 _levels(axis, rows, job)
-                axis.set(title=f"{job}, {mode}", xlabel="forward passes")
+                axis.set(title=textwrap.fill(f"{job}, {mode}", 28), xlabel="forward passes")
                 axis.set_ylabel("bits per byte" if job == "text" else "test loss")
             save(made, folder / f"evidence_{slug(question)}.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -131,9 +132,11 @@ def test_a_zo_eps_that_16_bits_lose_is_told_of(model_folder, data_file, tmp_path
         output = tmp_path / "-".join(more.values())
         of = dict(steps=1, lr=1e-6, perturbation="out_of_place", **more)
         assert cli.main(arguments(model_folder, data_file, output, **of)) == 0
-        return "--zo-eps 1e-3, and ten times the lr" in capsys.readouterr().err
+        told = re.search(r"give --zo-eps (\S+), and (\d+) times the lr", capsys.readouterr().err)
+        return told and told.groups()
 
-    assert said(method="FZOO", dtype="bfloat16")
+    assert said(method="FZOO", dtype="bfloat16") == ("1e-2", "100")
+    assert said(method="FZOO", dtype="bfloat16", adapt="lora") == ("1e-3", "10")
     assert not said(method="FZOO", dtype="bfloat16", zo_eps="1e-3")
     assert not said(method="FZOO", dtype="float32")
     assert not said(method="MeZO", dtype="bfloat16")

@@ -40,7 +40,8 @@ class FZOO(Memoryless):
         lr: step size, by group.
         queries: N, how many directions a step has, at least 2.
         zo_eps: the perturbation scale mu. Steps are as long as lr / mu. The paper's 1e-4 is lost
-            in the rounding of forwards in bfloat16: take 1e-3 there, and ten times the lr.
+            in the rounding of bfloat16: take 1e-3 where products round to it, 1e-2 where weights
+            do, and ten or a hundred times the lr.
         common: as for :class:`MeZO`, but that ``distribution`` is ``"rademacher"`` if not given.
 
     Attributes:
