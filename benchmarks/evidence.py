@@ -80,7 +80,7 @@ def with_constant_lr(of: str) -> Entry:
 
 
 HORIZONS = {h: BY_NAME["AdaMeZO"].varied(f"H = {h}", horizon=h) for h in (1, 5, 20, 50)}
-# Its steps are as long as lr / zo_eps, and its default is 1e-4.
+# Its steps are proportional to lr / zo_eps, and its default is 1e-4.
 FZOO_AT = {
     size: BY_NAME["FZOO"].varied(f"zo_eps = {size:g}", scale=size / 1e-4, zo_eps=size)
     for size in (1e-3, 1e-2)

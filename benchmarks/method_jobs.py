@@ -20,6 +20,7 @@ from adamezo import PerturbedBatch
 from adamezo.adapters import FAMILIES, adapt
 from adamezo.finetune import Classification, Example, Options, read_examples, split
 from adamezo.integrations import transformers as language_models
+from benchmarks.products import in_bfloat16
 from examples.demo import HELD_OUT, REVIEWS, options
 
 # Where each mode but "full" trains adapters: as in a Llama model, as the last layer alone has no
@@ -154,8 +155,9 @@ class Layer(Job):
     """The main job with its last layer trained alone: 3.5 of 134.5 million weights; or its last
     ones, or in another type. What the other layers give is computed once, which takes minutes.
 
-    Several layers multiply in bfloat16 under autocast, which takes a third of the time. A layer in
-    bfloat16 gives scores in bfloat16 too, as such a model does, or in float32 (``scores``).
+    Several layers multiply in bfloat16 under autocast, which takes a third of the time where
+    a processor has instructions for it. A layer in bfloat16 gives scores in bfloat16 too, as such a
+    model does, or in float32 (``scores``).
     """
 
     def __init__(
@@ -209,7 +211,7 @@ class Layer(Job):
         return Probed(x, x @ model.words.T, some.labels)
 
     def _scores(self, model: LastLayer, hidden: Tensor, lengths: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._before > 0):
+        with in_bfloat16(enabled=self._before > 0):
             features = model.features(hidden, lengths[:, None] - 1)[:, 0]
         words = model.words.to(self._scored_in)
         return (features.to(self._scored_in) @ words.T).float()
