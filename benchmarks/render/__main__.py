@@ -8,6 +8,7 @@ python -m benchmarks.render --plots FOLDER    plots what is in another folder of
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,21 @@ STEP = partial(steps.by_job, metric="time", part="step")
 MEMORY = partial(steps.by_job, metric="peak memory")
 BOTH = ["step", "paper"]
 
-ANSWER = partial(evidence.answer, job="layer", mode="lora")
-
 
 def compared(job: str) -> dict[str, Block]:
     return {
         f"methods_{job}_{mode}": partial(training.compared, job=job, mode=mode)
         for mode in training.MODES
+    }
+
+
+def answers(question: str, *where: tuple[str, str]) -> dict[str, Block]:
+    """By name: the answers to a question of benchmarks/evidence.py, each of a job and a mode."""
+    return {
+        evidence.slug(f"long {question} {job} {mode}"): partial(
+            evidence.answer, question=question, job=job, mode=mode
+        )
+        for job, mode in where
     }
 
 
@@ -133,36 +142,26 @@ PAGES: dict[str, dict[str, Block]] = {
     },
     "docs/long_runs.md": {
         "long_references": evidence.references,
-        "long_methods_full": partial(ANSWER, question="methods", mode="full"),
-        "long_methods_lora": partial(ANSWER, question="methods"),
-        "long_methods_tensor_train": partial(ANSWER, question="methods", mode="tensor-train"),
-        "long_long": partial(ANSWER, question="long"),
+        **answers("methods", ("layer", "full"), ("layer", "lora"), ("layer", "tensor-train")),
+        **answers("long", ("layer", "lora")),
+        "long_wrong_lr": evidence.wrong_lr,
         "long_spent": evidence.spent,
         "long_conditions": partial(conditions, benchmarks=["evidence"]),
     },
     "docs/long_jobs.md": {
-        "long_methods_4_layers": partial(ANSWER, question="methods", job="4 layers", mode="full"),
-        **{
-            f"long_methods_{job}": partial(ANSWER, question="methods", job=job)
-            for job in ("reviews", "tweets", "text")
-        },
+        **answers("methods", ("4 layers", "full"), ("text", "lora")),
+        **answers("methods", *itertools.product(("reviews", "tweets"), ("lora", "full"))),
     },
     "docs/long_options.md": {
-        **{
-            f"long_{evidence.slug(question)}": partial(ANSWER, question=question)
-            for question in (
-                *("horizon", "warm-up", "schedule", "perturbation size"),
-                *("directions", "directions a step"),
-            )
-        },
-        **{
-            block: partial(ANSWER, question="bfloat16", job=job, mode="full")
-            for block, job in zip(("long_bfloat16", "long_scores"), IN_16_BITS, strict=True)
-        },
-        "long_perturbation_size_full": partial(ANSWER, question="perturbation size", mode="full"),
-        "long_perturbation_size_reviews": partial(
-            ANSWER, question="perturbation size", job="reviews"
-        ),
+        **answers("horizon", ("layer", "lora")),
+        **answers("warm-up", ("layer", "lora")),
+        **answers("schedule", ("layer", "lora")),
+        **answers("perturbation size", ("layer", "full"), ("layer", "lora")),
+        **answers("perturbation size", ("layer", "tensor-train")),
+        **answers("perturbation size", ("4 layers", "full"), ("reviews", "lora")),
+        **answers("bfloat16", *((job, "full") for job in IN_16_BITS)),
+        **answers("directions", ("layer", "lora")),
+        **answers("directions a step", ("layer", "lora")),
     },
     "docs/adapters.md": {
         "adapters_conditions": partial(conditions, benchmarks=["adapters"]),

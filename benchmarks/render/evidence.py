@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,17 @@ from typing import Any
 import pandas
 
 from adamezo.plots import PALE, PALETTE, figure, save
-from benchmarks.evidence import BUDGET, FINALISTS, JOBS, QUESTIONS, SEEDS, budget_of
+from benchmarks.evidence import (
+    BUDGET,
+    EVERY,
+    FEW,
+    FINALISTS,
+    JOBS,
+    LONG,
+    QUESTIONS,
+    SEEDS,
+    budget_of,
+)
 from benchmarks.methods import MODES, at_an_edge, ended, of_finalists, validated
 from benchmarks.render.seeds import interval, when_reached
 from benchmarks.render.style import NOT_YET, band, markdown
@@ -26,7 +37,7 @@ MOST = 4
 
 def slug(question: str) -> str:
     """A question's name in names of files and blocks."""
-    return question.replace(" ", "_").replace("-", "_")
+    return question.translate(str.maketrans(" -", "__", ","))
 
 
 def runs_of(
@@ -129,6 +140,35 @@ def _of_adamw(rows: pandas.DataFrame, job: str, mode: str) -> str:
         return ""
     loss, accuracy = (at_the_end(runs, f"test {m}").mean() for m in ("loss", "accuracy"))
     return f"{loss:.3f}, {accuracy:.3f}, {mode}"
+
+
+def wrong_lr(rows: pandas.DataFrame) -> str:
+    """What lrs beside the best cost in validation loss, by method: over all its options, jobs and
+    modes whose searches have ended, but for the text, whose losses have another unit."""
+    places = (-2, -1, 1, 2)
+    body = []
+    for method in FEW:
+        costs: dict[int, list[float]] = {place: [] for place in places}
+        names = [name for name in EVERY if name.split(",")[0] == method]
+        for name, (job, mode), budget in itertools.product(names, PANELS, (BUDGET, LONG)):
+            runs, losses = runs_of(rows, job, mode, name, budget)
+            if job == "text" or runs.empty:
+                continue
+            best = losses.loc[runs.lr.iloc[0]]
+            for lr, some in losses.drop(index=best.name).iterrows():
+                place = round(4 * math.log10(lr / best.name))
+                if place in costs:
+                    costs[place].append((some - best).mean())  # of the seeds that both have
+        body.append((method, *map(_median, costs.values())))
+    columns = (f"{10 ** (place / 4):.2g} times the best" for place in places)
+    return markdown(("", *columns), body) if any(any(cells[1:]) for cells in body) else NOT_YET
+
+
+def _median(costs: list[float]) -> str:
+    if not costs:
+        return ""
+    highest = f"{max(costs):.2f}" if max(costs) < 10 else "over 10"
+    return f"{statistics.median(costs):.2f} ({min(costs):.2f} to {highest}; of {len(costs)})"
 
 
 def spent(rows: pandas.DataFrame) -> str:

@@ -19,7 +19,7 @@ FULL = "none"
 """The scheme of a model without adapters, all weights of which are trained."""
 
 OVER_ZO_EPS = ("FZOO", "GRZO")
-"""Methods whose steps are as long as lr / zo_eps."""
+"""Methods whose steps are proportional to lr / zo_eps."""
 
 FAR = 30
 """The factor of an lr from all those of its scheme at which `check_lr` warns."""
@@ -74,8 +74,9 @@ and on the number of steps."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to begin with, for one kind of trained weights: the best of runs on one layer of a small
-    model. docs/recipes.md says which runs each part rests on."""
+    """What to begin with, for one kind of trained weights: the best method of runs on one layer of
+    a small model, a zo_eps that also bears products in 16 bits, and the best lr at that zo_eps.
+    docs/recipes.md says which runs each part rests on."""
 
     scheme: str
     """Of :func:`adamezo.adapters.adapt`, or ``"none"`` for all weights."""
@@ -84,7 +85,7 @@ class Recipe:
     lr: float
     """The best of that job. It is no lr of another model: :func:`adamezo.find_lr` finds one."""
     options: Mapping[str, Any]
-    """zo_eps and distribution, as they were there. FZOO's steps are as long as lr / zo_eps."""
+    """zo_eps and distribution, as they were there. FZOO's steps are proportional to lr / zo_eps."""
 
     def optimizer(self, model: nn.Module, *, lr: float, **changed: Any) -> ZerothOrder:
         """The recipe's optimizer of all that a model trains.
@@ -151,8 +152,8 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
 
     Good learning rates differ by a factor of 1,000 and more between all weights, LoRA and prefixes.
     There is a warning if a group's lr is a factor of 30 or more from all presets of the method for
-    the model's adapters; of FZOO and GRZO, whose steps are as long as lr / zo_eps, from what these
-    are at the group's zo_eps. Nothing is said where no preset is known.
+    the model's adapters; of FZOO and GRZO, whose steps are proportional to lr / zo_eps, from what
+    these are at the group's zo_eps. Nothing is said where no preset is known.
 
     Args:
         optimizer: of the model's adapters, or of all its weights.

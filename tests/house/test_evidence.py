@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy
@@ -214,3 +215,19 @@ def test_a_run_that_ended_early_stays_where_it_was():
     assert curves.mean(axis=1).to_dict() == pytest.approx(
         {0: 0.8, 700: (0.8 + 0.9) / 2, 1000: (0.7 + 0.9) / 2, 2000: (0.6 + 0.9) / 2}
     )
+
+
+@pytest.mark.usefixtures("two_seeds_and_one_finalist")
+def test_what_a_wrong_lr_costs_is_over_all_options_and_shared_seeds():
+    assert tables.wrong_lr(frame(RUNS)) == "Not measured yet."  # no lr within two places
+    rows = [
+        *run("MeZO", 1e-3, 0, 0.6), *run("MeZO", 1e-3, 1, 0.62), *run("MeZO", 1.78e-3, 0, 0.61),
+        *run("MeZO", 3.16e-3, 0, 0.9), *run("MeZO", 3.16e-3, 1, 0.9), *run("MeZO", 1e-2, 0, 9.0),
+        *run("MeZO, n = 4", 1e-2, 0, 0.5), *run("MeZO, n = 4", 1e-2, 1, 0.52),
+        *run("MeZO, n = 4", 1.78e-2, 0, 0.54), *run("MeZO, n = 4", 3.16e-2, 0, 99.0),
+    ]  # fmt: skip
+    head, _, mezo, *others = tables.wrong_lr(frame(rows)).splitlines()
+    assert re.findall("[0-9.]+", head) == ["0.32", "0.56", "1.8", "3.2"]
+    # 1.8 times the best has the first seed alone, and so has 3.2 times of n = 4.
+    assert mezo.endswith("| 0.03 (0.01 to 0.04; of 2) | 49.40 (0.29 to over 10; of 2) |")
+    assert [line.split()[1] for line in others] == ["AdaMeZO", "FZOO"]

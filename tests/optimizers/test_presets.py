@@ -55,16 +55,16 @@ def test_our_own_are_the_best_of_the_committed_search():
         job = "layer" if "layer" in preset.source else "main"
         table = f"methods_{job}_{modes[preset.scheme]}"
         if "long_runs" in preset.source:
-            table = f"long_methods_{modes[preset.scheme].replace('-', '_')}"
+            table = f"long_methods_layer_{modes[preset.scheme].replace('-', '_')}"
         assert lr_in(preset.source.split(",")[0], table, preset.method) == pytest.approx(preset.lr)
 
 
 @pytest.mark.parametrize(
     ("scheme", "table"),
     [
-        ("none", "long_methods_full"),
-        ("lora", "long_methods_lora"),
-        ("tensor-train", "long_methods_tensor_train"),
+        ("none", "long_methods_layer_full"),
+        ("lora", "long_methods_layer_lora"),
+        ("tensor-train", "long_methods_layer_tensor_train"),
     ],
 )
 def test_recipes_have_the_lr_of_the_committed_search(scheme, table):
