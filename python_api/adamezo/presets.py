@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -20,6 +21,9 @@ FULL = "none"
 
 OVER_ZO_EPS = ("FZOO", "GRZO")
 """Methods whose steps are proportional to lr / zo_eps."""
+
+IN_16_BITS = 1e-2
+"""The zo_eps that FZOO wants where trained weights are in bfloat16."""
 
 FAR = 30
 """The factor of an lr from all those of its scheme at which `check_lr` warns."""
@@ -93,22 +97,45 @@ class Recipe:
         Args:
             model: with the scheme's adapters, or without any to train all weights.
             lr: :attr:`lr` if nothing better is known. Then let :func:`adamezo.find_lr` replace it.
-            changed: other options of the method, such as ``seed``; those of the recipe too.
+            changed: other options of the method, such as ``seed``; those of the recipe too. Where
+                weights in bfloat16 are trained, pass what docs/recipes.md has for them; without it
+                there is a warning.
         """
         scheme = scheme_of(model)
         if scheme != self.scheme:
+            hint = f"take adamezo.presets.RECIPES[{scheme!r}]"
             raise ValueError(
-                f"got a model that trains {_name(scheme)}, expected {_name(self.scheme)}: take "
-                f"adamezo.presets.RECIPES[{scheme!r}], if there is one"
+                f"got a model that trains {_name(scheme)}, expected {_name(self.scheme)}: "
+                f"{hint if scheme in RECIPES else f'there are recipes for {list(RECIPES)} alone'}"
             )
-        made = getattr(methods, self.method)
-        return made.for_model(model, lr=lr, **{**self.options, **changed})
+        method: type[ZerothOrder] = getattr(methods, self.method)
+        made = method.for_model(model, lr=lr, **{**self.options, **changed})
+        _check_16_bits(made)
+        return made
 
     def scheduler(self, optimizer: ZerothOrder, steps: int) -> LinearLR:
         """An lr that falls linearly from what it is to 0. Call ``step()`` after every step."""
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"steps: got {steps!r}, expected an integer of at least 1")
         return LinearLR(optimizer, 1.0, 0.0, steps)
+
+
+def _check_16_bits(optimizer: ZerothOrder) -> None:
+    """Warns where weights in bfloat16 are trained without what runs of such weights wanted."""
+    for group in optimizer.param_groups:
+        in_place, size = group["perturbation"] == "inplace", float(group["zo_eps"])
+        if (in_place or size < IN_16_BITS) and any(
+            p.requires_grad and p.dtype == torch.bfloat16 for p in group["params"]
+        ):
+            warnings.warn(
+                f"got weights in bfloat16 with zo_eps={size:g} and "
+                f"perturbation={group['perturbation']!r}: in place they drift, and with a zo_eps "
+                f"below {IN_16_BITS:g} FZOO's lead was lost. Pass zo_eps={IN_16_BITS:g}, "
+                "perturbation='out_of_place', and an lr that is higher by the same factor as "
+                "zo_eps (docs/recipes.md)",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 _OF_PEFT = {"adalora": "lora", "prefix_tuning": "prefix"}
@@ -162,10 +189,11 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
     scheme = scheme_of(model)
     for group in optimizer.param_groups:
         method, lr = _method(optimizer, group), float(group["lr"])
-        near_ones = _at(group["zo_eps"], known(method, scheme))
-        if not near_ones or lr <= 0:
+        presets = known(method, scheme)
+        if not presets or lr <= 0:
             continue
-        near = min(near_ones, key=lambda preset: _factor(preset.lr, lr))
+        there = zip(_at(group["zo_eps"], presets), presets, strict=True)
+        near, preset = min(there, key=lambda pair: _factor(pair[0].lr, lr))
         # Floats: 3e-3 over 1e-4 is 29.999999999999996.
         if _factor(near.lr, lr) < FAR * (1 - 1e-9):
             continue
@@ -175,9 +203,12 @@ def check_lr(optimizer: ZerothOrder, model: nn.Module) -> None:
         hint = ""
         if other is not None and _factor(other.lr, lr) < _factor(near.lr, lr):
             hint = f" It looks like one for {_name(other.scheme)} ({other.lr:g}, {other.source})."
+        at = f"with zo_eps={near.zo_eps:g}"
+        if near.zo_eps != preset.zo_eps:
+            at += f", where its steps are those of {preset.lr:g} with zo_eps={preset.zo_eps:g}"
         warnings.warn(
             f"{method} has lr={lr:g} on {_name(scheme)}, for which {near.lr:g} is the nearest that "
-            f"is known (with zo_eps={near.zo_eps:g}; {near.source}): a factor of "
+            f"is known ({at}; {near.source}): a factor of "
             f"{_factor(near.lr, lr):.0f}.{hint} adamezo.presets.known({method!r}, {scheme!r}) "
             "has all of them",
             UserWarning,

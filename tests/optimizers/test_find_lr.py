@@ -65,7 +65,9 @@ def test_a_loss_without_a_number_is_harm():
     def closure():
         return math.nan if weight.abs().max() > 1 else 1.0
 
-    found = find_lr(MEAZO([weight], seed=0), [closure])
+    with pytest.warns(UserWarning, match="not finite for harm: where") as caught:
+        found = find_lr(MEAZO([weight], seed=0), [closure])
+    assert [of.filename for of in caught] == [__file__]
     *_, (low, below), (high, above) = found.losses
     assert (below, above) == (1.0, math.inf)
     assert found.radius == pytest.approx(math.sqrt(low * high))
@@ -213,8 +215,13 @@ def test_what_cannot_be_found_is_said():
         find_lr(optimizer, [lambda: 1.0])
     with pytest.raises(ValueError, match="is 0.0, expected a finite number other than 0"):
         find_lr(optimizer, [bowl(weight, at=0.0)])
-    with pytest.raises(ValueError, match="is inf"):
+    with pytest.raises(ValueError, match="is not finite, expected a finite number"):
         find_lr(optimizer, [lambda: math.nan])
+    with pytest.raises(ValueError, match="somewhere it falls by half"):
+        find_lr(MEAZO([weight], seed=0, maximize=True), [lambda: 1.0])
+    weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="all parameters are frozen or empty"):
+        find_lr(optimizer, [bowl(weight)])
     with pytest.raises(TypeError, match="expected closures"):
         find_lr(optimizer, [])
     with pytest.raises(TypeError, match="expected closures"):

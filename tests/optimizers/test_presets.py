@@ -106,7 +106,7 @@ def check(method, scheme, **options):
         ),
         (MeZO, "prefix", 1e-6, r"zo_eps=0\.1; MeZO.*factor of 1000"),
         (AdaZeta, "tensor-train", 1e-6, r"AdaZeta.*all weights \(1e-06"),
-        (FZOO, "lora", 1e-3, r"for which 1e-05.*factor of 100\."),
+        (FZOO, "lora", 1e-3, r"for which 1e-05.*\(with zo_eps=0\.0001; docs.*factor of 100\."),
         (AdaMeZO, "lora", 1e-5, r"for which 0\.01.*all weights \(1e-05, AdaMeZO's default"),
     ],
 )
@@ -134,6 +134,13 @@ def test_an_lr_of_another_scheme_is_warned_of(method, scheme, lr, hint):
 )
 def test_others_are_not(method, scheme, options):
     assert check(method, scheme, **options) == []
+
+
+def test_an_lr_at_another_zo_eps_is_told_of_as_that():
+    """No preset has it: it is one's steps."""
+    (message,) = check(FZOO, "lora", lr=1e-7, zo_eps=1e-2)
+    assert "for which 0.001 is the nearest" in message
+    assert "with zo_eps=0.01, where its steps are those of 1e-05 with zo_eps=0.0001;" in message
 
 
 def test_the_published_lr_of_every_preset_is_not_warned_of():
@@ -193,6 +200,22 @@ def test_options_of_a_recipe_may_be_changed():
     assert (group["zo_eps"], group["queries"]) == (1e-2, 4)
 
 
+def test_weights_in_bfloat16_want_more_than_a_recipe():
+    model, wanted = make("llama").bfloat16(), dict(zo_eps=1e-2, perturbation="out_of_place")
+    for missing in wanted:
+        given = {name: value for name, value in wanted.items() if name != missing}
+        with pytest.warns(
+            UserWarning, match=r"Pass zo_eps=0\.01, perturbation='out_of_place'"
+        ) as w:
+            RECIPES["none"].optimizer(model, lr=1e-4, **given)
+        assert [caught.filename for caught in w] == [__file__]
+    adapters = adapt(model, "lora")  # in float32, as peft's are
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RECIPES["none"].optimizer(make("llama").bfloat16(), lr=1e-4, **wanted)
+        RECIPES["lora"].optimizer(adapters, lr=1e-4)
+
+
 def test_a_recipe_of_other_adapters_is_refused():
     model = adapt(make("llama"), "lora")
     with pytest.raises(ValueError, match=r"trains lora adapters, expected all weights.*\['lora'\]"):
@@ -218,7 +241,8 @@ def test_pefts_other_adapters_are_not_all_weights():
     for scheme, config in of.items():
         model = peft.get_peft_model(make("llama"), config)
         assert scheme_of(model) == scheme
-        with pytest.raises(ValueError, match=f"trains {scheme} adapters, expected all weights"):
+        told = rf"trains {scheme} adapters, expected all weights: there are recipes for \['none'"
+        with pytest.raises(ValueError, match=told):
             RECIPES["none"].optimizer(model, lr=1e-3)
 
 
@@ -227,7 +251,7 @@ def test_a_part_with_adapters_is_found():
     assert scheme_of(model) == "lora"
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5])
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
 def test_a_schedule_has_steps(steps):
     optimizer = RECIPES["none"].optimizer(make("llama"), lr=1e-3)
     with pytest.raises(ValueError, match=rf"steps: got {steps}, expected an integer"):

@@ -135,9 +135,11 @@ def test_a_zo_eps_that_16_bits_lose_is_told_of(model_folder, data_file, tmp_path
         told = re.search(r"give --zo-eps (\S+), and (\d+) times the lr", capsys.readouterr().err)
         return told and told.groups()
 
-    assert said(method="FZOO", dtype="bfloat16") == ("1e-2", "100")
-    assert said(method="FZOO", dtype="bfloat16", adapt="lora") == ("1e-3", "10")
-    assert not said(method="FZOO", dtype="bfloat16", zo_eps="1e-3")
+    assert said(method="FZOO", dtype="bfloat16") == ("0.01", "100")
+    assert said(method="FZOO", dtype="bfloat16", zo_eps="1e-3") == ("0.01", "10")
+    assert said(method="FZOO", dtype="bfloat16", adapt="lora") == ("0.001", "10")
+    assert not said(method="FZOO", dtype="bfloat16", zo_eps="1e-2")
+    assert not said(method="FZOO", dtype="bfloat16", zo_eps="1e-3", adapt="lora")
     assert not said(method="FZOO", dtype="float32")
     assert not said(method="MeZO", dtype="bfloat16")
 

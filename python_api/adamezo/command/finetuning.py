@@ -19,6 +19,7 @@ from .. import finetune
 from ..engine.perturb import perturbation_named
 from ..finetune import Options, checkpoint, launch, report
 from ..integrations import transformers as language_models
+from ..presets import FULL
 from ..runlog import LogError
 from . import typed
 
@@ -62,12 +63,13 @@ def _run(
         )
     # Of float16 nothing was measured.
     in_16_bits = options.dtype == "bfloat16"
-    if first and options.method == "FZOO" and options.zo_eps is None and in_16_bits:
-        size, times = ("1e-2", "100") if options.adapt == "none" else ("1e-3", "10")
+    size = 1e-4 if options.zo_eps is None else options.zo_eps
+    wanted = 1e-2 if options.adapt == FULL else 1e-3
+    if first and options.method == "FZOO" and in_16_bits and size < wanted:
         print(
-            "adamezo: note: FZOO's default zo_eps of 1e-4 is lost in the rounding of bfloat16: "
-            f"give --zo-eps {size}, and {times} times the lr, as its steps are as long as "
-            "lr / zo_eps (docs/recipes.md)",
+            f"adamezo: note: with a zo_eps of {size:g} in bfloat16 FZOO ended far behind: give "
+            f"--zo-eps {wanted:g}, and {wanted / size:.3g} times the lr, as its steps are "
+            "proportional to lr / zo_eps (docs/recipes.md)",
             file=sys.stderr,
         )
     if not sys.stderr.isatty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     whatever the scale of the loss, and mostly at random. Here weights are moved at random by sizes
     that double until the mean loss has risen by half of itself; the lr is the one whose steps are a
     thirtieth of that move. The thirtieth is measured, by the searches of docs/find_lr.md that have
-    the best lr beside what is found, and no theory.
+    the best lr beside what is found, and no theory. A constant that is added to the loss changes
+    what is half of it, and so the lr.
 
     Nothing of the run changes: weights have their bits again, and generators, history and lr are as
     they were; module buffers too, such as the statistics of BatchNorm, if the optimizer knows its
@@ -60,7 +62,12 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     Raises:
         TypeError, ValueError: a method whose steps depend on the scale of the loss, such as MeZO
             (find the lr of MEAZO, whose steps are MeZO's over one number), or have no typical
-            length, such as FZOO's with two directions; losses from which nothing follows.
+            length, such as FZOO's with two directions; nothing to train; losses from which nothing
+            follows.
+
+    Warns:
+        UserWarning: if the harmful move's loss is not finite. That of a move so large is harm; one
+            that had another cause, such as a batch that fails now and then, gives a wrong lr.
     """
     if not isinstance(optimizer, ZerothOrder):
         raise TypeError(f"expected an optimizer of adamezo, got {type(optimizer).__name__}")
@@ -85,7 +92,22 @@ def find_lr(optimizer: ZerothOrder, closures: Sequence[Closure]) -> FoundLr:
     maximize, *others = {group["maximize"] for group in optimizer.param_groups}
     if others:
         raise ValueError("the parameter groups differ in maximize: expected one direction of harm")
+    if not any(p.requires_grad and p.numel() for g in optimizer.param_groups for p in g["params"]):
+        raise ValueError(
+            "all parameters are frozen or empty, or there are none: expected some with "
+            "requires_grad, as an lr is found by moving what is trained"
+        )
     losses = _losses(optimizer, closures, maximize)
+    small, large = sorted(losses[-2:])
+    if not math.isfinite(large[1]):
+        warnings.warn(
+            f"find_lr took a loss that is not finite for harm: where weights are moved by "
+            f"{large[0]:.3g}; by {small[0]:.3g} the mean loss is {small[1]:.4g}, and by nothing "
+            f"{losses[0][1]:.4g}. If such moves do not do that to this loss, the lr is wrong: look "
+            "for what made it so",
+            UserWarning,
+            stacklevel=4,  # past torch's two decorators
+        )
     radius = _radius(losses, maximize)
     return FoundLr(SHARE * radius / max(known), radius, tuple(losses), len(losses) * len(closures))
 
@@ -108,8 +130,8 @@ def _losses(
         start = mean(0.0)
         if not math.isfinite(start) or start == 0:
             raise ValueError(
-                f"the mean loss of the closures is {start!r}, expected a finite number other "
-                "than 0: harm is measured in parts of it"
+                f"the mean loss of the closures is {start if start == 0 else 'not finite'}, "
+                "expected a finite number other than 0: harm is measured in parts of it"
             )
         size = min(max(float(tried.options["zo_eps"]), SMALLEST), LARGEST)
         found, factor = [(0.0, start)], 0.0
@@ -122,7 +144,8 @@ def _losses(
             size *= factor
     raise ValueError(
         f"moves of {found[1][0]:.3g} to {found[-1][0]:.3g} in size take the mean loss from "
-        f"{start:.4g} to {found[-1][1]:.4g}, expected that somewhere it rises by half. Does the "
+        f"{start:.4g} to {found[-1][1]:.4g}, expected that somewhere it "
+        f"{'falls' if maximize else 'rises'} by half. Does the "
         "loss depend on the trained weights? If it does and is bounded, it may begin too near its "
         "bound, as that of an untrained model may: then search for an lr by hand"
     )

@@ -147,13 +147,13 @@ class Options:
     lr: float | None = _option(
         None,
         "learning rate. The method's default is for thousands of steps. For a few hundred begin "
-        "with 1e-3 (AdaMeZO), 1e-4 (MeZO) or 1e-6 (FZOO), with --adapt lora ten times that, and "
-        "search by factors of 3",
+        "with 1e-3 (AdaMeZO), 1e-4 (MeZO) or 1e-6 (FZOO; ten times that with --zo-eps 1e-3), with "
+        "--adapt lora ten times that, and search by factors of 3",
         shown=_METHODS_OWN,
     )
     find_lr: bool = _option(
         False,
-        "find an lr before the first step, in 28 to 56 forward passes and with a copy of the "
+        "find an lr before the first step, in some 30 to 60 forward passes and with a copy of the "
         "trained weights, for methods that divide by the projected gradients (docs/find_lr.md)",
     )
     lr_schedule: str = _option(
