@@ -19,7 +19,6 @@ from .. import finetune
 from ..engine.perturb import perturbation_named
 from ..finetune import Options, checkpoint, launch, report
 from ..integrations import transformers as language_models
-from ..presets import FULL
 from ..runlog import LogError
 from . import typed
 
@@ -64,7 +63,7 @@ def _run(
     # Of float16 nothing was measured.
     in_16_bits = options.dtype == "bfloat16"
     size = 1e-4 if options.zo_eps is None else options.zo_eps
-    wanted = 1e-2 if options.adapt == FULL else 1e-3
+    wanted = 1e-2 if options.adapt == "none" else 1e-3
     if first and options.method == "FZOO" and in_16_bits and size < wanted:
         print(
             f"adamezo: note: with a zo_eps of {size:g} in bfloat16 FZOO ended far behind: give "
